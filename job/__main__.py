@@ -1,0 +1,116 @@
+"""The command line: parse, log, exit code. Nothing heavy is imported before the settings are valid."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from job import __version__, logs, settings
+from job.results import JobError, Refused
+
+log = logging.getLogger("job")
+
+EXIT_CODES = """exit codes:
+  0  done
+  1  crashed: a defect or the machine
+  2  settings, data or machine refused; nothing was spent
+  3  trained, but the quality gate refused to publish
+  4  trained and saved, but publishing failed
+  75 interrupted; run it again to go on from the last checkpoint"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments, argparse.Namespace(recipe=None))
+    logs.configure()
+    try:
+        for name, value in settings.ecosystem(options.recipe).items():
+            os.environ.setdefault(name, value)
+        options.command(options, settings.load(options.recipe))
+    except JobError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 75
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="file of settings as NAME=value lines; .env and the environment win over it",
+    )
+    parser = argparse.ArgumentParser(
+        prog="tagger-job",
+        description="Fine-tune a small language model into a tagger. Settings are environment variables named "
+        "TAGGER_<GROUP>_<KNOB>; `tagger-job settings` lists them.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common],
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.set_defaults(command=_run)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", description="without one: run")
+
+    run = commands.add_parser("run", parents=[common], help="the whole job: train, evaluate, publish, sample")
+    run.set_defaults(command=_run)
+
+    sample = commands.add_parser(
+        "sample", parents=[common], help="tag texts with the adapter of TAGGER_HUB_REPO, or else of a run on disk"
+    )
+    sample.add_argument("texts", nargs="*", metavar="TEXT", help="texts to tag instead of TAGGER_SAMPLE_PROMPTS")
+    sample.set_defaults(command=_sample)
+
+    show = commands.add_parser("settings", parents=[common], help="the effective settings and where each came from")
+    show.add_argument("--env-example", action="store_true", help="print .env.example instead")
+    show.set_defaults(command=_settings)
+    return parser
+
+
+def _run(options: argparse.Namespace, chosen: settings.Settings) -> None:
+    from job import pipeline
+
+    print(pipeline.run(chosen))
+
+
+def _sample(options: argparse.Namespace, chosen: settings.Settings) -> None:
+    from job import report, run_folder
+
+    if any(not text.strip() for text in options.texts):
+        raise Refused("a TEXT to tag is empty; expected some words")
+    adapter = chosen.hub.repo or run_folder.find_adapter(chosen.run)
+
+    from job.device import Machine
+    from job.sample import load_tagger, read_texts
+
+    texts = options.texts or read_texts(chosen.sample)
+    tagger = load_tagger(chosen, adapter, Machine.resolve(chosen.run.device, chosen.train.precision))
+    report.show_samples(tagger.tag(texts), chosen.sample.output)
+
+
+def _settings(options: argparse.Namespace, chosen: settings.Settings) -> None:
+    if options.env_example:
+        print(settings.env_example(), end="")
+        return
+    sources = settings.sources(options.recipe)
+    for name, value in chosen.values().items():
+        print(f"{name}={settings.show(value)}   # {sources.get(name, 'default')}")
+    for name in ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "CUDA_VISIBLE_DEVICES"):
+        if name in os.environ:
+            print(f"{name}={'***' if name == 'HF_TOKEN' else os.environ[name]}   # environment")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

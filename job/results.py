@@ -1,0 +1,152 @@
+"""What passes between chapters: frozen dataclasses, and the errors that carry an exit code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class JobError(Exception):
+    """An end of the job that has a sentence for the user and an exit code of its own."""
+
+    exit_code = 1
+
+
+class Refused(JobError):
+    """Settings, data or machine do not fit: nothing was spent.
+
+    Holds every problem found, so that a user fixes them all before the next try.
+    """
+
+    exit_code = 2
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class GateFailed(JobError):
+    """Trained and saved, but not good enough to publish."""
+
+    exit_code = 3
+
+
+class PushFailed(JobError):
+    """Trained and saved, but not published."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text and its tags, in the order the data gives them."""
+
+    text: str
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The data, split: no text of `held_out`, nor a near-duplicate of one, is in `train`."""
+
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    skipped: int
+    """Rows left out because they had no text or no tags."""
+    fingerprint: str
+    """SHA-256 over texts and tags of both parts, in order."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One training example as token ids; a label of -100 carries no loss."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of an adapted model, quantized weights counted at their unpacked size."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        return (
+            f"trainable params: {self.trainable:,} || all params: {self.total:,}"
+            f" || trainable%: {100 * self.trainable / self.total:.4f}"
+        )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the train chapter did; losses are the mean over label tokens since the log before."""
+
+    steps: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """The answer for one text."""
+
+    text: str
+    prompt: str
+    raw: str
+    """What the model wrote after the prompt, special tokens removed."""
+    tags: tuple[str, ...]
+    parsed: bool
+    """Whether `raw` is a whole list; if not, `tags` are those that were closed."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Quality on `n` held-out examples, each figure between 0 and 1 (see evaluate.score)."""
+
+    n: int
+    precision: float
+    recall: float
+    f1: float
+    jaccard: float
+    parse_rate: float
+
+    def __str__(self) -> str:
+        return (
+            f"micro-F1 {self.f1:.3f} (precision {self.precision:.3f}, recall {self.recall:.3f}), "
+            f"Jaccard {self.jaccard:.3f}, parsed {self.parse_rate:.0%} of {self.n}"
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A line of predictions.jsonl: a held-out text, its tags, those the model gave, and what it wrote."""
+
+    text: str
+    gold: tuple[str, ...]
+    predicted: tuple[str, ...]
+    raw: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where an adapter was published."""
+
+    repo: str
+    revision: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended."""
+
+    folder: Path
+    adapter: str
+    """Where the adapter is: the URL of its commit, or its folder."""
+    pushed: bool
+
+    def __str__(self) -> str:
+        return f"the adapter is at {self.adapter}" if self.pushed else f"not pushed; the adapter is in {self.adapter}"

@@ -1,0 +1,392 @@
+"""Every knob, its default and its meaning; the only reader of the environment.
+
+`TAGGER_LORA_R` is `settings.lora.r`: prefix, group (one a chapter), knob. A value comes from the
+environment, else from `.env` in the current folder, else from a recipe file, else from the default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from dotenv import dotenv_values
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from job.results import Refused
+
+PREFIX = "TAGGER_"
+DOTENV = Path(".env")
+
+
+def _comma_separated(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _json_list(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        texts = json.loads(value)
+    except json.JSONDecodeError:
+        texts = None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError('expected a JSON list of texts, for example ["a text", "another text"]')
+    if not all(text.strip() for text in texts):
+        raise ValueError("a text in the list is empty; remove it")
+    return tuple(texts)
+
+
+def _separator(value: object) -> object:
+    """Give the separator the white space around it that env files strip from values."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        raise ValueError("expected a mark that is not only white space, for example ' ->: '")
+    before = "" if value[0].isspace() else " "
+    after = "" if value[-1].isspace() else " "
+    return before + value + after
+
+
+def _eval_size(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("expected a share below 1, or a whole number of examples")
+    return value
+
+
+Identifier = Annotated[str, Field(min_length=1)]
+TextList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_json_list)]
+NameList = Annotated[tuple[Identifier, ...], NoDecode, BeforeValidator(_comma_separated)]
+
+
+class Group(BaseModel):
+    """The knobs of one chapter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Base(Group):
+    model: Identifier = Field(
+        "bigscience/bloomz-560m",
+        description="Base model: a Hub id, a local folder, or a .gguf file "
+        "(package:NAME/FILE for one inside an installed Python package).",
+    )
+    revision: Identifier | None = Field(None, description="Branch, tag or commit of the base model on the Hub.")
+    quantize: Literal["int8", "nf4", "none"] = Field(
+        "int8", description="Quantization of the frozen base: int8, nf4 or none."
+    )
+
+
+class Data(Group):
+    dataset: Identifier = Field(
+        "Abirate/english_quotes",
+        description="Data set: a Hub id, or a .jsonl, .csv or .parquet file "
+        "(package:NAME/FILE for one inside an installed Python package).",
+    )
+    revision: Identifier | None = Field(None, description="Branch, tag or commit of the data set on the Hub.")
+    split: Identifier = Field("train", description="Split of a Hub data set to read.")
+    text_column: Identifier = Field("quote", description="Column that holds the text.")
+    tags_column: Identifier = Field(
+        "tags",
+        description="Column that holds the tags: a list, a Python or JSON list in a string, or comma-separated.",
+    )
+    separator: Annotated[str, BeforeValidator(_separator)] = Field(
+        " ->: ",
+        description="Stands between text and tags; a space is added on a side that has no white space.",
+    )
+    max_length: int = Field(
+        512, ge=16, le=65536, description="Most tokens of one example; a longer text is cut, never its tags."
+    )
+    eval_size: Annotated[float, AfterValidator(_eval_size)] = Field(
+        0.1,
+        gt=0,
+        description="Examples held out for evaluation: a share below 1, or a whole number of them.",
+    )
+    limit: int | None = Field(None, ge=2, description="Use only the first examples of the data, this many.")
+    seed: int = Field(42, ge=0, description="Seed of the held-out split, apart from the training's seed.")
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> Data:
+        if self.limit is not None and self.eval_size >= self.limit:
+            raise ValueError(
+                f"TAGGER_DATA_EVAL_SIZE={self.eval_size:g} holds out all of TAGGER_DATA_LIMIT={self.limit} examples; "
+                "lower the one or raise the other"
+            )
+        return self
+
+
+class Lora(Group):
+    r: int = Field(16, ge=1, le=1024, description="Rank of the adapters.")
+    alpha: float = Field(32, gt=0, description="Scale of the adapters: their output is multiplied by alpha / r.")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapters' input.")
+    targets: NameList | None = Field(
+        None,
+        min_length=1,
+        description="Comma-separated names of the modules that get adapters, or all-linear; "
+        "empty: the architecture's attention projections.",
+    )
+
+
+class Train(Group):
+    max_steps: int = Field(200, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(4, ge=1, description="Examples in one forward pass.")
+    accumulation: int = Field(4, ge=1, description="Forward passes in one optimizer step.")
+    warmup_steps: int = Field(100, ge=0, description="Steps over which the learning rate rises from zero.")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate; it falls linearly to zero.")
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = Field(
+        "auto", description="Arithmetic: auto takes bf16 on GPUs that have it, fp16 on older ones, fp32 on CPUs."
+    )
+    loss_on: Literal["tags", "all"] = Field(
+        "tags", description="Tokens that carry loss: the tags alone, or the text too."
+    )
+    checkpointing: Literal["on", "off"] = Field(
+        "off", description="Gradient checkpointing: recompute activations to save memory."
+    )
+    logging_steps: int = Field(25, ge=1, description="Steps between two entries of the loss history.")
+    save_steps: int = Field(50, ge=1, description="Steps between two checkpoints.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of adapters, dropout and order of examples.")
+
+
+class Eval(Group):
+    limit: int | None = Field(None, ge=1, description="Evaluate on this many held-out examples at most.")
+    gate: Literal["off", "floor", "published"] = Field(
+        "off", description="Publish always (off), or from a micro-F1 of TAGGER_EVAL_MIN_F1 on (floor)."
+    )
+    min_f1: float = Field(0.0, ge=0, le=1, description="Lowest micro-F1 that the gate lets through.")
+    tolerance: float = Field(0.0, ge=0, le=1, description="How much worse than the published adapter is allowed.")
+
+    @model_validator(mode="after")
+    def _gate_that_exists(self) -> Eval:
+        if self.gate == "published":
+            raise ValueError(
+                "TAGGER_EVAL_GATE=published (comparison with the published adapter) is not there yet; use off or floor"
+            )
+        return self
+
+
+class Hub(Group):
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = Field(
+        None,
+        description="Model repo to publish to, owner/name; empty: the token's user and <base name>-tagger.",
+    )
+    push: Literal["auto", "always", "never"] = Field(
+        "auto", description="Publish when there is a token (auto), always (refused without one), or never."
+    )
+    private: bool = Field(True, description="Whether the repo is created private.")
+    commit_message: Identifier = Field("basic training", description="First line of the commit's message.")
+    revision: Identifier | None = Field(None, description="Branch to publish to and to sample from.")
+
+
+class Sample(Group):
+    prompts: TextList = Field(
+        ("“Training models with PEFT and LoRa is cool”",),
+        description="JSON list of texts to tag after the run.",
+    )
+    input: Path | None = Field(None, description="File of further texts to tag, one a line.")
+    output: Path | None = Field(None, description="File that also gets the answers, as JSON lines.")
+    max_new_tokens: int = Field(50, ge=1, le=4096, description="Most tokens of one answer.")
+    batch_size: int = Field(16, ge=1, description="Texts in one forward pass when tagging.")
+
+
+class Run(Group):
+    dir: Path = Field(Path("runs"), description="Folder of the runs.")
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=128)] | None = Field(
+        None, description="Name of the run's folder; empty: base model, and a digest of settings and data."
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto", description="Where to compute: auto takes a GPU if there is one."
+    )
+    processes: int = Field(1, ge=1, le=1, description="Processes that train together, one a GPU; only 1 for now.")
+
+
+class Modal(Group):
+    gpu: Identifier = Field("L4", description="GPU asked for on Modal; a comma-separated list gives fallbacks.")
+    timeout_hours: float = Field(6, gt=0, le=24, description="Longest time of one attempt on Modal.")
+    secret: Identifier = Field("huggingface", description="Modal secret that holds HF_TOKEN.")
+    runs_volume: Identifier = Field("tagger-runs", description="Modal volume for the runs.")
+    cache_volume: Identifier = Field("tagger-cache", description="Modal volume for the Hugging Face cache.")
+
+
+class Settings(BaseSettings):
+    """The job's configuration. Build it with `load`, which also refuses unknown names."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_nested_delimiter="_",
+        env_nested_max_split=1,
+        env_ignore_empty=True,
+        frozen=True,
+        extra="ignore",
+        hide_input_in_errors=True,
+    )
+
+    base: Base = Base()
+    data: Data = Data()
+    lora: Lora = Lora()
+    train: Train = Train()
+    eval: Eval = Eval()
+    hub: Hub = Hub()
+    sample: Sample = Sample()
+    run: Run = Run()
+    modal: Modal = Modal()
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Settings:
+        if self.data.max_length < self.sample.max_new_tokens + 8:
+            raise ValueError(
+                f"TAGGER_DATA_MAX_LENGTH={self.data.max_length} leaves no room for a text beside "
+                f"TAGGER_SAMPLE_MAX_NEW_TOKENS={self.sample.max_new_tokens}; make it at least 8 more"
+            )
+        if self.run.device == "cpu" and self.train.precision == "fp16":
+            raise ValueError(
+                "TAGGER_TRAIN_PRECISION=fp16 needs a GPU and TAGGER_RUN_DEVICE is cpu; use auto, fp32 or bf16"
+            )
+        return self
+
+    def values(self) -> dict[str, Any]:
+        """Every variable's name and its value as JSON types. None of them is a secret."""
+        dumped = self.model_dump(mode="json")
+        return {name: dumped[group][knob] for name, group, knob in _knobs()}
+
+    def result_values(self) -> dict[str, Any]:
+        """The values that change what a run trains or measures: those that identify it."""
+        return {name: value for name, value in self.values().items() if _changes_result(name)}
+
+    def digest(self, *more: str) -> str:
+        """Eight hexadecimal digits that identify `result_values` and whatever else is given."""
+        text = json.dumps([self.result_values(), *more], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _knobs() -> Iterator[tuple[str, str, str]]:
+    for group, field in Settings.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, Group)
+        for knob in field.annotation.model_fields:
+            yield f"{PREFIX}{group}_{knob}".upper(), group, knob
+
+
+def _changes_result(name: str) -> bool:
+    if name in ("TAGGER_TRAIN_LOGGING_STEPS", "TAGGER_TRAIN_SAVE_STEPS"):
+        return False
+    if name in ("TAGGER_SAMPLE_MAX_NEW_TOKENS", "TAGGER_SAMPLE_BATCH_SIZE"):
+        return True
+    return name.startswith(("TAGGER_BASE_", "TAGGER_DATA_", "TAGGER_LORA_", "TAGGER_TRAIN_", "TAGGER_EVAL_LIMIT"))
+
+
+def load(recipe: Path | None = None) -> Settings:
+    """Read and validate all settings.
+
+    Raises Refused with every unknown name and every bad value at once.
+    """
+    files = _files(recipe)
+    given = _given(files)
+    known = {name for name, _, _ in _knobs()}
+    problems = [_unknown(name, source, known) for name, source in given.items() if name not in known]
+    try:
+        settings = Settings(_env_file=files)
+    except ValidationError as error:
+        problems += [
+            _describe(detail, given)
+            for detail in error.errors(include_url=False)
+            if detail["type"] != "extra_forbidden"
+        ]
+    else:
+        if not problems:
+            return settings
+    raise Refused(*problems)
+
+
+def sources(recipe: Path | None = None) -> dict[str, str]:
+    """Where each variable that was given came from; the others have their default."""
+    return _given(_files(recipe))
+
+
+def ecosystem(recipe: Path | None = None) -> dict[str, str]:
+    """What the files say for other programs (HF_TOKEN, HF_HOME, ...), names without our prefix."""
+    merged: dict[str, str | None] = {}
+    for file in _files(recipe):
+        merged.update(dotenv_values(file))
+    return {name: value for name, value in merged.items() if value and not _ours(name)}
+
+
+def env_example() -> str:
+    """The text of `.env.example`: every variable with its meaning and default.
+
+    Values stand without quotes because `docker run --env-file` would keep them.
+    """
+    lines = [
+        "# Every setting with its default. Copy to .env and keep what you change.",
+        "# HF_TOKEN, HF_HOME, HF_ENDPOINT and CUDA_VISIBLE_DEVICES keep their usual names and meaning.",
+    ]
+    last_group = ""
+    for name, group, knob in _knobs():
+        field_group = Settings.model_fields[group].annotation
+        assert isinstance(field_group, type) and issubclass(field_group, Group)
+        field = field_group.model_fields[knob]
+        if group != last_group:
+            lines.append("")
+            last_group = group
+        lines += [f"# {field.description}", f"{name}={show(field.default)}"]
+    return "\n".join(lines) + "\n"
+
+
+def show(value: object) -> str:
+    """A value as one would write it in the environment."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+def _files(recipe: Path | None) -> tuple[Path, ...]:
+    if recipe is None:
+        return (DOTENV,) if DOTENV.is_file() else ()
+    if not recipe.is_file():
+        raise Refused(f"--recipe {recipe} is not a file; expected one with lines such as TAGGER_LORA_R=16")
+    return (recipe, DOTENV) if DOTENV.is_file() else (recipe,)
+
+
+def _given(files: tuple[Path, ...]) -> dict[str, str]:
+    """Source of each non-empty variable with our prefix, in any case; a later source wins."""
+    given: dict[str, str] = {}
+    for file in files:
+        try:
+            pairs = dotenv_values(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise Refused(f"{file} cannot be read as lines of NAME=value ({error}); fix or remove it") from error
+        given.update({name: str(file) for name, value in pairs.items() if value and _ours(name)})
+    given.update({name: "environment" for name, value in os.environ.items() if value and _ours(name)})
+    return given
+
+
+def _ours(name: str) -> bool:
+    return name.upper().startswith(PREFIX)
+
+
+def _unknown(name: str, source: str, known: set[str]) -> str:
+    nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)[0]
+    where = "" if source == "environment" else f" (in {source})"
+    return f"{name}{where} is not a setting; did you mean {nearest}? `tagger-job settings` lists all."
+
+
+def _describe(detail: Any, given: Mapping[str, str]) -> str:
+    """One sentence for one of pydantic's errors: variable, value, what is allowed."""
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    path = [str(part) for part in detail["loc"] if not isinstance(part, int)]
+    if len(path) < 2:
+        return str(message)
+    name = PREFIX + "_".join(path[:2]).upper()
+    source = given.get(name, "environment")
+    where = "" if source == "environment" else f" (in {source})"
+    expected = message if message.startswith(("expected", "a text")) else f"expected {message[0].lower()}{message[1:]}"
+    return f"{name}={show(detail['input'])}{where}: {expected}."
