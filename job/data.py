@@ -1,0 +1,310 @@
+"""Examples: read, clean, split, and render them as token ids."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.locate import is_local, local_path
+from job.results import Encoded, Example, Examples, Refused
+from job.settings import Data, Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMATS = (".jsonl", ".csv", ".parquet")
+SHARED_GRAMS = 0.6
+"""Two texts are near-duplicates when they share this part of the shorter one's 5-grams."""
+NO_LOSS = -100
+"""The label that torch's cross entropy leaves out."""
+
+
+def load(settings: Data) -> Examples:
+    """Read the data set, leave out rows without text or tags, hold examples out.
+
+    Raises Refused when it cannot be read, lacks a column, or has too few usable rows.
+    """
+    rows = _rows(settings)
+    examples: list[Example] = []
+    skipped = 0
+    for row in rows:
+        example = _example(row, settings)
+        if example is None:
+            skipped += 1
+        else:
+            examples.append(example)
+        if len(examples) == settings.limit:
+            break
+    if not examples and not skipped:
+        raise Refused(f"{settings.dataset} has no rows; expected at least two examples")
+    if skipped > len(examples):
+        raise Refused(
+            f"{settings.dataset}: {skipped} of {skipped + len(examples)} rows have no text in "
+            f"{settings.text_column!r} or no tags in {settings.tags_column!r}; expected most rows to have both. "
+            "Set TAGGER_DATA_TEXT_COLUMN and TAGGER_DATA_TAGS_COLUMN, or repair the data"
+        )
+    train, held_out = split(examples, settings)
+    digest = hashlib.sha256(json.dumps([[(e.text, e.tags) for e in part] for part in (train, held_out)]).encode())
+    return Examples(tuple(train), tuple(held_out), skipped, digest.hexdigest())
+
+
+def _rows(settings: Data) -> Iterator[dict[str, Any]]:
+    """The data set's rows. Columns are checked before the first one is handed out."""
+    if not is_local(settings.dataset, FORMATS):
+        rows = _hub_rows(settings)
+    else:
+        path = local_path(settings.dataset)
+        readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+        if path.suffix.lower() not in readers or not path.is_file():
+            raise Refused(f"{path} is not a data file; expected one that ends in {', '.join(FORMATS)}")
+        try:
+            rows = readers[path.suffix.lower()](path)
+        except UnicodeDecodeError as error:
+            raise Refused(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        except OSError as error:
+            raise Refused(f"{path} cannot be read: {error.strerror or error}; expected a readable file") from error
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    for variable, column in (("TEXT", settings.text_column), ("TAGS", settings.tags_column)):
+        if rows and column not in columns:
+            raise Refused(
+                f"{settings.dataset} has no column {column!r}; it has {', '.join(map(str, columns))}. "
+                f"Set TAGGER_DATA_{variable}_COLUMN"
+            )
+    return iter(rows)
+
+
+def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise Refused(
+                    f"{path} line {number} is not JSON ({error}); expected one object a line. Repair or remove the line"
+                ) from error
+            if not isinstance(row, dict):
+                raise Refused(
+                    f"{path} line {number} is a JSON {type(row).__name__}; expected an object such as "
+                    '{"quote": "...", "tags": ["..."]}'
+                )
+            rows.append(row)
+    return rows
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            return [{column: value for column, value in row.items() if column is not None} for row in reader]
+        except csv.Error as error:
+            raise Refused(f"{path} line {reader.line_num} is not CSV ({error}); repair the line") from error
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise Refused(f"{path} is not Parquet ({error}); write it again") from error
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows or [dict.fromkeys(table.column_names)]
+
+
+def _hub_rows(settings: Data) -> list[dict[str, Any]]:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        loaded = datasets.load_dataset(settings.dataset, split=settings.split, revision=settings.revision)
+    except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+        at = f" at revision {settings.revision}" if settings.revision else ""
+        raise Refused(
+            f"data set {settings.dataset}{at}, split {settings.split}, cannot be read from the Hub: {error} "
+            "Check TAGGER_DATA_DATASET, _REVISION and _SPLIT, the network, and that HF_TOKEN may read it"
+        ) from error
+    rows: list[dict[str, Any]] = loaded.to_list()
+    return rows
+
+
+def _example(row: dict[str, Any], settings: Data) -> Example | None:
+    text = row.get(settings.text_column)
+    tags = parse_tags_value(row.get(settings.tags_column))
+    if not isinstance(text, str) or not text.strip() or not tags:
+        return None
+    return Example(text.strip(), tags)
+
+
+def parse_tags_value(value: object) -> tuple[str, ...]:
+    """The tags in a column's value, in order, each once.
+
+    Takes a list, a Python or JSON list in a string, or comma-separated words; anything else has no tags.
+    """
+    if isinstance(value, str):
+        value = parse_list(value) or value.strip().removeprefix("[").removesuffix("]").split(",")
+    if not isinstance(value, (list, tuple)):
+        return ()
+    texts = (str(tag).strip() for tag in value if tag is not None)
+    return tuple(dict.fromkeys(tag for tag in texts if tag))
+
+
+def parse_list(text: str) -> list[Any] | None:
+    """The list that a text is, in Python's or JSON's notation; None when it is none."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            with warnings.catch_warnings(action="ignore", category=SyntaxWarning):  # a stray backslash
+                value = parse(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, (list, tuple)):
+            return list(value)
+    return None
+
+
+def split(examples: Sequence[Example], settings: Data) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, both in the data's order.
+
+    Groups of near-duplicate texts are ordered by a seeded hash of their texts. A share holds out
+    the groups whose hash falls below it, so that which side a text is on does not depend on the
+    rest of the data; a number takes groups in that order as long as they fit.
+    """
+    size = settings.eval_size
+    if size >= len(examples):
+        raise Refused(
+            f"TAGGER_DATA_EVAL_SIZE={size:g} holds out everything: the data has {len(examples)} examples. "
+            f"Set it below {len(examples)}, or to a share such as 0.1"
+        )
+    members: dict[int, list[int]] = {}
+    for index, group in enumerate(near_duplicate_groups([example.text for example in examples])):
+        members.setdefault(group, []).append(index)
+    # a hash is read as a number between 0 and 1; a group goes by its smallest
+    ordered = sorted(
+        (min(_unit_hash(settings.seed, examples[i].text) for i in indices), group) for group, indices in members.items()
+    )
+    held_out: set[int] = set()
+    for position, group in ordered:
+        fits = position < size if size < 1 else len(held_out) + len(members[group]) <= size
+        if fits:
+            held_out.update(members[group])
+    if not held_out or len(held_out) == len(examples):
+        raise Refused(
+            f"TAGGER_DATA_EVAL_SIZE={size:g} leaves {len(held_out)} of {len(examples)} examples for evaluation and "
+            f"{len(examples) - len(held_out)} for training, near-duplicates staying together; expected some of each. "
+            "Change it, or bring more data"
+        )
+    return (
+        [example for i, example in enumerate(examples) if i not in held_out],
+        [example for i, example in enumerate(examples) if i in held_out],
+    )
+
+
+def _normalise(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def _unit_hash(seed: int, text: str) -> float:
+    digest = hashlib.sha256(f"{seed}:{_normalise(text)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def near_duplicate_groups(texts: Sequence[str]) -> list[int]:
+    """A group number for each text: equal for near-duplicates, and for near-duplicates of those.
+
+    Two texts are near-duplicates when, without case and punctuation, they are equal or share
+    SHARED_GRAMS of the shorter one's character 5-grams; 5-grams that are all over the data do
+    not count.
+    """
+    import numpy as np
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    normalised = [_normalise(text) for text in texts]
+    first: dict[str, int] = {}
+    pairs = [(first.setdefault(text, i), i) for i, text in enumerate(normalised)]
+    if any(len(text) >= 5 for text in normalised):
+        common = max(50, len(texts) // 20)
+        grams = CountVectorizer(analyzer="char", ngram_range=(5, 5), lowercase=False, binary=True, dtype=np.float32)
+        present = grams.fit_transform(normalised).tocsr()
+        present = present[:, np.asarray(present.sum(axis=0)).ravel() <= common]
+        sizes = np.asarray(present.sum(axis=1)).ravel()
+        for start in range(0, len(texts), 500):  # a block at a time: all pairs at once need too much memory
+            shared = (present[start : start + 500] @ present.T).tocoo()
+            rows, columns = shared.row + start, shared.col
+            smaller = np.minimum(sizes[rows], sizes[columns])
+            near = (rows < columns) & (smaller >= 8) & (shared.data >= SHARED_GRAMS * smaller)
+            pairs += zip(rows[near].tolist(), columns[near].tolist(), strict=True)
+    left, right = zip(*pairs, strict=True)
+    graph = coo_array((np.ones(len(pairs)), (left, right)), shape=(len(texts), len(texts)))
+    groups: list[int] = connected_components(graph, directed=False)[1].tolist()
+    return groups
+
+
+def prompt(text: str, separator: str) -> str:
+    """What the model is asked: the text and the separator's mark, for example `a text ->:`.
+
+    The white space after the mark belongs to the answer, because byte-level tokenizers put a
+    space into the same token as the bracket that follows it.
+    """
+    return text.strip() + separator.rstrip()
+
+
+def target(tags: Iterable[str], separator: str) -> str:
+    """What the model is to answer after `prompt`, for example ` ['life', 'love']`."""
+    return separator[len(separator.rstrip()) :] + str(list(tags))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, settings: Data, *, answer_room: int) -> list[int]:
+    """Token ids of the prompt, the text's end cut off where `answer_room` tokens would not fit.
+
+    Raises Refused when not one token of the text would be left.
+    """
+    text_ids, mark_ids = _prompt_parts(tokenizer, text, settings.separator)
+    room = settings.max_length - len(mark_ids) - answer_room
+    if room < 1:
+        raise Refused(
+            f"TAGGER_DATA_MAX_LENGTH={settings.max_length} leaves no room for the text {text[:60]!r}: separator and "
+            f"tags take {len(mark_ids) + answer_room} tokens; raise it, or shorten the tags"
+        )
+    return text_ids[:room] + mark_ids
+
+
+def _prompt_parts(tokenizer: PreTrainedTokenizerBase, text: str, separator: str) -> tuple[list[int], list[int]]:
+    """Ids of the text (with the tokenizer's own first token, if it has one) and of the separator.
+
+    They are tokenized apart, and apart from the tags, so that the prompt at sampling is the
+    beginning of the training example whatever the tokenizer would merge.
+    """
+    beginning = [i for i in tokenizer("").input_ids if i != tokenizer.eos_token_id]
+    text_ids = tokenizer(text.strip(), add_special_tokens=False, verbose=False).input_ids
+    return beginning + text_ids, tokenizer(separator.rstrip(), add_special_tokens=False).input_ids
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: Settings) -> list[Encoded]:
+    """Token ids and labels of `text separator tags end-of-sequence` for each example.
+
+    A text too long for `max_length` is cut so that its tags fit, or the longest answer sampling
+    may give if that is more: sampling, which does not know the tags, cuts it at the same place.
+    Raises Refused when an example's tags leave no room for its text.
+    """
+    encoded = []
+    for example in examples:
+        answer_ids = tokenizer(target(example.tags, settings.data.separator), add_special_tokens=False).input_ids
+        answer_ids = [*answer_ids, tokenizer.eos_token_id]
+        room = max(len(answer_ids), settings.sample.max_new_tokens)
+        prompt_ids = encode_prompt(tokenizer, example.text, settings.data, answer_room=room)
+        ids = prompt_ids + answer_ids
+        labels = ids if settings.train.loss_on == "all" else [NO_LOSS] * len(prompt_ids) + answer_ids
+        encoded.append(Encoded(ids, list(labels)))
+    return encoded

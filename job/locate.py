@@ -1,0 +1,36 @@
+"""Where a named model or data file is on this machine, if it is on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from job.results import Refused
+
+PACKAGE = "package:"
+
+
+def is_local(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a setting names a file or folder here, and not something on the Hub."""
+    return name.startswith((PACKAGE, ".", "/", "~")) or Path(name).suffix.lower() in suffixes or Path(name).exists()
+
+
+def local_path(name: str) -> Path:
+    """The path that a setting names; `package:NAME/FILE` is a file inside an installed Python package.
+
+    The package is found without being imported, so that what it needs to run need not be there.
+    Raises Refused when there is nothing at that path.
+    """
+    if not name.startswith(PACKAGE):
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise Refused(f"{name} does not exist; expected a file or folder there, or a Hub id such as owner/name")
+        return path
+    package, _, file = name.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    for folder in folders:
+        if file and (path := Path(folder, file)).exists():
+            return path
+    found = f"has no file {file!r}" if folders else "is not installed"
+    raise Refused(f"{name}: the Python package {package!r} {found}; install it, or name another file")
