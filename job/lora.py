@@ -1,0 +1,75 @@
+"""LoRA adapters: put on the frozen model, counted, saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import peft
+import transformers
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+from job.results import ParameterCount, Refused
+from job.settings import Base, Lora
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ALL_LINEAR = "all-linear"
+
+
+def add_adapters(model: PreTrainedModel, settings: Lora, *, seed: int) -> peft.PeftModel:
+    """Put LoRA adapters (Hu et al., 2021) on the target modules; they are fp32 and the only trainable parameters.
+
+    Raises Refused when the model has no module of a given name, or no known default targets.
+    """
+    config = peft.LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft multiplies by alpha / r; whole numbers are custom
+        lora_dropout=settings.dropout,
+        target_modules=_targets(model, settings),
+        bias="none",
+        task_type=peft.TaskType.CAUSAL_LM,
+    )
+    transformers.set_seed(seed)
+    adapted = peft.get_peft_model(model, config)
+    assert isinstance(adapted, peft.PeftModel)
+    return adapted
+
+
+def _targets(model: PreTrainedModel, settings: Lora) -> list[str] | str:
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
+    if settings.targets == (ALL_LINEAR,):
+        return ALL_LINEAR
+    if settings.targets is not None:
+        missing = [target for target in settings.targets if target.rpartition(".")[2] not in names]
+        if missing:
+            raise Refused(
+                f"TAGGER_LORA_TARGETS: the model has no module named {', '.join(missing)}; "
+                f"it has {', '.join(sorted(names))}"
+            )
+        return list(settings.targets)
+    architecture = model.config.model_type
+    if architecture not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        raise Refused(
+            f"no default LoRA targets are known for the architecture {architecture!r}; set TAGGER_LORA_TARGETS "
+            f"to all-linear or to some of {', '.join(sorted(names))}"
+        )
+    return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[architecture])
+
+
+def count_parameters(model: peft.PeftModel) -> ParameterCount:
+    """Trainable and all parameters, as peft counts them: a 4-bit weight as the values it stands for."""
+    return ParameterCount(*model.get_nb_trainable_parameters())
+
+
+def save_adapter(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base: Base) -> None:
+    """Write adapter and tokenizer into `folder`, naming the base model as the settings do.
+
+    The embedding is never trained, so it is never saved; asking peft to find out would ask the Hub.
+    """
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base.model
+    config.revision = base.revision
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,164 @@
+"""The base model and its tokenizer: found, read from safetensors or GGUF, quantized."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.locate import is_local, local_path
+from job.results import Refused
+from job.settings import Base
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from job.device import Machine
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = (".gguf",)
+
+
+def check_local(model: str) -> Path:
+    """The folder or file of a local model; raises Refused unless it holds weights this job reads."""
+    path = local_path(model)
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise Refused(f"{model} is not a GGUF file (TAGGER_BASE_MODEL); expected one, or a model folder")
+        return path
+    if not (path / "config.json").is_file():
+        raise Refused(f"{model} has no config.json (TAGGER_BASE_MODEL); expected a folder written by save_pretrained")
+    if not list(path.glob("*.safetensors")):
+        pickles = ", ".join(sorted(file.name for file in [*path.glob("*.bin"), *path.glob("*.pt")]))
+        why = f"only {pickles}, and pickles are not read because they can run code" if pickles else "none"
+        raise Refused(
+            f"{model} has no weights in safetensors ({why}); convert it with save_pretrained, or name another model"
+        )
+    return path
+
+
+def load_tokenizer(settings: Base) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, with a pad token.
+
+    A tokenizer without one pads with its end-of-sequence token; the attention mask and the labels,
+    not the token, say what is padding.
+    """
+    from transformers import AutoTokenizer
+
+    source, revision = _source(settings)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise _unreadable("tokenizer", settings, error) from error
+    if tokenizer.eos_token_id is None:
+        raise Refused(f"the tokenizer of {settings.model} has no end-of-sequence token; choose a model that has one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(settings: Base, machine: Machine) -> PreTrainedModel:
+    """The base model on the machine's device: linear layers quantized as set; the rest, the head too, in its dtype."""
+    from transformers import AutoModelForCausalLM
+
+    source, revision = _source(settings)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=machine.dtype,
+            quantization_config=_quantization(settings.quantize, machine.dtype),
+            device_map={"": machine.device},
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        raise _unreadable("model", settings, error) from error
+    if settings.quantize == "nf4" and machine.device.type == "cpu":
+        _keep_gradients_of_nf4(model)
+    return model
+
+
+def _quantization(quantize: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantize == "nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return None
+
+
+def _keep_gradients_of_nf4(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU with AVX512-BF16.
+
+    The kernel for the repacked layout has no backward pass, and is used in training too once it was
+    used in evaluation: gradients would be lost with no more than a warning (bitsandbytes 0.50).
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _source(settings: Base) -> tuple[str, str | None]:
+    """What from_pretrained takes: a Hub id with its revision, or a folder."""
+    if not is_local(settings.model, WEIGHTS):
+        return settings.model, settings.revision
+    path = check_local(settings.model)
+    return str(_converted(path) if path.is_file() else path), None
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder with a GGUF file's model in half precision, made at the first call and then reused."""
+    from huggingface_hub.constants import HF_HOME
+
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    folder = Path(HF_HOME, "tagger-job", f"{gguf.stem}-{digest}")
+    if not folder.is_dir():
+        log.info("converting %s, once, to %s", gguf.name, folder)
+        beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        try:
+            _convert(gguf, beside)
+            beside.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # a model read from GGUF refuses to be saved: its config still says how it was quantized
+    config = read.config.to_dict()
+    config.pop("quantization_config", None)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(type(read.config).from_dict(config))
+    model.load_state_dict(read.state_dict(), assign=True)
+    model.tie_weights()
+    model.to(torch.float16).save_pretrained(folder)
+
+
+def _unreadable(what: str, settings: Base, error: Exception) -> Refused:
+    at = f" at revision {settings.revision}" if settings.revision else ""
+    reason = " ".join(str(error).split())
+    return Refused(
+        f"the {what} of {settings.model}{at} cannot be read: {reason} "
+        "Check TAGGER_BASE_MODEL and TAGGER_BASE_REVISION, the network, and that HF_TOKEN may read it"
+    )
