@@ -1,0 +1,198 @@
+"""A run on disk: where its files are, and that each appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from job.results import Examples, Published, Refused
+from job.settings import Run, Settings
+
+SCHEMA_VERSION = 1
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
+
+
+class RunFolder:
+    """The folder of one run and its manifest."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.manifest["status"] == "complete")
+
+    @classmethod
+    def open(cls, settings: Settings, examples: Examples) -> RunFolder:
+        """The run's folder as it is found. Nothing is written before `begin`.
+
+        Raises Refused when it cannot be written, holds something else, or a run of other settings or data.
+        """
+        run_id = settings.run.id or default_run_id(settings, examples)
+        path = settings.run.dir / run_id
+        try_to_write(path)
+        if (path / "manifest.json").is_file():
+            run = cls(path, read_manifest(path))
+            run._refuse_other(settings, examples)
+            return run
+        if path.is_dir() and any(path.iterdir()):
+            raise Refused(f"{path} holds files but no run (no manifest.json); set TAGGER_RUN_ID to another name")
+        return cls(path, _new_manifest(run_id, settings, examples))
+
+    def _refuse_other(self, settings: Settings, examples: Examples) -> None:
+        before, now = self.manifest["settings"], settings.values()
+        differences = [
+            f"{name} was {before.get(name)!r} and is {now[name]!r}"
+            for name in settings.result_values()
+            if before.get(name) != now[name]
+        ]
+        if not differences and self.manifest["dataset"]["fingerprint"] != examples.fingerprint:
+            differences = [f"the contents of {settings.data.dataset} have changed"]
+        if differences:
+            raise Refused(
+                f"the run {self.path} was made with something else: {'; '.join(differences)}. "
+                "Set it back, or set TAGGER_RUN_ID to another name"
+            )
+
+    def begin(self, device: str) -> None:
+        """Make the folder, now that everything that can be refused has been looked at."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.update(status="running", device=device)
+
+    def finish(self, published: Published | None, peak_memory: dict[str, float]) -> None:
+        """Record that the run is complete, and where its adapter is."""
+        finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        pushed = None if published is None else asdict(published)
+        self.update(status="complete", finished=finished, published=pushed, peak_memory=peak_memory)
+
+    def update(self, **entries: Any) -> None:
+        """Add entries to the manifest and write it."""
+        self.manifest.update(entries)
+        self.write("manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+
+    @contextmanager
+    def timed(self, chapter: str) -> Iterator[None]:
+        """Note how many seconds a chapter took; the next `update` writes it."""
+        started = time.monotonic()
+        yield
+        self.manifest["timings"][chapter] = round(time.monotonic() - started, 2)
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the run: beside, then renamed, so that it is whole or absent."""
+        write_whole(self.path / name, text)
+
+    def write_lines(self, name: str, entries: Iterable[object]) -> None:
+        """Write a file of JSON lines."""
+        self.write(name, json_lines(entries))
+
+    @contextmanager
+    def folder(self, name: str) -> Iterator[Path]:
+        """A folder to fill, which takes its name when it is left without an error."""
+        beside = self.path / f"{name}.tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        yield beside
+        shutil.rmtree(self.path / name, ignore_errors=True)
+        beside.rename(self.path / name)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside and rename it, so that it is whole or absent."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def json_lines(entries: Iterable[object]) -> str:
+    """One JSON value a line."""
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+def default_run_id(settings: Settings, examples: Examples) -> str:
+    """The base model's name and a digest of settings and data: the same command finds the same run."""
+    return f"{Path(settings.base.model).stem}-{settings.digest(examples.fingerprint)}"
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a run's folder; raises Refused when it is not one."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["schema_version"] != SCHEMA_VERSION:
+            raise Refused(f"{path}/manifest.json has another schema version; set TAGGER_RUN_ID to another name")
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{path}/manifest.json is not a run's manifest; set TAGGER_RUN_ID to another name") from error
+    return manifest
+
+
+def try_to_write(path: Path) -> None:
+    """Raise Refused unless a folder can be made at, or in, this path; leaves nothing behind."""
+    ancestor = path.absolute()
+    try:
+        while not ancestor.exists():
+            ancestor = ancestor.parent
+        with tempfile.TemporaryDirectory(dir=ancestor):
+            pass
+    except OSError as error:
+        raise Refused(
+            f"the run folder {path} cannot be written: {error.strerror or error}; "
+            "set TAGGER_RUN_DIR to a folder that can"
+        ) from error
+
+
+def _new_manifest(run_id: str, settings: Settings, examples: Examples) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": run_id,
+        "status": "running",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "settings": settings.values(),
+        "seed": settings.train.seed,
+        "dataset": {
+            "fingerprint": examples.fingerprint,
+            "train": len(examples.train),
+            "held_out": len(examples.held_out),
+            "skipped": examples.skipped,
+        },
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
+        "timings": {},
+    }
+
+
+def find_adapter(settings: Run) -> Path:
+    """The adapter of the run that is named, or else of the one that was finished last.
+
+    Raises Refused when there is none.
+    """
+    runs = [settings.dir / settings.id] if settings.id else settings.dir.glob("*")
+    adapters = [run / "adapter" for run in runs if (run / "adapter" / "adapter_config.json").is_file()]
+    if not adapters:
+        where = f"in {settings.dir / settings.id}" if settings.id else f"under {settings.dir}"
+        raise Refused(
+            f"there is no trained adapter {where}; run the job first, or set TAGGER_HUB_REPO or TAGGER_RUN_ID"
+        )
+    return max(adapters, key=lambda adapter: adapter.stat().st_mtime)
