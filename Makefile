@@ -39,5 +39,8 @@ lock: install
 	$(UV_COMPILE) --constraint requirements.lock --group dev > requirements-dev.lock
 	$(UV_COMPILE) --no-deps --group offline > requirements-offline.lock
 
+.env.example: job/settings.py
+	$(BIN)/python -m job settings --env-example > $@
+
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -86,16 +86,17 @@ def _run(options: argparse.Namespace, chosen: settings.Settings) -> None:
 
 
 def _sample(options: argparse.Namespace, chosen: settings.Settings) -> None:
-    from job import report, run_folder
+    from job import data, report, run_folder
 
     if any(not text.strip() for text in options.texts):
         raise Refused("a TEXT to tag is empty; expected some words")
+    texts = options.texts or data.texts_to_tag(chosen.sample)
+    report.check_output(chosen.sample.output)
     adapter = chosen.hub.repo or run_folder.find_adapter(chosen.run)
 
     from job.device import Machine
-    from job.sample import load_tagger, read_texts
+    from job.sample import load_tagger
 
-    texts = options.texts or read_texts(chosen.sample)
     tagger = load_tagger(chosen, adapter, Machine.resolve(chosen.run.device, chosen.train.precision))
     report.show_samples(tagger.tag(texts), chosen.sample.output)
 

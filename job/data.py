@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.locate import is_local, local_path
 from job.results import Encoded, Example, Examples, Refused
-from job.settings import Data, Settings
+from job.settings import Data, Sample, Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,7 +163,7 @@ def parse_list(text: str) -> list[Any] | None:
     """The list that a text is, in Python's or JSON's notation; None when it is none."""
     for parse in (json.loads, ast.literal_eval):
         try:
-            with warnings.catch_warnings(action="ignore", category=SyntaxWarning):  # a stray backslash
+            with warnings.catch_warnings(action="ignore"):  # a stray backslash
                 value = parse(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
@@ -234,7 +234,8 @@ def near_duplicate_groups(texts: Sequence[str]) -> list[int]:
     first: dict[str, int] = {}
     pairs = [(first.setdefault(text, i), i) for i, text in enumerate(normalised)]
     if any(len(text) >= 5 for text in normalised):
-        common = max(50, len(texts) // 20)
+        # of small data a quarter, so that a template which all texts are made from does not make them alike
+        common = max(3, min(len(texts) // 4, max(50, len(texts) // 20)))
         grams = CountVectorizer(analyzer="char", ngram_range=(5, 5), lowercase=False, binary=True, dtype=np.float32)
         present = grams.fit_transform(normalised).tocsr()
         present = present[:, np.asarray(present.sum(axis=0)).ravel() <= common]
@@ -257,7 +258,12 @@ def prompt(text: str, separator: str) -> str:
     The white space after the mark belongs to the answer, because byte-level tokenizers put a
     space into the same token as the bracket that follows it.
     """
-    return text.strip() + separator.rstrip()
+    return _bare(text, separator) + separator.rstrip()
+
+
+def _bare(text: str, separator: str) -> str:
+    """The text without white space around it, and without the mark, should it be there already."""
+    return text.strip().removesuffix(separator.strip()).rstrip()
 
 
 def target(tags: Iterable[str], separator: str) -> str:
@@ -287,7 +293,7 @@ def _prompt_parts(tokenizer: PreTrainedTokenizerBase, text: str, separator: str)
     beginning of the training example whatever the tokenizer would merge.
     """
     beginning = [i for i in tokenizer("").input_ids if i != tokenizer.eos_token_id]
-    text_ids = tokenizer(text.strip(), add_special_tokens=False, verbose=False).input_ids
+    text_ids = tokenizer(_bare(text, separator), add_special_tokens=False, verbose=False).input_ids
     return beginning + text_ids, tokenizer(separator.rstrip(), add_special_tokens=False).input_ids
 
 
@@ -308,3 +314,18 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], sett
         labels = ids if settings.train.loss_on == "all" else [NO_LOSS] * len(prompt_ids) + answer_ids
         encoded.append(Encoded(ids, list(labels)))
     return encoded
+
+
+def texts_to_tag(settings: Sample) -> list[str]:
+    """The prompts and the lines of the input file; raises Refused when that cannot be read."""
+    texts = list(settings.prompts)
+    if settings.input is not None:
+        try:
+            lines = settings.input.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise Refused(
+                f"TAGGER_SAMPLE_INPUT={settings.input} cannot be read ({error}); "
+                "expected a UTF-8 file with one text a line"
+            ) from error
+        texts += [line for line in lines if line.strip()]
+    return texts

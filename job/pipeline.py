@@ -23,19 +23,18 @@ def run(settings: Settings) -> Summary:
         return report.summary(run)
 
     # torch and transformers take seconds to import: not before all is checked that needs neither
-    from job.data import encode
+    from job.data import encode, texts_to_tag
     from job.device import Machine
     from job.evaluate import evaluate, gate, most_common_tags
     from job.freeze import freeze
     from job.lora import add_adapters, count_parameters, save_adapter
     from job.push import push
     from job.quantize import load_model, load_tokenizer
-    from job.sample import Tagger, load_tagger, read_texts
+    from job.sample import Tagger, load_tagger
     from job.train import train
 
     machine = Machine.resolve(settings.run.device, settings.train.precision)
     held_out = examples.held_out[: settings.eval.limit]
-    texts = read_texts(settings.sample)
     with run.timed("load"):
         tokenizer = load_tokenizer(settings.base)
         encoded = encode(tokenizer, examples.train, settings)
@@ -69,6 +68,6 @@ def run(settings: Settings) -> Summary:
     del model, base, tagger  # room for the base model that is loaded anew
     with run.timed("sample"):
         tagger = load_tagger(settings, published or run.adapter, machine)
-        report.save_samples(run, tagger.tag(texts), settings.sample.output)
+        report.save_samples(run, tagger.tag(texts_to_tag(settings.sample)), settings.sample.output)
     run.finish(published, machine.peak_memory())
     return report.summary(run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from job import data, push, quantize, run_folder
+from job import data, push, quantize, report, run_folder
 from job.locate import is_local
 from job.results import Examples, Refused
 from job.run_folder import RunFolder
@@ -30,6 +30,8 @@ def check(settings: Settings) -> tuple[Examples, RunFolder]:
     if is_local(settings.base.model, quantize.WEIGHTS):
         attempt(quantize.check_local, settings.base.model)
     attempt(push.check, settings.hub)
+    attempt(data.texts_to_tag, settings.sample)
+    attempt(report.check_output, settings.sample.output)
     if examples is None:
         attempt(run_folder.try_to_write, settings.run.dir)
     else:

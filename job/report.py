@@ -9,7 +9,7 @@ from pathlib import Path
 
 from job.card import card
 from job.results import Prediction, Scores, Summary, Tagged, Trained
-from job.run_folder import RunFolder, json_lines, write_whole
+from job.run_folder import RunFolder, json_lines, try_to_write, write_whole
 from job.settings import Settings
 
 
@@ -40,6 +40,12 @@ def show_samples(samples: Sequence[Tagged], output: Path | None) -> None:
         print(f"{sample.prompt} {list(sample.tags)}{unparsed}", flush=True)
     if output is not None:
         write_whole(output, json_lines(map(asdict, samples)))
+
+
+def check_output(output: Path | None) -> None:
+    """Raise Refused when the file that is to get the answers cannot be written."""
+    if output is not None:
+        try_to_write(output.parent, "the answers' folder", "TAGGER_SAMPLE_OUTPUT to a file in one")
 
 
 def summary(run: RunFolder) -> Summary:

@@ -117,6 +117,7 @@ class RunFolder:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file beside and rename it, so that it is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with beside.open("w", encoding="utf-8") as file:
@@ -149,7 +150,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def try_to_write(path: Path) -> None:
+def try_to_write(path: Path, what: str = "the run folder", remedy: str = "TAGGER_RUN_DIR to a folder") -> None:
     """Raise Refused unless a folder can be made at, or in, this path; leaves nothing behind."""
     ancestor = path.absolute()
     try:
@@ -158,10 +159,7 @@ def try_to_write(path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=ancestor):
             pass
     except OSError as error:
-        raise Refused(
-            f"the run folder {path} cannot be written: {error.strerror or error}; "
-            "set TAGGER_RUN_DIR to a folder that can"
-        ) from error
+        raise Refused(f"{what} {path} cannot be written: {error.strerror or error}; set {remedy} that can") from error
 
 
 def _new_manifest(run_id: str, settings: Settings, examples: Examples) -> dict[str, Any]:

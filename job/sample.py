@@ -130,18 +130,3 @@ def _adapter_config(adapter: str, revision: str | None) -> peft.PeftConfig:
             "Check TAGGER_HUB_REPO and HF_TOKEN, or train one first"
         ) from error
     return config
-
-
-def read_texts(settings: Sample) -> list[str]:
-    """The prompts and the lines of the input file."""
-    texts = list(settings.prompts)
-    if settings.input is not None:
-        try:
-            lines = settings.input.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise Refused(
-                f"TAGGER_SAMPLE_INPUT={settings.input} cannot be read ({error}); "
-                "expected a UTF-8 file with one text a line"
-            ) from error
-        texts += [line for line in lines if line.strip()]
-    return texts

@@ -21,6 +21,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from job.data import NO_LOSS
@@ -66,9 +67,20 @@ def train(
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("ProgressCallback", "PrinterCallback"):
             trainer.remove_callback(callback)  # ours shows both
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run.checkpoints)))
+    checkpoint = get_last_checkpoint(str(run.checkpoints))
+    if checkpoint is not None and _steps(checkpoint) >= settings.max_steps:
+        # the Trainer would take one more step
+        log.info("train: all %d steps are in %s", settings.max_steps, checkpoint)
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Trained(trainer.state.global_step, losses[0], losses[-1], time.monotonic() - started)
+
+
+def _steps(checkpoint: str) -> int:
+    return int(TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step)
 
 
 def _arguments(settings: Train, machine: Machine, checkpoints: Path) -> TrainingArguments:

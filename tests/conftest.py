@@ -1,0 +1,127 @@
+"""Tiny models of the real architectures, and an environment without anyone's settings."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# before huggingface_hub is imported: nothing is asked of the real Hub, and no login of this machine is read
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1", HF_TOKEN_PATH="/nowhere/token", TQDM_DISABLE="1")
+os.environ.pop("HF_TOKEN", None)
+
+import hub
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from job import logs
+from job.device import Machine
+from job.settings import Settings
+
+SAYINGS = Path(__file__).parents[1] / "job" / "sayings.jsonl"
+CPU = Machine(torch.device("cpu"), "fp32")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.startswith("TAGGER_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    logs.configure()
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict[str, object]]:
+    return [json.loads(line) for line in SAYINGS.read_text(encoding="utf-8").splitlines()]
+
+
+def _tokenizer(splits: list[pre_tokenizers.PreTokenizer], texts: list[str], **special: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(scope="session")
+def bloom_tokenizer(rows: list[dict[str, object]]) -> PreTrainedTokenizerFast:
+    """Few tokens, but split by BLOOM's own rule: the real one's vocabulary is not on this machine."""
+    rule = pre_tokenizers.Split(Regex(r" ?[^(\s|[.,!?…。，、।۔،])]+"), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    texts = [f"{row['quote']} ->: {row['tags']}" for row in rows]
+    return _tokenizer(
+        [rule, byte_level], texts, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(rows: list[dict[str, object]]) -> PreTrainedTokenizerFast:
+    """Split as SmolLM2's: digits apart, then GPT-2's rule. It has no pad token."""
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    texts = [f"{row['quote']} ->: {row['tags']}" for row in rows]
+    return _tokenizer(splits, texts, bos_token="<|im_start|>", eos_token="<|im_end|>")
+
+
+@pytest.fixture(scope="session")
+def bloom(tmp_path_factory: pytest.TempPathFactory, bloom_tokenizer: PreTrainedTokenizerFast) -> Path:
+    torch.manual_seed(0)
+    config = BloomConfig(
+        vocab_size=len(bloom_tokenizer), hidden_size=64, n_layer=2, n_head=4, eos_token_id=2, pad_token_id=3
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-bloom"
+    BloomForCausalLM(config).save_pretrained(folder)
+    bloom_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory, llama_tokenizer: PreTrainedTokenizerFast) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(llama_tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    llama_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(llama: Path, tmp_path: Path) -> Settings:
+    """A run that takes a second: the tiny Llama on 60 sayings."""
+    return make_settings(llama, tmp_path)
+
+
+def make_settings(model: Path, tmp_path: Path, **groups: dict[str, object]) -> Settings:
+    wanted: dict[str, dict[str, object]] = {
+        "base": {"model": str(model), "quantize": "none"},
+        "data": {"dataset": str(SAYINGS), "limit": 60, "eval_size": 10, "max_length": 128},
+        "train": {"max_steps": 4, "warmup_steps": 1, "logging_steps": 1, "save_steps": 2},
+        "sample": {"prompts": ("a song about rain",), "max_new_tokens": 12},
+        "run": {"dir": tmp_path / "runs", "device": "cpu"},
+    }
+    for group, knobs in groups.items():
+        wanted[group] = {**wanted.get(group, {}), **knobs}
+    return Settings.model_validate(wanted)
+
+
+@pytest.fixture
+def loopback_hub() -> Iterator[hub.Hub]:
+    with hub.serve() as served:
+        yield served

@@ -1,0 +1,91 @@
+"""Only adapters train, in fp32, on the right modules, and exactly as many as the recipe says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from conftest import CPU
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
+
+from job.freeze import freeze
+from job.lora import add_adapters, count_parameters, save_adapter
+from job.quantize import load_model, load_tokenizer
+from job.results import Refused
+from job.settings import Base, Lora
+
+
+def base(folder: Path, quantize: str = "none") -> PreTrainedModel:
+    model = load_model(Base.model_validate({"model": str(folder), "quantize": quantize}), CPU)
+    freeze(model)
+    return model
+
+
+def test_bloomz_560m_has_the_recipe_s_number_of_parameters() -> None:
+    # bigscience/bloomz-560m's config.json; on the meta device the real shape takes no memory
+    config = BloomConfig(vocab_size=250_880, hidden_size=1024, n_layer=24, n_head=16)
+    with torch.device("meta"):
+        model = BloomForCausalLM(config)
+        freeze(model)
+        adapted = add_adapters(model, Lora(), seed=42)
+    expected = "trainable params: 1,572,864 || all params: 560,787,456 || trainable%: 0.2805"
+    assert str(count_parameters(adapted)) == expected
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4", "none"])
+def test_only_adapters_train_and_they_are_fp32(bloom: Path, quantize: str) -> None:
+    model = add_adapters(base(bloom, quantize), Lora(), seed=42)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    assert all(parameter.dtype == torch.float32 for parameter in trainable.values())
+    assert count_parameters(model).total == count_parameters(add_adapters(base(bloom), Lora(), seed=42)).total
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets", "adapted"),
+    [
+        ("bloom", None, {"query_key_value"}),
+        ("llama", None, {"q_proj", "v_proj"}),
+        ("llama", ("q_proj", "up_proj"), {"q_proj", "up_proj"}),
+        ("bloom", ("all-linear",), {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+    ],
+)
+def test_the_adapters_are_on_the_target_modules_and_never_on_the_head(
+    request: pytest.FixtureRequest, architecture: str, targets: tuple[str, ...] | None, adapted: set[str]
+) -> None:
+    model = add_adapters(base(request.getfixturevalue(architecture)), Lora(targets=targets), seed=42)
+    names = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert names == adapted
+
+
+def test_unknown_targets_are_refused_with_those_there_are(llama: Path) -> None:
+    with pytest.raises(Refused, match=r"no module named query_key_value; it has .*q_proj.*v_proj"):
+        add_adapters(base(llama), Lora(targets=("query_key_value",)), seed=42)
+
+
+def test_the_seed_decides_the_adapters(llama: Path) -> None:
+    def first(seed: int) -> torch.Tensor:
+        model = add_adapters(base(llama), Lora(), seed=seed)
+        return next(p for name, p in model.named_parameters() if "lora_A" in name)
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+
+
+def test_what_is_saved_loads_anew_and_names_the_base_as_the_settings_do(llama: Path, tmp_path: Path) -> None:
+    model = add_adapters(base(llama), Lora(), seed=42)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data)
+    settings = Base(model="owner/name", revision="abc")
+    save_adapter(model, load_tokenizer(Base(model=str(llama))), tmp_path / "adapter", settings)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "abc")
+    assert (tmp_path / "adapter" / "tokenizer.json").is_file()
+    again = peft.PeftModel.from_pretrained(base(llama), str(tmp_path / "adapter"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)

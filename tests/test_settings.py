@@ -1,0 +1,156 @@
+"""Settings are validated whole, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from job import settings
+from job.results import Refused
+from job.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_defaults_are_the_recipe() -> None:
+    s = settings.load()
+    assert (s.base.model, s.base.quantize) == ("bigscience/bloomz-560m", "int8")
+    assert (s.lora.r, s.lora.alpha, s.lora.dropout) == (16, 32, 0.05)
+    assert (s.train.batch_size, s.train.accumulation, s.train.warmup_steps, s.train.max_steps) == (4, 4, 100, 200)
+    assert (s.train.learning_rate, s.train.logging_steps, s.train.loss_on) == (2e-4, 25, "tags")
+    assert (s.data.dataset, s.data.text_column, s.data.tags_column) == ("Abirate/english_quotes", "quote", "tags")
+    assert (s.hub.private, s.hub.commit_message, s.sample.max_new_tokens) == (True, "basic training", 50)
+
+
+def test_every_problem_is_reported_at_once_with_name_value_and_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAGGER_LORA_R", "0")
+    monkeypatch.setenv("TAGGER_TRAIN_MAX_STEPS", "many")
+    monkeypatch.setenv("TAGGER_BASE_QUANTIZE", "int4")
+    monkeypatch.setenv("TAGGER_SAMPLE_PROMPTS", "not a list")
+    monkeypatch.setenv("TAGGER_LORA_RANK", "8")
+    monkeypatch.setenv("TAGGER_FOO", "1")
+    with pytest.raises(Refused) as refusal:
+        settings.load()
+    text = "\n".join(sorted(refusal.value.problems))
+    assert len(refusal.value.problems) == 6, text
+    assert "TAGGER_LORA_R=0: expected greater than or equal to 1." in text
+    assert "TAGGER_TRAIN_MAX_STEPS=many: expected a valid integer" in text
+    assert "TAGGER_BASE_QUANTIZE=int4: expected 'int8', 'nf4' or 'none'." in text
+    assert "TAGGER_SAMPLE_PROMPTS=not a list: expected a JSON list" in text
+    assert "TAGGER_LORA_RANK is not a setting; did you mean TAGGER_LORA_" in text
+    assert "TAGGER_FOO is not a setting; did you mean TAGGER_" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("TAGGER_DATA_SEPARATOR", "   ", "only white space"),
+        ("TAGGER_DATA_EVAL_SIZE", "1.5", "a share below 1, or a whole number"),
+        ("TAGGER_DATA_EVAL_SIZE", "0", "greater than 0"),
+        ("TAGGER_DATA_EVAL_SIZE", "nan", "finite"),
+        ("TAGGER_TRAIN_LEARNING_RATE", "inf", "finite"),
+        ("TAGGER_HUB_REPO", "no-owner", "match"),
+        ("TAGGER_RUN_ID", "../elsewhere", "match"),
+        ("TAGGER_SAMPLE_PROMPTS", '["", "x"]', "empty"),
+        ("TAGGER_EVAL_GATE", "published", "not there yet"),
+        ("tagger_lora_r", "8", "did you mean TAGGER_LORA_R?"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(Refused) as refusal:
+        settings.load()
+    assert name in str(refusal.value)
+    assert said in str(refusal.value)
+
+
+def test_settings_that_do_not_fit_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAGGER_RUN_DEVICE", "cpu")
+    monkeypatch.setenv("TAGGER_TRAIN_PRECISION", "fp16")
+    with pytest.raises(Refused, match="TAGGER_TRAIN_PRECISION=fp16 needs a GPU"):
+        settings.load()
+    monkeypatch.delenv("TAGGER_TRAIN_PRECISION")
+    monkeypatch.setenv("TAGGER_DATA_LIMIT", "100")
+    monkeypatch.setenv("TAGGER_DATA_EVAL_SIZE", "100")
+    with pytest.raises(Refused, match="holds out all of TAGGER_DATA_LIMIT=100"):
+        settings.load()
+
+
+def test_the_environment_wins_over_dotenv_and_dotenv_over_the_recipe(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "fast.env"
+    recipe.write_text("TAGGER_LORA_R=1\nTAGGER_LORA_ALPHA=1\nTAGGER_LORA_DROPOUT=0.1\nHF_HOME=/recipe\n")
+    (tmp_path / ".env").write_text("TAGGER_LORA_R=2\nTAGGER_LORA_ALPHA=2\nHF_TOKEN=hf_secret\n")
+    monkeypatch.setenv("TAGGER_LORA_R", "3")
+    s = settings.load(recipe)
+    assert (s.lora.r, s.lora.alpha, s.lora.dropout) == (3, 2, 0.1)
+    assert settings.sources(recipe) == {
+        "TAGGER_LORA_R": "environment",
+        "TAGGER_LORA_ALPHA": ".env",
+        "TAGGER_LORA_DROPOUT": str(recipe),
+    }
+    assert settings.ecosystem(recipe) == {"HF_HOME": "/recipe", "HF_TOKEN": "hf_secret"}
+
+
+def test_an_unknown_name_in_a_file_is_refused_with_the_file(tmp_path: Path) -> None:
+    recipe = tmp_path / "typo.env"
+    recipe.write_text("TAGGER_LORA_RR=1\n")
+    with pytest.raises(
+        Refused, match=r"TAGGER_LORA_RR \(in .*typo.env\) is not a setting; did you mean TAGGER_LORA_R\?"
+    ):
+        settings.load(recipe)
+    with pytest.raises(Refused, match="is not a file"):
+        settings.load(tmp_path / "absent.env")
+
+
+def test_env_example_is_in_step_with_the_settings() -> None:
+    assert (ROOT / ".env.example").read_text(encoding="utf-8") == settings.env_example(), "run `make .env.example`"
+
+
+def test_env_example_as_it_stands_means_the_defaults() -> None:
+    assert settings.load(ROOT / ".env.example") == Settings()
+    for line in settings.env_example().splitlines():
+        assert line.partition("=")[2][:1] not in ("'", '"'), f"docker run --env-file would keep the quote: {line}"
+
+
+def test_a_separator_gets_back_the_spaces_that_env_files_strip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAGGER_DATA_SEPARATOR", "=>")
+    assert settings.load().data.separator == " => "
+    monkeypatch.setenv("TAGGER_DATA_SEPARATOR", "\nTags: ")
+    assert settings.load().data.separator == "\nTags: "
+
+
+def test_what_does_not_change_the_result_does_not_change_the_digest() -> None:
+    base = Settings()
+    same = Settings.model_validate(
+        {"run": {"dir": "/elsewhere"}, "train": {"logging_steps": 1}, "hub": {"push": "never"}}
+    )
+    other = Settings.model_validate({"train": {"max_steps": 199}})
+    assert base.digest() == same.digest()
+    assert base.digest() != other.digest()
+
+
+def test_the_shipped_recipes_are_valid() -> None:
+    recipes = sorted((ROOT / "recipes").glob("*.env"))
+    assert recipes
+    for recipe in recipes:
+        settings.load(recipe)
+
+
+def test_the_settings_command_imports_nothing_heavy_and_masks_the_token() -> None:
+    code = (
+        "import sys; from job.__main__ import main; assert main(['settings']) == 0;"
+        "heavy = {'torch', 'transformers', 'datasets', 'sklearn', 'numpy', 'huggingface_hub'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    environ = {"PATH": "/usr/bin", "HF_TOKEN": "hf_do_not_show", "TAGGER_LORA_R": "8", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "TAGGER_LORA_R=8   # environment" in done.stdout
+    assert "TAGGER_LORA_ALPHA=32.0   # default" in done.stdout
+    assert "HF_TOKEN=***" in done.stdout
+    assert "hf_do_not_show" not in done.stdout + done.stderr
