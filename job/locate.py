@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 from job.results import Refused
 
 PACKAGE = "package:"
+
+
+def hub_snapshot(path: Path) -> tuple[str, str] | None:
+    """The Hub id and commit hash that a folder of the Hugging Face cache was downloaded from."""
+    match = re.search(r"(?:^|/)models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?$", str(path.absolute()))
+    return (f"{match[1]}/{match[2]}", match[3]) if match else None
 
 
 def is_local(name: str, suffixes: tuple[str, ...]) -> bool:

@@ -131,6 +131,26 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Account:
+    """Who a token is on the Hub, and what it may do."""
+
+    user: str
+    organizations: tuple[str, ...]
+    role: str
+    """`read`, `write` or `fineGrained`."""
+    writable: frozenset[str]
+    """Namespaces and repos that a fine-grained token may write to."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a name on the Hub stands for now."""
+
+    commit: str
+    licence: str | None
+
+
+@dataclass(frozen=True)
 class Published:
     """Where an adapter was published."""
 

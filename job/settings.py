@@ -182,6 +182,12 @@ class Hub(Group):
     private: bool = Field(True, description="Whether the repo is created private.")
     commit_message: Identifier = Field("basic training", description="First line of the commit's message.")
     revision: Identifier | None = Field(None, description="Branch to publish to and to sample from.")
+    retry_minutes: float = Field(
+        10, ge=0, le=1440, description="How long a push keeps trying when the Hub fails in a way that may pass."
+    )
+    merge: bool = Field(
+        False, description="Also publish the adapter merged into the unquantized base, in merged/, for other servers."
+    )
 
 
 class Sample(Group):
@@ -258,6 +264,22 @@ class Settings(BaseSettings):
     def result_values(self) -> dict[str, Any]:
         """The values that change what a run trains or measures: those that identify it."""
         return {name: value for name, value in self.values().items() if _changes_result(name)}
+
+    def pinned(self, *, base: str | None, data: str | None) -> Settings:
+        """The same settings with these commit hashes as revisions of base model and data set."""
+        groups = {
+            "base": self.base.model_copy(update={"revision": base or self.base.revision}),
+            "data": self.data.model_copy(update={"revision": data or self.data.revision}),
+        }
+        return self.model_copy(update=groups)
+
+    def with_result_values(self, values: Mapping[str, Any]) -> Settings:
+        """These settings, but with another run's values for all that identifies a run."""
+        groups = self.model_dump()
+        for name, group, knob in _knobs():
+            if _changes_result(name) and name in values:
+                groups[group][knob] = values[name]
+        return Settings.model_validate(groups)
 
     def digest(self, *more: str) -> str:
         """Eight hexadecimal digits that identify `result_values` and whatever else is given."""

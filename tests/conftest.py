@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
 from pathlib import Path
 
-# before huggingface_hub is imported: nothing is asked of the real Hub, and no login of this machine is read
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1", HF_TOKEN_PATH="/nowhere/token", TQDM_DISABLE="1")
-os.environ.pop("HF_TOKEN", None)
-
 import hub
+
+# before huggingface_hub is imported, for it reads these then: the Hub is ours, the cache empty, no login is read
+SERVER = hub.Server()
+HF_HOME = tempfile.mkdtemp(prefix="tagger-tests-")
+atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
+os.environ.update(HF_ENDPOINT=SERVER.url, HF_HOME=HF_HOME, HF_TOKEN_PATH="/nowhere/token")
+os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", TQDM_DISABLE="1")
+for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+    os.environ.pop(name, None)
+
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,6 +31,7 @@ from job.settings import Settings
 
 SAYINGS = Path(__file__).parents[1] / "job" / "sayings.jsonl"
 CPU = Machine(torch.device("cpu"), "fp32")
+torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings, above all on a busy machine
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +39,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in list(os.environ):
         if name.startswith("TAGGER_"):
             monkeypatch.delenv(name)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.chdir(tmp_path)
+    SERVER.fresh()
     logs.configure()
 
 
@@ -122,6 +133,5 @@ def make_settings(model: Path, tmp_path: Path, **groups: dict[str, object]) -> S
 
 
 @pytest.fixture
-def loopback_hub() -> Iterator[hub.Hub]:
-    with hub.serve() as served:
-        yield served
+def loopback_hub() -> hub.Hub:
+    return SERVER.fresh()

@@ -1,4 +1,8 @@
-"""A stand-in for the Hugging Face Hub on loopback: real HTTP, in memory, the calls that huggingface_hub makes here."""
+"""A stand-in for the Hugging Face Hub on loopback: real HTTP, in memory, the calls that huggingface_hub makes here.
+
+It can be told to fail: with a status, by dropping the connection in the middle of a request, or by
+doing what is asked and never answering.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +11,54 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
+USER, ORGANIZATION = "ada", "lovelace-lab"
 WRITE_TOKEN = "hf_test_write"
 READ_TOKEN = "hf_test_read"
-USER = "ada"
+SCOPED_TOKEN = "hf_test_scoped_to_the_organization"
+ACCESS: dict[str, dict[str, Any]] = {
+    WRITE_TOKEN: {"role": "write"},
+    READ_TOKEN: {"role": "read"},
+    SCOPED_TOKEN: {
+        "role": "fineGrained",
+        "fineGrained": {
+            "global": [],
+            "scoped": [{"entity": {"type": "org", "name": ORGANIZATION}, "permissions": ["repo.write"]}],
+        },
+    },
+}
 
 
 @dataclass
 class Commit:
     oid: str
     title: str
+    message: str
     files: dict[str, bytes]
 
 
 @dataclass
 class Repo:
     name: str
-    private: bool
+    private: bool = False
+    gated: bool = False
+    licence: str | None = None
     branches: dict[str, list[Commit]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.commit("main", "initial commit", {})
 
-    def commit(self, branch: str, title: str, files: dict[str, bytes]) -> Commit:
+    def commit(self, branch: str, title: str, files: dict[str, bytes], message: str = "") -> Commit:
         history = self.branches.setdefault(branch, [])
         before = history[-1].files if history else {}
-        oid = hashlib.sha1(f"{self.name} {branch} {len(history)} {title}".encode()).hexdigest()
-        history.append(Commit(oid, title, {**before, **files}))
+        oid = hashlib.sha1(uuid.uuid4().bytes).hexdigest()  # no two Hubs of a test session share one in the cache
+        history.append(Commit(oid, title, message, {**before, **files}))
         return history[-1]
 
     def at(self, revision: str) -> Commit | None:
@@ -47,17 +66,43 @@ class Repo:
             return self.branches[revision][-1]
         return next((c for history in self.branches.values() for c in history if c.oid == revision), None)
 
+    @property
+    def titles(self) -> list[str]:
+        return [commit.title for commit in self.branches["main"]]
+
+
+@dataclass
+class Fault:
+    """What happens to the next so many requests whose `METHOD path` matches."""
+
+    pattern: str
+    kind: Literal["status", "drop", "lose_answer", "before"]
+    times: int = 1
+    status: int = 503
+    headers: dict[str, str] = field(default_factory=dict)
+    action: Callable[[], object] | None = None
+
 
 class Hub:
     """What the server holds, what was asked of it, and what it is told to fail at."""
 
     def __init__(self) -> None:
-        self.repos: dict[str, Repo] = {}
+        self.models: dict[str, Repo] = {}
+        self.datasets: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.fail_at: str | None = None
-        """A pattern of `METHOD path`: such a request is answered with 500."""
+        self.faults: list[Fault] = []
         self.url = ""
+
+    def repos(self, kind: str) -> dict[str, Repo]:
+        return self.datasets if kind == "datasets" else self.models
+
+    def next_fault(self, call: str) -> Fault | None:
+        for fault in self.faults:
+            if fault.times > 0 and re.search(fault.pattern, call):
+                fault.times -= 1
+                return fault
+        return None
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -68,25 +113,38 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self._handle()
-
-    do_HEAD = do_POST = do_PUT = do_GET
-
-    def _handle(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         call = f"{self.command} {path}"
         self.hub.requests.append(call)
-        if self.hub.fail_at is not None and re.search(self.hub.fail_at, call):
-            self._answer(500, {"error": "told to fail"})
+        fault = self.hub.next_fault(call)
+        length = int(self.headers.get("Content-Length") or 0)
+        if fault is not None and fault.kind == "drop":
+            self.rfile.read(length // 2)
+            self._hang_up()
             return
+        body = self.rfile.read(length)
+        self._mute = fault is not None and fault.kind == "lose_answer"
+        if fault is not None and fault.kind == "status":
+            self._answer(fault.status, {"error": "told to fail"}, fault.headers)
+            return
+        if fault is not None and fault.action is not None:
+            fault.action()
         for pattern, method in _ROUTES:
             if match := re.fullmatch(pattern, call):
                 method(self, body, *match.groups())
                 return
         self._answer(404, {"error": f"no route for {call}"}, {"X-Error-Code": "EntryNotFound"})
 
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(2)
+
     def _answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+        if self._mute:
+            self._hang_up()
+            return
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
@@ -98,76 +156,109 @@ class _Handler(BaseHTTPRequestHandler):
     def _token(self) -> str:
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
 
-    def _may(self, *tokens: str) -> bool:
-        if self._token() in tokens:
+    def _may_write(self, name: str) -> bool:
+        token = self._token()
+        if token == WRITE_TOKEN or (token == SCOPED_TOKEN and name.startswith(f"{ORGANIZATION}/")):
             return True
-        if self._token() in (READ_TOKEN, WRITE_TOKEN):
-            self._answer(403, {"error": "Forbidden: this token may only read"})
+        if token in ACCESS:
+            self._answer(403, {"error": "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request"})
         else:
             self._answer(401, {"error": "Invalid user token."})
         return False
 
-    def _repo(self, name: str) -> Repo | None:
-        repo = self.hub.repos.get(name)
-        if repo is None or (repo.private and self._token() not in (READ_TOKEN, WRITE_TOKEN)):
+    def _repo(self, kind: str, name: str, revision: str = "main") -> tuple[Repo, Commit] | None:
+        repo = self.hub.repos(kind).get(name)
+        if repo is None or (repo.private and self._token() not in ACCESS):
             self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-            return None
-        return repo
+        elif (commit := repo.at(revision)) is None:
+            self._answer(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+        else:
+            return repo, commit
+        return None
 
     def whoami(self, body: bytes) -> None:
-        if self._may(READ_TOKEN, WRITE_TOKEN):
-            self._answer(200, {"type": "user", "name": USER, "orgs": []})
+        if (access := ACCESS.get(self._token())) is None:
+            self._answer(401, {"error": "Invalid user token."})
+            return
+        organizations = [{"name": ORGANIZATION, "roleInOrg": "write"}]
+        self._answer(200, {"type": "user", "name": USER, "orgs": organizations, "auth": {"accessToken": access}})
+
+    def auth_check(self, body: bytes, kind: str, name: str, write: str | None) -> None:
+        if (found := self._repo(kind, name)) is None:
+            return
+        if found[0].gated:
+            self._answer(403, {"error": "Access to this repo is restricted"}, {"X-Error-Code": "GatedRepo"})
+        elif not write or self._may_write(name):
+            self._answer(200, {})
 
     def create(self, body: bytes) -> None:
-        if not self._may(WRITE_TOKEN):
-            return
         wanted = json.loads(body)
         name = f"{wanted.get('organization') or USER}/{wanted['name']}"
-        if name in self.hub.repos:
+        if not self._may_write(name):
+            return
+        if name in self.hub.models:
             self._answer(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
             return
-        self.hub.repos[name] = Repo(name, private=wanted.get("visibility") == "private")
+        self.hub.models[name] = Repo(name, private=wanted.get("visibility") == "private")
         self._answer(200, {"url": f"{self.hub.url}/{name}"})
 
-    def info(self, body: bytes, name: str, revision: str | None = None) -> None:
-        if (repo := self._repo(name)) is None:
-            return
-        if (commit := repo.at(revision or "main")) is None:
-            self._answer(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
-            return
-        siblings = [{"rfilename": path} for path in sorted(commit.files)]
-        self._answer(200, {"id": name, "private": repo.private, "sha": commit.oid, "siblings": siblings, "tags": []})
+    def info(self, body: bytes, kind: str, name: str, revision: str | None = None) -> None:
+        if (found := self._repo(kind, name, revision or "main")) is not None:
+            repo, commit = found
+            siblings = [{"rfilename": path} for path in sorted(commit.files)]
+            card = {"license": repo.licence} if repo.licence else {}
+            about = {"id": name, "private": repo.private, "sha": commit.oid, "siblings": siblings, "tags": []}
+            self._answer(200, {**about, "cardData": card})
+
+    def tree(self, body: bytes, kind: str, name: str, revision: str, folder: str | None = None) -> None:
+        if (found := self._repo(kind, name, revision)) is not None:
+            self._answer(200, [_entry(path, found[1]) for path in sorted(found[1].files)] if not folder else [])
+
+    def paths_info(self, body: bytes, kind: str, name: str, revision: str) -> None:
+        if (found := self._repo(kind, name, revision)) is not None:
+            wanted = json.loads(body)["paths"]
+            self._answer(200, [_entry(path, found[1]) for path in wanted if path in found[1].files])
+
+    def commits(self, body: bytes, kind: str, name: str, revision: str) -> None:
+        if (found := self._repo(kind, name, revision)) is not None:
+            history = found[0].branches.get(revision, [])
+            self._answer(
+                200,
+                [
+                    {
+                        "id": c.oid,
+                        "title": c.title,
+                        "message": c.message,
+                        "authors": [],
+                        "date": "2026-01-01T00:00:00.000Z",
+                    }
+                    for c in reversed(history)
+                ],
+            )
 
     def branch(self, body: bytes, name: str, branch: str) -> None:
-        if (repo := self._repo(name)) is not None and self._may(WRITE_TOKEN):
-            repo.branches.setdefault(branch, list(repo.branches["main"]))
+        if self._may_write(name) and (found := self._repo("models", name)) is not None:
+            found[0].branches.setdefault(branch, list(found[0].branches["main"]))
             self._answer(200, {})
 
     def validate_yaml(self, body: bytes) -> None:
         card = json.loads(body)["content"]
         base = re.search(r"^base_model: *(.*)$", card, re.MULTILINE)
-        errors = (
-            [{"message": '"base_model" must be a Hub id'}]
-            if base and not re.fullmatch(r"[\w.-]+/[\w.-]+", base[1])
-            else []
-        )
+        wrong = base is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base[1])
+        errors = [{"message": '"base_model" must be a Hub id'}] if wrong else []
         self._answer(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def preupload(self, body: bytes, name: str, revision: str) -> None:
-        if not self._may(WRITE_TOKEN):
+        if not self._may_write(name):
             return
-        files = [
-            {
-                "path": f["path"],
-                "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
-                "shouldIgnore": False,
-            }
-            for f in json.loads(body)["files"]
-        ]
-        self._answer(200, {"files": files})
+        paths = [file["path"] for file in json.loads(body)["files"]]
+        modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in paths}
+        self._answer(
+            200, {"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]}
+        )
 
     def lfs_batch(self, body: bytes, name: str) -> None:
-        if not self._may(WRITE_TOKEN):
+        if not self._may_write(name):
             return
         objects = [
             {**wanted, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}", "header": {}}}}
@@ -181,26 +272,30 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {})
 
     def commit(self, body: bytes, name: str, branch: str) -> None:
-        if not self._may(WRITE_TOKEN) or (repo := self._repo(name)) is None:
+        if not self._may_write(name) or (found := self._repo("models", name, branch)) is None:
             return
-        title, files = "", {}
+        header, files = {}, {}
         for line in body.decode().splitlines():
             entry = json.loads(line)
             if entry["key"] == "header":
-                title = entry["value"]["summary"]
+                header = entry["value"]
             elif entry["key"] == "file":
                 files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
             elif entry["key"] == "lfsFile":
                 files[entry["value"]["path"]] = self.hub.objects[entry["value"]["oid"]]
-        commit = repo.commit(branch, title, files)
+        if header.get("parentCommit") not in (None, found[1].oid):
+            self._answer(412, {"error": "A commit has happened since. Please refresh and try again."})
+            return
+        commit = found[0].commit(branch, header["summary"], files, header.get("description", ""))
         url = f"{self.hub.url}/{name}/commit/{commit.oid}"
         self._answer(200, {"success": True, "commitOid": commit.oid, "commitUrl": url})
 
-    def resolve(self, body: bytes, name: str, revision: str, path: str) -> None:
-        if (repo := self._repo(name)) is None:
+    def resolve(self, body: bytes, kind: str | None, name: str, revision: str, path: str) -> None:
+        if (found := self._repo((kind or "models/").rstrip("/"), name, revision)) is None:
             return
-        if (commit := repo.at(revision)) is None:
-            self._answer(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+        repo, commit = found
+        if repo.gated:
+            self._answer(403, {"error": "Access to this repo is restricted"}, {"X-Error-Code": "GatedRepo"})
         elif path not in commit.files:
             self._answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
         else:
@@ -209,33 +304,44 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, content, {"X-Repo-Commit": commit.oid, "ETag": f'"{etag}"'})
 
 
-_REPO = r"([\w.-]+/[\w.-]+)"
+def _entry(path: str, commit: Commit) -> dict[str, Any]:
+    content = commit.files[path]
+    return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+
+_NAME = r"([\w.-]+/[\w.-]+)"
+_REPO = rf"(models|datasets)/{_NAME}"
 _ROUTES = [
     ("GET /api/whoami-v2", _Handler.whoami),
     ("POST /api/repos/create", _Handler.create),
     ("POST /api/validate-yaml", _Handler.validate_yaml),
-    (f"GET /api/models/{_REPO}/revision/(.+)", _Handler.info),
-    (f"GET /api/models/{_REPO}", _Handler.info),
-    (f"POST /api/models/{_REPO}/branch/(.+)", _Handler.branch),
-    (f"POST /api/models/{_REPO}/preupload/(.+)", _Handler.preupload),
-    (f"POST /api/models/{_REPO}/commit/(.+)", _Handler.commit),
-    (rf"POST /{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
+    (f"GET /api/{_REPO}/auth-check(/write)?", _Handler.auth_check),
+    (f"GET /api/{_REPO}/revision/(.+)", _Handler.info),
+    (f"GET /api/{_REPO}/commits/(.+)", _Handler.commits),
+    (f"GET /api/{_REPO}/tree/([^/]+)/?(.+)?", _Handler.tree),
+    (f"POST /api/{_REPO}/paths-info/(.+)", _Handler.paths_info),
+    (f"GET /api/{_REPO}", _Handler.info),
+    (f"POST /api/models/{_NAME}/branch/(.+)", _Handler.branch),
+    (f"POST /api/models/{_NAME}/preupload/(.+)", _Handler.preupload),
+    (f"POST /api/models/{_NAME}/commit/(.+)", _Handler.commit),
+    (rf"POST /{_NAME}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT /lfs/([0-9a-f]{64})", _Handler.lfs_put),
-    (f"(?:GET|HEAD) /{_REPO}/resolve/([^/]+)/(.+)", _Handler.resolve),
+    (f"(?:GET|HEAD) /(datasets/)?{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
 ]
 
 
-@contextmanager
-def serve() -> Iterator[Hub]:
-    """A running Hub on a free port of this machine."""
-    hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+class Server:
+    """A Hub on a free port of this machine; `fresh` gives it an empty one."""
+
+    def __init__(self) -> None:
+        self._handler = type("Handler", (_Handler,), {"hub": Hub()})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def fresh(self) -> Hub:
+        hub = Hub()
+        hub.url = self.url
+        self._handler.hub = hub  # type: ignore[attr-defined]
+        return hub
