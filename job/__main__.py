@@ -73,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("texts", nargs="*", metavar="TEXT", help="texts to tag instead of TAGGER_SAMPLE_PROMPTS")
     sample.set_defaults(command=_sample)
 
+    check = commands.add_parser("check", parents=[common], help="only what can be known before anything is spent")
+    check.set_defaults(command=_check)
+
+    push = commands.add_parser(
+        "push", parents=[common], help="finish the push of a run on disk: TAGGER_RUN_ID, or the newest"
+    )
+    push.set_defaults(command=_push)
+
     show = commands.add_parser("settings", parents=[common], help="the effective settings and where each came from")
     show.add_argument("--env-example", action="store_true", help="print .env.example instead")
     show.set_defaults(command=_settings)
@@ -85,6 +93,37 @@ def _run(options: argparse.Namespace, chosen: settings.Settings) -> None:
     print(pipeline.run(chosen))
 
 
+def _check(options: argparse.Namespace, chosen: settings.Settings) -> None:
+    from job import preflight
+
+    checked = preflight.check(chosen)
+    examples, run = checked.examples, checked.run
+    print(f"base model: {checked.settings.base.model} at {checked.settings.base.revision or 'this machine'}")
+    print(
+        f"data: {len(examples.train)} examples to train on, {len(examples.held_out)} held out, "
+        f"{examples.skipped} rows skipped"
+    )
+    print(f"run: {run.path}{', complete already' if run.complete else ''}")
+    print(f"push: {checked.repo or 'nothing will be pushed'}")
+    for line in preflight.check_machine(checked):
+        print(line)
+
+
+def _push(options: argparse.Namespace, chosen: settings.Settings) -> None:
+    from job import push, run_folder
+
+    run = run_folder.find(chosen.run)
+    chosen = chosen.with_result_values(run.manifest["settings"])
+    repo = push.prepare(chosen)
+    if repo is None:
+        raise Refused("there is no token to push with, or TAGGER_HUB_PUSH or HF_HUB_OFFLINE forbids it; set HF_TOKEN")
+
+    from job import pipeline
+    from job.device import Machine
+
+    print(pipeline.finish(run, chosen, repo, Machine.resolve(chosen.run.device, chosen.train.precision)))
+
+
 def _sample(options: argparse.Namespace, chosen: settings.Settings) -> None:
     from job import data, report, run_folder
 
@@ -92,7 +131,10 @@ def _sample(options: argparse.Namespace, chosen: settings.Settings) -> None:
         raise Refused("a TEXT to tag is empty; expected some words")
     texts = options.texts or data.texts_to_tag(chosen.sample)
     report.check_output(chosen.sample.output)
-    adapter = chosen.hub.repo or run_folder.find_adapter(chosen.run)
+    adapter: str | Path | None = chosen.hub.repo
+    if adapter is None:
+        run = run_folder.find(chosen.run)
+        adapter, chosen = run.adapter, chosen.with_result_values(run.manifest["settings"])
 
     from job.device import Machine
     from job.sample import load_tagger

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
+
+import yaml
 
 from job import data, quantize
 from job.locate import is_local
@@ -10,36 +13,45 @@ from job.results import Scores
 from job.settings import Settings, show
 
 
-def card(settings: Settings, scores: Mapping[str, Scores]) -> str:
-    """README.md of the adapter: metadata that the Hub validates, then use, scores and settings.
+def card(settings: Settings, scores: Mapping[str, Scores], versions: Mapping[str, str], licence: str | None) -> str:
+    """README.md of the adapter: metadata that the Hub validates, then use, scores, loss, settings, versions.
 
     A base model or data set is named in the metadata only when it is on the Hub: the Hub refuses
     cards that name a local path.
     """
-    metadata = ["library_name: peft", "pipeline_tag: text-generation", "tags: [lora, tagger]"]
-    if not is_local(settings.base.model, quantize.WEIGHTS):
-        metadata.append(f"base_model: {settings.base.model}")
-    if not is_local(settings.data.dataset, data.FORMATS):
-        metadata.append(f"datasets: [{settings.data.dataset}]")
+    base, revision = quantize.identity(settings.base)
+    on_hub = not is_local(base, quantize.WEIGHTS)
+    data_on_hub = not is_local(settings.data.dataset, data.FORMATS)
+    metadata: dict[str, Any] = {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "tagger", "text-classification"],
+        **({"license": licence} if licence else {}),
+        **({"base_model": base} if on_hub else {}),
+        **({"datasets": [settings.data.dataset]} if data_on_hub else {}),
+        "model-index": [_model_index(base, settings, scores["adapter"])],
+    }
     prompt = data.prompt("some text", settings.data.separator)
+    at = f" at revision `{revision}`" if on_hub and revision else ""
     lines = [
         "---",
-        *metadata,
+        yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
-        f"# A tagger on {settings.base.model}",
+        f"# A tagger on {base}",
         "",
-        f"A LoRA adapter that answers a text with a list of tags. It is asked `{prompt}` and continues with",
-        f"`{data.target(['tag', 'another tag'], settings.data.separator)}` and the end of sequence.",
+        f"A LoRA adapter for `{base}`{at} that answers a text with a list of tags. It is asked `{prompt}` and goes",
+        f"on with `{data.target(['a tag', 'another'], settings.data.separator)}` and the end of sequence.",
+        f"Whoever uses it is bound by the licence of the base model{f' ({licence})' if licence else ''}.",
         "",
         "```python",
         "from peft import AutoPeftModelForCausalLM",
         "from transformers import AutoTokenizer",
         "",
-        'adapter = "..."  # this repo\'s name, or its folder',
+        'adapter = "owner/name"  # the name of this repo',
         "tokenizer = AutoTokenizer.from_pretrained(adapter)",
         "model = AutoPeftModelForCausalLM.from_pretrained(adapter)",
-        f'inputs = tokenizer("{prompt}", return_tensors="pt")',
+        f'inputs = tokenizer({prompt!r}, return_tensors="pt")',
         f"answer = model.generate(**inputs, max_new_tokens={settings.sample.max_new_tokens}, do_sample=False)",
         'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         "```",
@@ -55,10 +67,33 @@ def card(settings: Settings, scores: Mapping[str, Scores]) -> str:
             for name, s in scores.items()
         ),
         "",
+        "![training loss](loss.svg)",
+        "",
         "## Settings",
         "",
         "| variable | value |",
         "|---|---|",
         *(f"| `{name}` | `{show(value)}` |" for name, value in settings.result_values().items()),
+        "",
+        "Made with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _model_index(base: str, settings: Settings, scores: Scores) -> dict[str, Any]:
+    """The scores in the form that the Hub shows on a model's page."""
+    name = f"{base.rpartition('/')[2]}-tagger"
+    metrics = {"f1": scores.f1, "precision": scores.precision, "recall": scores.recall}
+    result = {
+        "task": {"type": "text-classification", "name": "Tagging"},
+        "dataset": {
+            "type": settings.data.dataset.rpartition(":")[2],
+            "name": settings.data.dataset,
+            "split": "held out",
+        },
+        "metrics": [
+            {"type": kind, "value": round(value, 4), "name": f"micro-averaged {kind}"}
+            for kind, value in metrics.items()
+        ],
+    }
+    return {"name": name, "results": [result]}

@@ -9,6 +9,7 @@ import peft
 import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+from job.quantize import identity
 from job.results import ParameterCount, Refused
 from job.settings import Base, Lora
 
@@ -64,12 +65,11 @@ def count_parameters(model: peft.PeftModel) -> ParameterCount:
 
 
 def save_adapter(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base: Base) -> None:
-    """Write adapter and tokenizer into `folder`, naming the base model as the settings do.
+    """Write adapter and tokenizer into `folder`, naming the base model so that others find it.
 
     The embedding is never trained, so it is never saved; asking peft to find out would ask the Hub.
     """
     config = model.peft_config["default"]
-    config.base_model_name_or_path = base.model
-    config.revision = base.revision
+    config.base_model_name_or_path, config.revision = identity(base)
     model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(str(folder))

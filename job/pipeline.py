@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from job import preflight, report
 from job.results import Summary
+from job.run_folder import RunFolder
 from job.settings import Settings
+
+if TYPE_CHECKING:
+    from job.device import Machine
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +21,8 @@ def run(settings: Settings) -> Summary:
 
     A run that is complete is not done again. Raises JobError for each end that has its own exit code.
     """
-    examples, run = preflight.check(settings)
+    checked = preflight.check(settings)
+    settings, examples, run = checked.settings, checked.examples, checked.run
     log.info("run: %s", run.path)
     if run.complete:
         log.info("run: it is complete already, so nothing is done again")
@@ -28,11 +34,12 @@ def run(settings: Settings) -> Summary:
     from job.evaluate import evaluate, gate, most_common_tags
     from job.freeze import freeze
     from job.lora import add_adapters, count_parameters, save_adapter
-    from job.push import push
+    from job.merge import merge
     from job.quantize import load_model, load_tokenizer
-    from job.sample import Tagger, load_tagger
+    from job.sample import Tagger
     from job.train import train
 
+    preflight.check_machine(checked)
     machine = Machine.resolve(settings.run.device, settings.train.precision)
     held_out = examples.held_out[: settings.eval.limit]
     with run.timed("load"):
@@ -58,16 +65,27 @@ def run(settings: Settings) -> Summary:
 
     scores = {"most_common_tags": most_common_tags(examples.train, held_out), "base": before, "adapter": after}
     report.save_metrics(run, scores, trained, predictions)
+    report.save_samples(run, tagger.tag(texts_to_tag(settings.sample)))
     with run.folder("adapter") as folder:
         save_adapter(model, tokenizer, folder, settings.base)
-        report.save_card(folder, settings, scores)
+        report.save_card(folder, settings, scores, run, licence=checked.licence)
     gate(settings.eval, after)
-    with run.timed("push"):
-        published = push(run.adapter, settings)
+    del model, base, tagger  # room for the models that are loaded anew
+    if settings.hub.merge:
+        merge(run, settings, machine)
+    run.update(peak_memory=machine.peak_memory())
+    return finish(run, settings, checked.repo, machine)
 
-    del model, base, tagger  # room for the base model that is loaded anew
+
+def finish(run: RunFolder, settings: Settings, repo: str | None, machine: Machine) -> Summary:
+    """Push a run whose adapter is saved, and tag the samples anew with what was pushed."""
+    from job.push import push
+    from job.sample import load_tagger
+
+    with run.timed("push"):
+        published = None if repo is None else push(run, repo, settings.hub)
     with run.timed("sample"):
         tagger = load_tagger(settings, published or run.adapter, machine)
-        report.save_samples(run, tagger.tag(texts_to_tag(settings.sample)), settings.sample.output)
-    run.finish(published, machine.peak_memory())
+        report.check_round_trip(run, tagger, settings.sample.output)
+    run.finish(published)
     return report.summary(run)

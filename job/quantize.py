@@ -9,7 +9,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.locate import is_local, local_path
+from job import hub
+from job.locate import hub_snapshot, is_local, local_path
 from job.results import Refused
 from job.settings import Base
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WEIGHTS = (".gguf",)
+DOWNLOAD_SECONDS = 600.0
+"""How long a download keeps trying; what has arrived is kept between tries."""
 
 
 def check_local(model: str) -> Path:
@@ -51,11 +54,8 @@ def load_tokenizer(settings: Base) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    source, revision = _source(settings)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=False
-        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source(settings), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unreadable("tokenizer", settings, error) from error
     if tokenizer.eos_token_id is None:
@@ -69,11 +69,9 @@ def load_model(settings: Base, machine: Machine) -> PreTrainedModel:
     """The base model on the machine's device: linear layers quantized as set; the rest, the head too, in its dtype."""
     from transformers import AutoModelForCausalLM
 
-    source, revision = _source(settings)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
+            source(settings),
             dtype=machine.dtype,
             quantization_config=_quantization(settings.quantize, machine.dtype),
             device_map={"": machine.device},
@@ -110,12 +108,40 @@ def _keep_gradients_of_nf4(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _source(settings: Base) -> tuple[str, str | None]:
-    """What from_pretrained takes: a Hub id with its revision, or a folder."""
-    if not is_local(settings.model, WEIGHTS):
-        return settings.model, settings.revision
-    path = check_local(settings.model)
-    return str(_converted(path) if path.is_file() else path), None
+def identity(settings: Base) -> tuple[str, str | None]:
+    """The name and revision by which others find the base model: those on the Hub, wherever it was read from."""
+    if settings.model.startswith((".", "/", "~")) and (origin := hub_snapshot(local_path(settings.model))):
+        return origin
+    return settings.model, settings.revision
+
+
+def source(settings: Base) -> Path:
+    """The folder that the base model is loaded from, downloaded or converted if it must be.
+
+    Only safetensors are downloaded, never pickles or code. Loading from a folder also keeps every
+    later step from asking the Hub for what is here already.
+    """
+    if is_local(settings.model, WEIGHTS):
+        path = check_local(settings.model)
+        return _converted(path) if path.is_file() else path
+
+    import httpx2
+    from huggingface_hub import snapshot_download
+
+    def download() -> str:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return snapshot_download(
+            settings.model,
+            revision=settings.revision,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*"],
+            token=hub.token() or False,
+        )
+
+    try:
+        return check_local(hub.retrying(download, DOWNLOAD_SECONDS, "download"))
+    except (httpx2.HTTPError, OSError, ValueError) as error:
+        raise _unreadable("files", settings, error) from error
 
 
 def _converted(gguf: Path) -> Path:

@@ -6,11 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from job.card import card
-from job.results import Prediction, Scores, Summary, Tagged, Trained
+from job.plots import loss_curve
+from job.results import Prediction, PushFailed, Scores, Summary, Tagged, Trained
 from job.run_folder import RunFolder, json_lines, try_to_write, write_whole
 from job.settings import Settings
+
+if TYPE_CHECKING:
+    from job.sample import Tagger
 
 
 def save_metrics(
@@ -22,15 +27,34 @@ def save_metrics(
     run.write("metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
-def save_card(adapter: Path, settings: Settings, scores: Mapping[str, Scores]) -> None:
-    """Write the model card in the place of the one that peft made."""
-    (adapter / "README.md").write_text(card(settings, scores), encoding="utf-8")
+def save_card(
+    adapter: Path, settings: Settings, scores: Mapping[str, Scores], run: RunFolder, *, licence: str | None
+) -> None:
+    """Write the model card in the place of the one that peft made, and the picture that it shows."""
+    history = [json.loads(line) for line in (run.path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    run.write("loss.svg", loss_curve([entry["step"] for entry in history], [entry["loss"] for entry in history]))
+    (adapter / "README.md").write_text(card(settings, scores, run.manifest["versions"], licence), encoding="utf-8")
 
 
-def save_samples(run: RunFolder, samples: Sequence[Tagged], output: Path | None) -> None:
-    """Print the answers, and write samples.jsonl and whichever other file is asked for."""
+def save_samples(run: RunFolder, samples: Sequence[Tagged]) -> None:
+    """Write samples.jsonl: the answers of the model in memory."""
     run.write_lines("samples.jsonl", map(asdict, samples))
+
+
+def check_round_trip(run: RunFolder, tagger: Tagger, output: Path | None) -> None:
+    """Tag the samples' texts anew, show the answers, and compare them with those of the model in memory.
+
+    Raises PushFailed when one differs: then what others load is not what was trained.
+    """
+    before = [json.loads(line) for line in (run.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    samples = tagger.tag([sample["text"] for sample in before])
     show_samples(samples, output)
+    for old, new in zip(before, samples, strict=True):
+        if old["raw"] != new.raw:
+            raise PushFailed(
+                f"loaded anew, the adapter answers {new.raw!r} to {new.text!r}, and answered {old['raw']!r} after "
+                f"training: what was saved is not what was trained; look at {run.path} before using it"
+            )
 
 
 def show_samples(samples: Sequence[Tagged], output: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -78,11 +79,11 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.update(status="running", device=device)
 
-    def finish(self, published: Published | None, peak_memory: dict[str, float]) -> None:
+    def finish(self, published: Published | None) -> None:
         """Record that the run is complete, and where its adapter is."""
         finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         pushed = None if published is None else asdict(published)
-        self.update(status="complete", finished=finished, published=pushed, peak_memory=peak_memory)
+        self.update(status="complete", finished=finished, published=pushed)
 
     def update(self, **entries: Any) -> None:
         """Add entries to the manifest and write it."""
@@ -127,6 +128,12 @@ def write_whole(path: Path, text: str) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_lines(entries: Iterable[object]) -> str:
@@ -181,10 +188,10 @@ def _new_manifest(run_id: str, settings: Settings, examples: Examples) -> dict[s
     }
 
 
-def find_adapter(settings: Run) -> Path:
-    """The adapter of the run that is named, or else of the one that was finished last.
+def find(settings: Run) -> RunFolder:
+    """The run that is named, or else the one whose adapter is the newest.
 
-    Raises Refused when there is none.
+    Raises Refused when there is none that has an adapter.
     """
     runs = [settings.dir / settings.id] if settings.id else settings.dir.glob("*")
     adapters = [run / "adapter" for run in runs if (run / "adapter" / "adapter_config.json").is_file()]
@@ -193,4 +200,5 @@ def find_adapter(settings: Run) -> Path:
         raise Refused(
             f"there is no trained adapter {where}; run the job first, or set TAGGER_HUB_REPO or TAGGER_RUN_ID"
         )
-    return max(adapters, key=lambda adapter: adapter.stat().st_mtime)
+    path = max(adapters, key=lambda adapter: adapter.stat().st_mtime).parent
+    return RunFolder(path, read_manifest(path))

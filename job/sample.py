@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import peft
 import torch
 
-from job import data, quantize
+from job import data, hub, quantize
 from job.device import Machine
 from job.freeze import freeze
 from job.results import Published, Refused, Tagged
@@ -104,25 +104,27 @@ def load_tagger(settings: Settings, adapter: Published | Path | str, machine: Ma
     """
     revision: str | None
     if isinstance(adapter, Published):
-        source, revision = adapter.repo, adapter.revision
+        place, revision = adapter.repo, adapter.revision
     else:
-        source, revision = str(adapter), None if isinstance(adapter, Path) else settings.hub.revision
-    config = _adapter_config(source, revision)
-    if config.base_model_name_or_path != settings.base.model:
+        place, revision = str(adapter), None if isinstance(adapter, Path) else settings.hub.revision
+    config = _adapter_config(place, revision)
+    if config.base_model_name_or_path not in (settings.base.model, quantize.identity(settings.base)[0]):
         raise Refused(
-            f"the adapter in {source} was trained on {config.base_model_name_or_path}, not on {settings.base.model}; "
+            f"the adapter in {place} was trained on {config.base_model_name_or_path}, not on {settings.base.model}; "
             f"set TAGGER_BASE_MODEL={config.base_model_name_or_path}"
         )
     base = settings.base.model_copy(update={"revision": config.revision or settings.base.revision})
     model = quantize.load_model(base, machine)
     freeze(model)
-    adapted = peft.PeftModel.from_pretrained(model, source, revision=revision)
+    adapted = peft.PeftModel.from_pretrained(model, place, revision=revision, token=hub.token() or False)
     return Tagger(adapted, quantize.load_tokenizer(base), settings, machine)
 
 
 def _adapter_config(adapter: str, revision: str | None) -> peft.PeftConfig:
     try:
-        config: peft.PeftConfig = peft.PeftConfig.from_pretrained(adapter, revision=revision)
+        config: peft.PeftConfig = peft.PeftConfig.from_pretrained(
+            adapter, revision=revision, token=hub.token() or False
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise Refused(

@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from conftest import SAYINGS
-from hub import WRITE_TOKEN, Hub
+from hub import READ_TOKEN, WRITE_TOKEN, Fault, Hub, Repo
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from transformers import AutoModelForCausalLM
 
 from job.__main__ import main
 
 ROOT = Path(__file__).parents[1]
+REPO = "ada/tiny-tagger"
 
 
 @pytest.fixture
@@ -93,48 +99,161 @@ def test_a_gate_that_is_not_reached_ends_with_3_and_keeps_everything(
     assert (tmp_path / "runs" / "tiny" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_what_was_pushed_is_what_is_sampled(tiny: pytest.MonkeyPatch, tmp_path: Path, loopback_hub: Hub) -> None:
-    tiny.setenv("HF_HUB_OFFLINE", "0")
-    tiny.setenv("HF_ENDPOINT", loopback_hub.url)
+@pytest.fixture
+def published(tiny: pytest.MonkeyPatch, loopback_hub: Hub, llama: Path) -> Hub:
+    """The tiny run again, with base model, data set and token on the Hub."""
+    base = loopback_hub.models["tiny/llama"] = Repo("tiny/llama", licence="apache-2.0")
+    base.commit("main", "weights", {file.name: file.read_bytes() for file in llama.iterdir()})
+    base.commit("main", "a pickle too", {"pytorch_model.bin": b"never read", "own.py": b"never run"})
+    sayings = loopback_hub.datasets["tiny/sayings"] = Repo("tiny/sayings")
+    sayings.commit("main", "data", {"train.jsonl": SAYINGS.read_bytes()})
     tiny.setenv("HF_TOKEN", WRITE_TOKEN)
-    tiny.setenv("HF_HOME", str(tmp_path / "hf"))
-    tiny.setenv("TAGGER_HUB_REPO", "ada/tiny-tagger")
-    tiny.setenv("PYTHONPATH", str(ROOT))
-    tiny.chdir(tmp_path)
-    done = subprocess.run([sys.executable, "-m", "job"], capture_output=True, text=True, check=False, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    commit = loopback_hub.repos["ada/tiny-tagger"].branches["main"][-1]
-    assert done.stdout.splitlines()[-1] == f"the adapter is at {loopback_hub.url}/ada/tiny-tagger/commit/{commit.oid}"
-    assert f"GET /ada/tiny-tagger/resolve/{commit.oid}/adapter_model.safetensors" in loopback_hub.requests
-    adapter = tmp_path / "runs" / "tiny" / "adapter"
-    assert commit.files == {file.name: file.read_bytes() for file in adapter.iterdir()}
-    for file in (tmp_path / "runs").rglob("*"):
+    tiny.setenv("TAGGER_BASE_MODEL", "tiny/llama")
+    tiny.setenv("TAGGER_DATA_DATASET", "tiny/sayings")
+    tiny.setenv("TAGGER_HUB_REPO", REPO)
+    tiny.setenv("TAGGER_HUB_RETRY_MINUTES", "0.02")
+    return loopback_hub
+
+
+def test_a_run_on_the_hub_pins_trains_offline_publishes_and_samples_what_was_published(
+    published: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out.splitlines()
+    repo = published.models[REPO]
+    head = repo.branches["main"][-1]
+    assert out[-1] == f"the adapter is at {published.url}/{REPO}/commit/{head.oid}"
+    assert repo.private
+    assert repo.titles == ["initial commit", "basic training"]
+
+    run = tmp_path / "runs" / "tiny"
+    assert set(head.files) == {
+        *(file.name for file in (run / "adapter").iterdir()),
+        *("metrics.json", "manifest.json", "loss.svg"),
+    }
+    manifest = json.loads((run / "manifest.json").read_text())
+    base, sayings = published.models["tiny/llama"], published.datasets["tiny/sayings"]
+    assert manifest["settings"]["TAGGER_BASE_REVISION"] == base.branches["main"][-1].oid
+    assert manifest["settings"]["TAGGER_DATA_REVISION"] == sayings.branches["main"][-1].oid
+    config = json.loads(head.files["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "tiny/llama"
+    assert config["revision"] == base.branches["main"][-1].oid
+    card = yaml.safe_load(head.files["README.md"].decode().split("---")[1])
+    assert (card["base_model"], card["datasets"], card["license"]) == ("tiny/llama", ["tiny/sayings"], "apache-2.0")
+    scores = json.loads(head.files["metrics.json"])["scores"]["adapter"]
+    assert card["model-index"][0]["results"][0]["metrics"][0]["value"] == round(scores["f1"], 4)
+
+    asked = published.requests
+    assert not [request for request in asked if "pytorch_model.bin" in request or "own.py" in request]
+    downloaded = max(i for i, request in enumerate(asked) if "/tiny/llama/resolve/" in request)
+    first_of_push = next(i for i, request in enumerate(asked) if f"GET /api/models/{REPO}/commits/main" in request)
+    assert asked[downloaded + 1 : first_of_push] == [], "between check and push nothing is asked of the Hub"
+    assert f"GET /{REPO}/resolve/{head.oid}/adapter_model.safetensors" in asked[first_of_push:]
+    for file in run.rglob("*"):
         assert not file.is_file() or WRITE_TOKEN.encode() not in file.read_bytes(), file
 
 
-def test_a_push_that_fails_ends_with_4_and_the_same_command_finishes_it(
-    tiny: pytest.MonkeyPatch, tmp_path: Path, loopback_hub: Hub
+def test_a_push_that_fails_ends_with_4_and_one_command_finishes_it(
+    published: Hub, tiny: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny.setenv("HF_HUB_OFFLINE", "0")
-    tiny.setenv("HF_ENDPOINT", loopback_hub.url)
-    tiny.setenv("HF_TOKEN", WRITE_TOKEN)
-    tiny.setenv("HF_HOME", str(tmp_path / "hf"))
-    tiny.setenv("TAGGER_HUB_REPO", "ada/tiny-tagger")
-    tiny.setenv("PYTHONPATH", str(ROOT))
-    command = [sys.executable, "-m", "job"]
-    loopback_hub.fail_at = "commit/main"
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-    assert done.returncode == 4, done.stderr
-    assert "publishing failed" in done.stderr
-    assert "Traceback" not in done.stderr
-    adapter = tmp_path / "runs" / "tiny" / "adapter"
-    trained = (adapter / "adapter_model.safetensors").read_bytes()
-    loopback_hub.fail_at = None
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    assert "train: all 3 steps are in runs/tiny/checkpoints/checkpoint-3" in done.stderr
-    assert (adapter / "adapter_model.safetensors").read_bytes() == trained
-    assert len(loopback_hub.repos["ada/tiny-tagger"].branches["main"]) == 2
+    published.faults = [Fault("/commit/main", "status", times=99, status=500)]
+    assert main([]) == 4
+    err = capsys.readouterr().err
+    assert "publishing failed" in err
+    assert "TAGGER_RUN_ID=tiny tagger-job push" in err
+    trained = (tmp_path / "runs" / "tiny" / "adapter" / "adapter_model.safetensors").read_bytes()
+    published.faults = []
+    for name in ("TAGGER_BASE_MODEL", "TAGGER_DATA_DATASET", "TAGGER_TRAIN_MAX_STEPS"):
+        tiny.delenv(name)  # a run on disk knows its own
+    assert main(["push"]) == 0
+    assert published.models[REPO].titles == ["initial commit", "basic training"]
+    assert published.models[REPO].branches["main"][-1].files["adapter_model.safetensors"] == trained
+    assert json.loads((tmp_path / "runs" / "tiny" / "manifest.json").read_text())["status"] == "complete"
+    assert main(["push"]) == 0
+    assert published.models[REPO].titles == ["initial commit", "basic training"]
+
+
+def test_the_same_command_after_a_failed_push_trains_no_step_more(
+    published: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    published.faults = [Fault("/commit/main", "status", times=99, status=500)]
+    assert main([]) == 4
+    weights = tmp_path / "runs" / "tiny" / "adapter" / "adapter_model.safetensors"
+    trained = weights.read_bytes()
+    published.faults = []
+    assert main([]) == 0
+    assert "train: all 3 steps are in runs/tiny/checkpoints/checkpoint-3" in caplog.text
+    assert weights.read_bytes() == trained
+    assert published.models[REPO].titles == ["initial commit", "basic training"]
+
+
+def test_the_merged_model_is_published_beside_the_adapter_and_loads_by_itself(
+    published: Hub, tiny: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny.setenv("TAGGER_HUB_MERGE", "true")
+    assert main([]) == 0
+    head = published.models[REPO].branches["main"][-1]
+    assert {"merged/model.safetensors", "merged/config.json", "merged/tokenizer.json"} <= set(head.files)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "tiny" / "merged")
+    assert not hasattr(merged, "peft_config")
+
+
+def test_tags_that_changed_on_the_way_through_the_hub_end_with_4(
+    published: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def swap() -> None:  # the Hub hands out other weights than those it was given
+        head = published.models[REPO].branches["main"][-1]
+        weights = load_safetensors(head.files["adapter_model.safetensors"])
+        noise = {name: torch.randn_like(weight) * 10 for name, weight in weights.items()}
+        head.files["adapter_model.safetensors"] = save_safetensors(noise)
+
+    published.faults = [Fault(f"HEAD /{REPO}/resolve/.*safetensors", "before", action=swap)]
+    assert main([]) == 4
+    assert "what was saved is not what was trained" in capsys.readouterr().err
+    assert json.loads((tmp_path / "runs" / "tiny" / "manifest.json").read_text())["status"] == "running"
+
+
+def test_check_says_what_it_looked_at_and_trains_nothing(
+    published: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check"]) == 0
+    out = capsys.readouterr().out
+    base = published.models["tiny/llama"].branches["main"][-1].oid
+    assert f"base model: tiny/llama at {base}" in out
+    assert "data: 52 examples to train on, 8 held out, 0 rows skipped" in out
+    assert f"push: {REPO}" in out
+    assert "longest batch: 4 examples of at most" in out
+    assert "memory: about" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_check_lists_every_problem_at_once(
+    published: Hub, tiny: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.setenv("TAGGER_BASE_MODEL", "tiny/absent")
+    tiny.setenv("TAGGER_DATA_REVISION", "v9")
+    tiny.setenv("HF_TOKEN", READ_TOKEN)
+    tiny.setenv("TAGGER_SAMPLE_INPUT", "absent.txt")
+    for command in ("check", "run"):
+        assert main([command]) == 2
+        err = capsys.readouterr().err
+        assert "the base model tiny/absent is not on the Hub" in err
+        assert "the data set tiny/sayings has no revision v9" in err
+        assert "HF_TOKEN may only read" in err
+        assert "absent.txt cannot be read" in err
+        assert READ_TOKEN not in err
+
+
+def test_sample_tags_with_a_published_adapter_by_name_and_revision(
+    published: Hub, tiny: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([]) == 0
+    capsys.readouterr()
+    first = published.models[REPO].branches["main"][-1].oid
+    published.models[REPO].commit("main", "broken since", {"adapter_config.json": b"{}"})
+    tiny.setenv("TAGGER_HUB_REVISION", first)
+    assert main(["sample", "another text"]) == 0
+    assert capsys.readouterr().out.startswith("another text ->: ")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +322,7 @@ def test_every_command_is_in_the_help_and_in_the_readme(capsys: pytest.CaptureFi
         main(["--help"])
     shown = capsys.readouterr().out
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for command in ("run", "sample", "settings"):
+    for command in ("run", "check", "push", "sample", "settings"):
         assert f"    {command} " in shown
         assert f"`tagger-job {command}" in readme
     for module in sorted((ROOT / "job").glob("*.py")):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from job.results import Example, Examples, Refused
-from job.run_folder import RunFolder, find_adapter, write_whole
+from job.run_folder import RunFolder, find, write_whole
 from job.settings import Settings
 
 EXAMPLES = Examples((Example("a", ("x",)),), (Example("b", ("y",)),), skipped=1, fingerprint="f1")
@@ -98,6 +98,6 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> 
 
 def test_the_adapter_of_the_newest_run_is_found(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="there is no trained adapter under"):
-        find_adapter(settings(tmp_path).run.model_copy(update={"id": None}))
+        find(settings(tmp_path).run.model_copy(update={"id": None}))
     with pytest.raises(Refused, match="there is no trained adapter in"):
-        find_adapter(settings(tmp_path).run)
+        find(settings(tmp_path).run)

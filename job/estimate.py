@@ -1,0 +1,106 @@
+"""How much memory and disk a run will need, from the shapes alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from job import quantize
+from job.device import Machine
+from job.lora import add_adapters, count_parameters
+from job.results import Encoded
+from job.settings import Settings
+
+GIB = 2**30
+RESERVE = 0.5 * GIB
+"""What a CUDA context and the allocator's fragments take, roughly."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that training takes at its largest micro-batch, and those that a run leaves on disk."""
+
+    weights: float
+    adapters: float
+    activations: float
+    logits: float
+    disk: float
+
+    @property
+    def memory(self) -> float:
+        """Bytes on the device."""
+        return self.weights + self.adapters + self.activations + self.logits
+
+    def __str__(self) -> str:
+        parts = {name: getattr(self, name) / GIB for name in ("weights", "adapters", "activations", "logits")}
+        return f"about {self.memory / GIB:.1f} GiB: " + ", ".join(f"{name} {size:.2f}" for name, size in parts.items())
+
+
+def estimate(settings: Settings, machine: Machine, longest: Sequence[Encoded]) -> Need:
+    """What a run with these settings needs, `longest` being its largest micro-batch.
+
+    Activations follow Korthikanti et al. (2022, "Reducing Activation Recomputation"): per layer and
+    token 34 h + 5 a s bytes at two bytes a number, h the hidden size, a the heads, s the width; with
+    recomputation only the layers' inputs. An adapter parameter takes 16 bytes (itself, its gradient,
+    two moments of Adam), a logit 12 (itself, its softmax, its gradient, in fp32).
+    """
+    config = AutoConfig.from_pretrained(quantize.source(settings.base), trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        head = model.get_output_embeddings()
+        linear = sum(
+            module.weight.numel()
+            for module in model.modules()
+            if isinstance(module, torch.nn.Linear) and module is not head
+        )
+        rest = sum(parameter.numel() for parameter in model.parameters()) - linear
+        trainable = count_parameters(add_adapters(model, settings.lora, seed=0)).trainable
+    itemsize = machine.dtype.itemsize
+    quantized = {"int8": 1.0, "nf4": 0.5625, "none": float(itemsize)}[settings.base.quantize]  # nf4: and its scales
+    width = max(len(example.input_ids) for example in longest)
+    tokens = len(longest) * width
+    labels = sum(sum(label >= 0 for label in example.labels) for example in longest)
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    layer = tokens * (34 * hidden + 5 * heads * width) * itemsize / 2
+    layers = config.num_hidden_layers
+    recomputed = layers * tokens * hidden * itemsize + layer
+    return Need(
+        weights=linear * quantized + rest * itemsize,
+        adapters=16.0 * trainable,
+        activations=recomputed if settings.train.checkpointing == "on" else layers * layer,
+        logits=12.0 * labels * config.vocab_size,
+        disk=4.0 * trainable * (1 + 2 * 3) + 64 * 2**20,  # an adapter, two checkpoints with Adam's moments; the rest
+    )
+
+
+def memory_problems(need: Need, machine: Machine) -> list[str]:
+    """What is wrong if the run does not fit into the GPU's free memory. Not asked of a CPU, which can swap."""
+    if machine.device.type != "cuda":
+        return []
+    free, total = torch.cuda.mem_get_info(machine.device)
+    if need.memory + RESERVE <= free:
+        return []
+    return [
+        f"the run needs {need} and the GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free; lower "
+        "TAGGER_TRAIN_BATCH_SIZE (and raise _ACCUMULATION) or TAGGER_DATA_MAX_LENGTH, set "
+        "TAGGER_TRAIN_CHECKPOINTING=on, or take a larger GPU"
+    ]
+
+
+def disk_problems(need: Need, folder: Path) -> list[str]:
+    """What is wrong if the run's files do not fit on the disk."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if need.disk <= free:
+        return []
+    return [
+        f"the run leaves about {need.disk / GIB:.2f} GiB in {folder} and the disk has {free / GIB:.2f} GiB free; "
+        "make room, or set TAGGER_RUN_DIR to another disk"
+    ]

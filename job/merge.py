@@ -1,0 +1,42 @@
+"""The adapter merged into the unquantized base model, for servers that take no adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING
+
+import peft
+
+from job import quantize
+from job.data import texts_to_tag
+from job.device import Machine
+from job.results import JobError
+from job.sample import Tagger
+
+if TYPE_CHECKING:
+    from job.run_folder import RunFolder
+    from job.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def merge(run: RunFolder, settings: Settings, machine: Machine) -> None:
+    """Write the merged model and its tokenizer to the run's `merged/`.
+
+    Merged in fp32 into weights that were never quantized, so that nothing is lost but what rounding
+    costs. Raises JobError when it tags the sample texts otherwise than base and adapter do.
+    """
+    exact = dataclasses.replace(machine, precision="fp32")
+    base = quantize.load_model(settings.base.model_copy(update={"quantize": "none"}), exact)
+    tokenizer = quantize.load_tokenizer(settings.base)
+    texts = texts_to_tag(settings.sample)
+    adapted = peft.PeftModel.from_pretrained(base, str(run.adapter))
+    expected = Tagger(adapted, tokenizer, settings, exact).tag(texts)
+    merged = adapted.merge_and_unload()
+    if Tagger(merged, tokenizer, settings, exact).tag(texts) != expected:
+        raise JobError("the merged model gives other tags than base and adapter: it is not saved, nothing is pushed")
+    with run.folder("merged") as folder:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    log.info("merge: %s", run.path / "merged")
