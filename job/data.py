@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from job import hub
 from job.locate import is_local, local_path
 from job.results import Encoded, Example, Examples, Refused
 from job.settings import Data, Sample, Settings
@@ -127,7 +128,9 @@ def _hub_rows(settings: Data) -> list[dict[str, Any]]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        loaded = datasets.load_dataset(settings.dataset, split=settings.split, revision=settings.revision)
+        loaded = datasets.load_dataset(
+            settings.dataset, split=settings.split, revision=settings.revision, token=hub.token() or False
+        )
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         at = f" at revision {settings.revision}" if settings.revision else ""
         raise Refused(

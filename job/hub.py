@@ -29,16 +29,13 @@ PASSING = (408, 412, 425, 429, 500, 502, 503, 504)
 
 
 def token() -> str | None:
-    """The token of HF_TOKEN, of a mounted secret, or of a login on this machine."""
-    from huggingface_hub import constants, get_token
+    """The token of HF_TOKEN or of a login on this machine, else the one of a mounted secret."""
+    from huggingface_hub import get_token
 
-    if (
-        not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
-        and SECRET_FILE.is_file()
-        and (read := SECRET_FILE.read_text().strip())
-    ):
-        return read
-    return get_token()
+    found = get_token()
+    if found is None and SECRET_FILE.is_file():
+        found = SECRET_FILE.read_text(encoding="utf-8").strip() or None
+    return found
 
 
 def api() -> HfApi:

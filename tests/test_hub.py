@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 from hub import READ_TOKEN, SCOPED_TOKEN, WRITE_TOKEN, Fault, Hub, Repo
@@ -119,6 +120,14 @@ def test_retry_after_is_obeyed_and_what_would_fail_again_is_not_tried_again(loop
     with pytest.raises(Refused):
         hub.resolve("model", "big/absent", None)
     assert len(loopback_hub.requests) == asked + 1
+
+
+def test_a_mounted_secret_is_a_token_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hf_token").write_text(f"{WRITE_TOKEN}\n")
+    monkeypatch.setattr(hub, "SECRET_FILE", tmp_path / "hf_token")
+    assert hub.account().user == "ada"
+    monkeypatch.setenv("HF_TOKEN", SCOPED_TOKEN)
+    assert hub.account().role == "fineGrained"
 
 
 def test_errors_never_show_the_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -74,6 +75,16 @@ def test_the_seed_decides_the_adapters(llama: Path) -> None:
 
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))
+
+
+def test_a_folder_of_the_hub_s_cache_is_named_as_the_hub_names_it(llama: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub" / "models--tiny--llama" / "snapshots" / commit
+    shutil.copytree(llama, snapshot)
+    settings = Base(model=str(snapshot))
+    save_adapter(add_adapters(base(snapshot), Lora(), seed=1), load_tokenizer(settings), tmp_path / "a", settings)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("tiny/llama", commit)
 
 
 def test_what_is_saved_loads_anew_and_names_the_base_as_the_settings_do(llama: Path, tmp_path: Path) -> None:
