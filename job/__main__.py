@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from job import __version__, logs, settings
 from job.results import JobError, Refused
@@ -27,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments, argparse.Namespace(recipe=None))
     logs.configure()
+    signal.signal(signal.SIGTERM, _interrupt)  # as process 1 of a container it would do nothing otherwise
     try:
         for name, value in settings.ecosystem(options.recipe).items():
             os.environ.setdefault(name, value)
@@ -41,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,20 +128,28 @@ def _push(options: argparse.Namespace, chosen: settings.Settings) -> None:
     from job import pipeline
     from job.device import Machine
 
+    run.lock()
     print(pipeline.finish(run, chosen, repo, Machine.resolve(chosen.run.device, chosen.train.precision)))
 
 
 def _sample(options: argparse.Namespace, chosen: settings.Settings) -> None:
-    from job import data, report, run_folder
+    from job import data, hub, report, run_folder
 
-    if any(not text.strip() for text in options.texts):
-        raise Refused("a TEXT to tag is empty; expected some words")
+    if any(not text.strip() or not settings.is_unicode(text) for text in options.texts):
+        raise Refused("a TEXT to tag is empty or not readable text; expected some words")
     texts = options.texts or data.texts_to_tag(chosen.sample)
-    report.check_output(chosen.sample.output)
+    report.check_output(chosen.sample.output, chosen.sample.input)
     adapter: str | Path | None = chosen.hub.repo
     if adapter is None:
         run = run_folder.find(chosen.run)
-        adapter, chosen = run.adapter, chosen.with_result_values(run.manifest["settings"])
+        adapter, manifest = run.adapter, run.manifest
+    else:
+        manifest = hub.manifest(chosen.hub)
+    # an adapter is used as it was trained: base model, quantization, separator
+    trained = manifest.get("settings", {})
+    chosen = chosen.with_result_values(
+        {name: value for name, value in trained.items() if name.startswith(("TAGGER_BASE_", "TAGGER_DATA_"))}
+    )
 
     from job.device import Machine
     from job.sample import load_tagger
@@ -150,9 +165,11 @@ def _settings(options: argparse.Namespace, chosen: settings.Settings) -> None:
     sources = settings.sources(options.recipe)
     for name, value in chosen.values().items():
         print(f"{name}={settings.show(value)}   # {sources.get(name, 'default')}")
+    in_files = settings.ecosystem(options.recipe)
     for name in ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "CUDA_VISIBLE_DEVICES"):
-        if name in os.environ:
-            print(f"{name}={'***' if name == 'HF_TOKEN' else os.environ[name]}   # environment")
+        if (value := os.environ.get(name)) is not None:
+            source = "a file" if in_files.get(name) == value else "environment"
+            print(f"{name}={'***' if name == 'HF_TOKEN' else value}   # {source}")
 
 
 if __name__ == "__main__":

@@ -44,17 +44,11 @@ def card(settings: Settings, scores: Mapping[str, Scores], versions: Mapping[str
         f"on with `{data.target(['a tag', 'another'], settings.data.separator)}` and the end of sequence.",
         f"Whoever uses it is bound by the licence of the base model{f' ({licence})' if licence else ''}.",
         "",
-        "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        "from transformers import AutoTokenizer",
-        "",
-        'adapter = "owner/name"  # the name of this repo',
-        "tokenizer = AutoTokenizer.from_pretrained(adapter)",
-        "model = AutoPeftModelForCausalLM.from_pretrained(adapter)",
-        f'inputs = tokenizer({prompt!r}, return_tensors="pt")',
-        f"answer = model.generate(**inputs, max_new_tokens={settings.sample.max_new_tokens}, do_sample=False)",
-        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-        "```",
+        *(
+            _snippet(prompt, settings)
+            if on_hub
+            else ["Use it with `tagger-job sample`: its base model is not on the Hub."]
+        ),
         "",
         "## Scores on held-out examples",
         "",
@@ -97,3 +91,20 @@ def _model_index(base: str, settings: Settings, scores: Scores) -> dict[str, Any
         ],
     }
     return {"name": name, "results": [result]}
+
+
+def _snippet(prompt: str, settings: Settings) -> list[str]:
+    """Lines that tag a text with nothing but peft and transformers."""
+    return [
+        "```python",
+        "from peft import AutoPeftModelForCausalLM",
+        "from transformers import AutoTokenizer",
+        "",
+        'adapter = "owner/name"  # the name of this repo',
+        "tokenizer = AutoTokenizer.from_pretrained(adapter)",
+        "model = AutoPeftModelForCausalLM.from_pretrained(adapter)",
+        f'inputs = tokenizer({prompt!r}, return_tensors="pt")',
+        f"answer = model.generate(**inputs, max_new_tokens={settings.sample.max_new_tokens}, do_sample=False)",
+        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        "```",
+    ]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from job import hub
 from job.locate import is_local, local_path
 from job.results import Encoded, Example, Examples, Refused
-from job.settings import Data, Sample, Settings
+from job.settings import Data, Sample, Settings, is_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ def load(settings: Data) -> Examples:
         raise Refused(f"{settings.dataset} has no rows; expected at least two examples")
     if skipped > len(examples):
         raise Refused(
-            f"{settings.dataset}: {skipped} of {skipped + len(examples)} rows have no text in "
+            f"{settings.dataset}: {skipped} of {skipped + len(examples)} rows have no usable text in "
             f"{settings.text_column!r} or no tags in {settings.tags_column!r}; expected most rows to have both. "
             "Set TAGGER_DATA_TEXT_COLUMN and TAGGER_DATA_TAGS_COLUMN, or repair the data"
         )
@@ -89,7 +89,7 @@ def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise Refused(
                     f"{path} line {number} is not JSON ({error}); expected one object a line. Repair or remove the line"
                 ) from error
@@ -103,12 +103,24 @@ def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # a long text is no mistake
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
+        reader = csv.reader(lines, strict=True)
         try:
-            return [{column: value for column, value in row.items() if column is not None} for row in reader]
+            columns = next(reader, [])
+            if len(set(columns)) < len(columns):
+                raise Refused(f"{path} names a column twice: {', '.join(columns)}; give each its own name")
+            rows = []
+            for row in reader:
+                if row and len(row) != len(columns):
+                    raise Refused(
+                        f"{path} line {reader.line_num} has {len(row)} fields and the first line {len(columns)}; "
+                        "put quotes around a field that holds a comma"
+                    )
+                rows += [dict(zip(columns, row, strict=True))] if row else []
         except csv.Error as error:
             raise Refused(f"{path} line {reader.line_num} is not CSV ({error}); repair the line") from error
+    return rows
 
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:
@@ -116,11 +128,10 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     from pyarrow import parquet
 
     try:
-        table = parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, ValueError) as error:
         raise Refused(f"{path} is not Parquet ({error}); write it again") from error
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows or [dict.fromkeys(table.column_names)]
+    return rows
 
 
 def _hub_rows(settings: Data) -> list[dict[str, Any]]:
@@ -144,7 +155,7 @@ def _hub_rows(settings: Data) -> list[dict[str, Any]]:
 def _example(row: dict[str, Any], settings: Data) -> Example | None:
     text = row.get(settings.text_column)
     tags = parse_tags_value(row.get(settings.tags_column))
-    if not isinstance(text, str) or not text.strip() or not tags:
+    if not isinstance(text, str) or not text.strip() or not tags or not all(map(is_unicode, (text, *tags))):
         return None
     return Example(text.strip(), tags)
 
@@ -158,7 +169,7 @@ def parse_tags_value(value: object) -> tuple[str, ...]:
         value = parse_list(value) or value.strip().removeprefix("[").removesuffix("]").split(",")
     if not isinstance(value, (list, tuple)):
         return ()
-    texts = (str(tag).strip() for tag in value if tag is not None)
+    texts = (str(tag).strip() for tag in value if isinstance(tag, (str, int, float)))
     return tuple(dict.fromkeys(tag for tag in texts if tag))
 
 
@@ -240,9 +251,10 @@ def near_duplicate_groups(texts: Sequence[str]) -> list[int]:
         # of small data a quarter, so that a template which all texts are made from does not make them alike
         common = max(3, min(len(texts) // 4, max(50, len(texts) // 20)))
         grams = CountVectorizer(analyzer="char", ngram_range=(5, 5), lowercase=False, binary=True, dtype=np.float32)
-        present = grams.fit_transform(normalised).tocsr()
-        present = present[:, np.asarray(present.sum(axis=0)).ravel() <= common]
+        everything = grams.fit_transform(normalised).tocsr()
+        present = everything[:, np.asarray(everything.sum(axis=0)).ravel() <= common]
         sizes = np.asarray(present.sum(axis=1)).ravel()
+        pairs += _long_duplicates(everything, sizes)
         for start in range(0, len(texts), 500):  # a block at a time: all pairs at once need too much memory
             shared = (present[start : start + 500] @ present.T).tocoo()
             rows, columns = shared.row + start, shared.col
@@ -253,6 +265,25 @@ def near_duplicate_groups(texts: Sequence[str]) -> list[int]:
     graph = coo_array((np.ones(len(pairs)), (left, right)), shape=(len(texts), len(texts)))
     groups: list[int] = connected_components(graph, directed=False)[1].tolist()
     return groups
+
+
+def _long_duplicates(everything: Any, kept: Any) -> list[tuple[int, int]]:
+    """Pairs of long texts that are alike to 9 parts in 10, made mostly of 5-grams that are all over the data.
+
+    Those are the many copies of one text; the first of them stands for all in the pairs.
+    """
+    import numpy as np
+
+    sizes = np.asarray(everything.sum(axis=1)).ravel()
+    common = np.flatnonzero((sizes >= 60) & (kept < 0.5 * sizes))
+    pairs = []
+    left = common
+    while left.size:
+        shared = np.asarray((everything[left] @ everything[left[:1]].T).todense()).ravel()
+        near = shared >= 0.9 * np.minimum(sizes[left], sizes[left[0]])
+        pairs += [(int(left[0]), int(other)) for other in left[near]]
+        left = left[~near]
+    return pairs
 
 
 def prompt(text: str, separator: str) -> str:
@@ -324,11 +355,11 @@ def texts_to_tag(settings: Sample) -> list[str]:
     texts = list(settings.prompts)
     if settings.input is not None:
         try:
-            lines = settings.input.read_text(encoding="utf-8").splitlines()
+            lines = settings.input.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise Refused(
                 f"TAGGER_SAMPLE_INPUT={settings.input} cannot be read ({error}); "
                 "expected a UTF-8 file with one text a line"
             ) from error
-        texts += [line for line in lines if line.strip()]
+        texts += [line.strip() for line in lines if line.strip()]
     return texts

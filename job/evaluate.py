@@ -31,7 +31,7 @@ def most_common_tags(train: Sequence[Example], examples: Sequence[Example]) -> S
 
 def normalise_tag(tag: str) -> str:
     """The form in which tags are compared: lower case, white space and hyphens alike as one hyphen."""
-    return "-".join(tag.casefold().replace("-", " ").replace("_", " ").split())
+    return "-".join(tag.casefold().replace("-", " ").replace("_", " ").split()) or tag.strip()
 
 
 def score(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], *, parse_rate: float) -> Scores:
@@ -41,7 +41,8 @@ def score(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], *, 
 
     gold_sets = [{normalise_tag(tag) for tag in tags} for tags in gold]
     predicted_sets = [{normalise_tag(tag) for tag in tags} for tags in predicted]
-    binarizer = MultiLabelBinarizer(sparse_output=True).fit([*gold_sets, *predicted_sets])
+    # two classes that never occur: with fewer than two scikit-learn would not see several labels a text
+    binarizer = MultiLabelBinarizer(sparse_output=True).fit([*gold_sets, *predicted_sets, {"", " "}])
     truth, answer = binarizer.transform(gold_sets), binarizer.transform(predicted_sets)
     precision, recall, f1, _ = precision_recall_fscore_support(truth, answer, average="micro", zero_division=0.0)
     jaccard = jaccard_score(truth, answer, average="samples", zero_division=0.0)

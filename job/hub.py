@@ -5,14 +5,16 @@ Every answer that a user can act on becomes a sentence; what may pass by itself 
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from job.results import Account, Refused, Resolved
+from job.settings import Hub
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -92,7 +94,7 @@ def _wait(error: BaseException) -> float | None:
             return None
         after = error.response.headers.get("Retry-After", "")
         return float(after) if after.isdigit() else 0.0
-    if isinstance(error, httpx2.TransportError):
+    if isinstance(error, httpx2.TransportError) and not isinstance(error, httpx2.UnsupportedProtocol):
         return 0.0
     # a failed upload of a large file comes wrapped
     return _wait(error.__cause__) if error.__cause__ is not None else None
@@ -111,6 +113,8 @@ def account() -> Account:
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
+    if not (token() or "").isascii():
+        raise Refused("HF_TOKEN is not valid: it holds characters that no token has; copy it again")
     try:
         said = retrying(api().whoami, CHECK_SECONDS, "hub")
     except HfHubHTTPError as error:
@@ -234,6 +238,28 @@ def resolve(kind: Kind, name: str, revision: str | None) -> Resolved:
         ) from None
     except (httpx2.HTTPError, OSError) as error:
         raise _unreachable(error) from None
+
+
+def manifest(settings: Hub) -> dict[str, Any]:
+    """The manifest that was published with the repo's adapter; empty where there is none."""
+    import httpx2
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def download() -> str:
+        assert settings.repo is not None
+        return hf_hub_download(settings.repo, "manifest.json", revision=settings.revision, token=token() or False)
+
+    try:
+        found: dict[str, Any] = json.loads(Path(retrying(download, CHECK_SECONDS, "hub")).read_text(encoding="utf-8"))
+    except EntryNotFoundError:
+        return {}
+    except (httpx2.HTTPError, OSError, ValueError) as error:
+        raise Refused(
+            f"the adapter's repo {settings.repo} cannot be read ({reason(error)}); check TAGGER_HUB_REPO, "
+            "TAGGER_HUB_REVISION and HF_TOKEN"
+        ) from None
+    return found
 
 
 def _unreachable(error: BaseException) -> Refused:

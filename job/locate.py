@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def local_path(name: str) -> Path:
     Raises Refused when there is nothing at that path.
     """
     if not name.startswith(PACKAGE):
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for a user who does not exist
         if not path.exists():
             raise Refused(f"{name} does not exist; expected a file or folder there, or a Hub id such as owner/name")
         return path

@@ -33,7 +33,12 @@ def add_adapters(model: PreTrainedModel, settings: Lora, *, seed: int) -> peft.P
         task_type=peft.TaskType.CAUSAL_LM,
     )
     transformers.set_seed(seed)
-    adapted = peft.get_peft_model(model, config)
+    try:
+        adapted = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise Refused(
+            f"TAGGER_LORA_TARGETS={','.join(settings.targets or ())} does not fit the model: {error}"
+        ) from error
     assert isinstance(adapted, peft.PeftModel)
     return adapted
 

@@ -24,7 +24,7 @@ def run(settings: Settings) -> Summary:
     checked = preflight.check(settings)
     settings, examples, run = checked.settings, checked.examples, checked.run
     log.info("run: %s", run.path)
-    if run.complete:
+    if run.complete and (checked.repo is None or run.published):
         log.info("run: it is complete already, so nothing is done again")
         return report.summary(run)
 
@@ -39,8 +39,11 @@ def run(settings: Settings) -> Summary:
     from job.sample import Tagger
     from job.train import train
 
-    preflight.check_machine(checked)
     machine = Machine.resolve(settings.run.device, settings.train.precision)
+    if run.complete:
+        log.info("run: it is complete but for its push")
+        return finish(run, settings, checked.repo, machine)
+    preflight.check_machine(checked)
     held_out = examples.held_out[: settings.eval.limit]
     with run.timed("load"):
         tokenizer = load_tokenizer(settings.base)
@@ -85,7 +88,6 @@ def finish(run: RunFolder, settings: Settings, repo: str | None, machine: Machin
     with run.timed("push"):
         published = None if repo is None else push(run, repo, settings.hub)
     with run.timed("sample"):
-        tagger = load_tagger(settings, published or run.adapter, machine)
-        report.check_round_trip(run, tagger, settings.sample.output)
+        report.check_round_trip(run, lambda: load_tagger(settings, published or run.adapter, machine), settings)
     run.finish(published)
     return report.summary(run)

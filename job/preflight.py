@@ -51,7 +51,7 @@ def check(settings: Settings) -> Checked:
         dataset = attempt(hub.resolve, "dataset", settings.data.dataset, settings.data.revision)
     repo = attempt(push.prepare, settings)
     attempt(data.texts_to_tag, settings.sample)
-    attempt(report.check_output, settings.sample.output)
+    attempt(report.check_output, settings.sample.output, settings.sample.input, settings.data.dataset)
     if problems and not is_local(settings.data.dataset, data.FORMATS):
         raise Refused(*problems)  # before a data set is downloaded
 

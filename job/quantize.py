@@ -6,8 +6,11 @@ import hashlib
 import logging
 import os
 import shutil
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from job import hub
 from job.locate import hub_snapshot, is_local, local_path
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WEIGHTS = (".gguf",)
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError)
+"""What transformers raises for files that are damaged, or that are no model."""
 DOWNLOAD_SECONDS = 600.0
 """How long a download keeps trying; what has arrived is kept between tries."""
 
@@ -56,7 +61,7 @@ def load_tokenizer(settings: Base) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source(settings), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise _unreadable("tokenizer", settings, error) from error
     if tokenizer.eos_token_id is None:
         raise Refused(f"the tokenizer of {settings.model} has no end-of-sequence token; choose a model that has one")
@@ -67,19 +72,31 @@ def load_tokenizer(settings: Base) -> PreTrainedTokenizerBase:
 
 def load_model(settings: Base, machine: Machine) -> PreTrainedModel:
     """The base model on the machine's device: linear layers quantized as set; the rest, the head too, in its dtype."""
-    from transformers import AutoModelForCausalLM
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source(settings),
             dtype=machine.dtype,
             quantization_config=_quantization(settings.quantize, machine.dtype),
             device_map={"": machine.device},
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
         raise _unreadable("model", settings, error) from error
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise Refused(
+            f"the weights of {settings.model} lack {len(missing)} tensors that its config.json asks for, such as "
+            f"{missing[0]}; expected all of them. Name a model whose files belong together"
+        )
+    # generation is as the settings say, whatever penalties or sampling the base model ships with
+    model.generation_config = GenerationConfig()
     if settings.quantize == "nf4" and machine.device.type == "cpu":
         _keep_gradients_of_nf4(model)
     return model
@@ -123,7 +140,12 @@ def source(settings: Base) -> Path:
     """
     if is_local(settings.model, WEIGHTS):
         path = check_local(settings.model)
-        return _converted(path) if path.is_file() else path
+        if path.is_dir():
+            return path
+        try:
+            return _converted(path)
+        except (*UNREADABLE, struct.error) as error:
+            raise _unreadable("file", settings, error) from error
 
     import httpx2
     from huggingface_hub import snapshot_download

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.card import card
 from job.plots import loss_curve
-from job.results import Prediction, PushFailed, Scores, Summary, Tagged, Trained
+from job.results import Prediction, PushFailed, Refused, Scores, Summary, Tagged, Trained
 from job.run_folder import RunFolder, json_lines, try_to_write, write_whole
 from job.settings import Settings
+
+LONGEST_NAME = 200
+"""Bytes; file systems take 255, and the name is longer while the file is being written."""
 
 if TYPE_CHECKING:
     from job.sample import Tagger
@@ -41,14 +45,21 @@ def save_samples(run: RunFolder, samples: Sequence[Tagged]) -> None:
     run.write_lines("samples.jsonl", map(asdict, samples))
 
 
-def check_round_trip(run: RunFolder, tagger: Tagger, output: Path | None) -> None:
+def check_round_trip(run: RunFolder, load: Callable[[], Tagger], settings: Settings) -> None:
     """Tag the samples' texts anew, show the answers, and compare them with those of the model in memory.
 
-    Raises PushFailed when one differs: then what others load is not what was trained.
+    Raises PushFailed when the adapter cannot be loaded back, or when an answer differs: then what
+    others load is not what was trained.
     """
     before = [json.loads(line) for line in (run.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    samples = tagger.tag([sample["text"] for sample in before])
-    show_samples(samples, output)
+    try:
+        samples = load().tag([sample["text"] for sample in before])
+    except Refused as refusal:
+        raise PushFailed(
+            f"what was saved cannot be loaded back: {refusal} "
+            f"Try again with: TAGGER_RUN_ID={run.path.name} tagger-job push"
+        ) from refusal
+    show_samples(samples, settings.sample.output)
     for old, new in zip(before, samples, strict=True):
         if old["raw"] != new.raw:
             raise PushFailed(
@@ -66,10 +77,24 @@ def show_samples(samples: Sequence[Tagged], output: Path | None) -> None:
         write_whole(output, json_lines(map(asdict, samples)))
 
 
-def check_output(output: Path | None) -> None:
-    """Raise Refused when the file that is to get the answers cannot be written."""
-    if output is not None:
-        try_to_write(output.parent, "the answers' folder", "TAGGER_SAMPLE_OUTPUT to a file in one")
+def check_output(output: Path | None, *inputs: str | Path | None) -> None:
+    """Raise Refused when the file that is to get the answers cannot be written, or is something else's.
+
+    It is replaced by renaming, which would put a plain file in the place of a device or a link.
+    """
+    if output is None:
+        return
+    try:
+        taken = os.path.lexists(output) and (output.is_symlink() or not output.is_file())
+    except OSError as error:
+        raise Refused(f"TAGGER_SAMPLE_OUTPUT={output} cannot be written: {error.strerror or error}") from error
+    if taken or not output.name or len(output.name.encode()) > LONGEST_NAME:
+        raise Refused(
+            f"TAGGER_SAMPLE_OUTPUT={output} is not a file that can be written anew; expected the path of a plain file"
+        )
+    if any(output.resolve() == Path(other).resolve() for other in inputs if other):
+        raise Refused(f"TAGGER_SAMPLE_OUTPUT={output} is also read by this job; name another file")
+    try_to_write(output.parent, "the answers' folder", "TAGGER_SAMPLE_OUTPUT to a file in one")
 
 
 def summary(run: RunFolder) -> Summary:

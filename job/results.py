@@ -21,8 +21,12 @@ class Refused(JobError):
     exit_code = 2
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = tuple(" ".join(problem.split()) for problem in problems)  # a line for each
+        super().__init__("\n".join(self.problems))
+
+
+class Diverged(JobError):
+    """The loss is not finite: going on would train nothing."""
 
 
 class GateFailed(JobError):

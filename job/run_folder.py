@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import platform
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -40,7 +42,12 @@ class RunFolder:
 
     @property
     def complete(self) -> bool:
-        return bool(self.manifest["status"] == "complete")
+        whole = (self.adapter / "adapter_config.json").is_file() and "published" in self.manifest
+        return whole and bool(self.manifest["status"] == "complete")
+
+    @property
+    def published(self) -> bool:
+        return self.manifest.get("published") is not None
 
     @classmethod
     def open(cls, settings: Settings, examples: Examples) -> RunFolder:
@@ -77,7 +84,19 @@ class RunFolder:
     def begin(self, device: str) -> None:
         """Make the folder, now that everything that can be refused has been looked at."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.lock()
         self.update(status="running", device=device)
+
+    def lock(self) -> None:
+        """Take the run until this object or its process ends; raises Refused when another has it."""
+        file = os.open(self.path / "lock", os.O_WRONLY | os.O_CREAT, 0o666)
+        weakref.finalize(self, os.close, file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(
+                f"another process is at work on {self.path}; wait for it, or set TAGGER_RUN_ID to another name"
+            ) from None
 
     def finish(self, published: Published | None) -> None:
         """Record that the run is complete, and where its adapter is."""
@@ -150,10 +169,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a run's folder; raises Refused when it is not one."""
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["schema_version"] != SCHEMA_VERSION:
-            raise Refused(f"{path}/manifest.json has another schema version; set TAGGER_RUN_ID to another name")
+        whole = isinstance(manifest["settings"], dict) and isinstance(manifest["timings"], dict)
+        whole = whole and {"status", "dataset", "versions"} <= manifest.keys() and manifest["dataset"]["fingerprint"]
+        if manifest["schema_version"] != SCHEMA_VERSION or not whole:
+            raise ValueError
     except (ValueError, KeyError, TypeError) as error:
-        raise Refused(f"{path}/manifest.json is not a run's manifest; set TAGGER_RUN_ID to another name") from error
+        raise Refused(
+            f"{path}/manifest.json is not a manifest of this version of the job; set TAGGER_RUN_ID to another name"
+        ) from error
     return manifest
 
 
@@ -161,7 +184,7 @@ def try_to_write(path: Path, what: str = "the run folder", remedy: str = "TAGGER
     """Raise Refused unless a folder can be made at, or in, this path; leaves nothing behind."""
     ancestor = path.absolute()
     try:
-        while not ancestor.exists():
+        while not os.path.lexists(ancestor):
             ancestor = ancestor.parent
         with tempfile.TemporaryDirectory(dir=ancestor):
             pass
@@ -189,7 +212,7 @@ def _new_manifest(run_id: str, settings: Settings, examples: Examples) -> dict[s
 
 
 def find(settings: Run) -> RunFolder:
-    """The run that is named, or else the one whose adapter is the newest.
+    """The run that is named, or else the one whose adapter was written last.
 
     Raises Refused when there is none that has an adapter.
     """

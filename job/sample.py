@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx2
 import peft
 import torch
 
@@ -108,6 +109,8 @@ def load_tagger(settings: Settings, adapter: Published | Path | str, machine: Ma
     else:
         place, revision = str(adapter), None if isinstance(adapter, Path) else settings.hub.revision
     config = _adapter_config(place, revision)
+    if config.base_model_name_or_path is None:
+        raise Refused(f"the adapter in {place} does not name its base model; expected one that was saved by this job")
     if config.base_model_name_or_path not in (settings.base.model, quantize.identity(settings.base)[0]):
         raise Refused(
             f"the adapter in {place} was trained on {config.base_model_name_or_path}, not on {settings.base.model}; "
@@ -116,7 +119,12 @@ def load_tagger(settings: Settings, adapter: Published | Path | str, machine: Ma
     base = settings.base.model_copy(update={"revision": config.revision or settings.base.revision})
     model = quantize.load_model(base, machine)
     freeze(model)
-    adapted = peft.PeftModel.from_pretrained(model, place, revision=revision, token=hub.token() or False)
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, place, revision=revision, token=hub.token() or False)
+    except (*quantize.UNREADABLE, httpx2.HTTPError) as error:
+        raise Refused(
+            f"the weights of the adapter in {place} cannot be read: {error}; train or fetch it again"
+        ) from error
     return Tagger(adapted, quantize.load_tokenizer(base), settings, machine)
 
 
@@ -125,7 +133,7 @@ def _adapter_config(adapter: str, revision: str | None) -> peft.PeftConfig:
         config: peft.PeftConfig = peft.PeftConfig.from_pretrained(
             adapter, revision=revision, token=hub.token() or False
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, httpx2.HTTPError) as error:
         reason = " ".join(str(error).split())
         raise Refused(
             f"there is no adapter to read in {adapter}: {reason}. "

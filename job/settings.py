@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -35,7 +37,7 @@ def _json_list(value: object) -> object:
         return value
     try:
         texts = json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         texts = None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError('expected a JSON list of texts, for example ["a text", "another text"]')
@@ -61,7 +63,13 @@ def _eval_size(value: float) -> float:
     return value
 
 
-Identifier = Annotated[str, Field(min_length=1)]
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("expected a name, not only white space")
+    return value
+
+
+Identifier = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_not_blank)]
 TextList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_json_list)]
 NameList = Annotated[tuple[Identifier, ...], NoDecode, BeforeValidator(_comma_separated)]
 
@@ -109,8 +117,8 @@ class Data(Group):
         gt=0,
         description="Examples held out for evaluation: a share below 1, or a whole number of them.",
     )
-    limit: int | None = Field(None, ge=2, description="Use only the first examples of the data, this many.")
-    seed: int = Field(42, ge=0, description="Seed of the held-out split, apart from the training's seed.")
+    limit: int | None = Field(None, ge=2, le=10**9, description="Use only the first examples of the data, this many.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the held-out split, apart from the training's seed.")
 
     @model_validator(mode="after")
     def _something_to_train_on(self) -> Data:
@@ -124,7 +132,9 @@ class Data(Group):
 
 class Lora(Group):
     r: int = Field(16, ge=1, le=1024, description="Rank of the adapters.")
-    alpha: float = Field(32, gt=0, description="Scale of the adapters: their output is multiplied by alpha / r.")
+    alpha: float = Field(
+        32, gt=0, le=65536, description="Scale of the adapters: their output is multiplied by alpha / r."
+    )
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapters' input.")
     targets: NameList | None = Field(
         None,
@@ -135,10 +145,10 @@ class Lora(Group):
 
 
 class Train(Group):
-    max_steps: int = Field(200, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(4, ge=1, description="Examples in one forward pass.")
-    accumulation: int = Field(4, ge=1, description="Forward passes in one optimizer step.")
-    warmup_steps: int = Field(100, ge=0, description="Steps over which the learning rate rises from zero.")
+    max_steps: int = Field(200, ge=1, le=10**9, description="Optimizer steps.")
+    batch_size: int = Field(4, ge=1, le=65536, description="Examples in one forward pass.")
+    accumulation: int = Field(4, ge=1, le=65536, description="Forward passes in one optimizer step.")
+    warmup_steps: int = Field(100, ge=0, le=10**9, description="Steps over which the learning rate rises from zero.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate; it falls linearly to zero.")
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field(
         "auto", description="Arithmetic: auto takes bf16 on GPUs that have it, fp16 on older ones, fp32 on CPUs."
@@ -149,13 +159,13 @@ class Train(Group):
     checkpointing: Literal["on", "off"] = Field(
         "off", description="Gradient checkpointing: recompute activations to save memory."
     )
-    logging_steps: int = Field(25, ge=1, description="Steps between two entries of the loss history.")
-    save_steps: int = Field(50, ge=1, description="Steps between two checkpoints.")
+    logging_steps: int = Field(25, ge=1, le=10**9, description="Steps between two entries of the loss history.")
+    save_steps: int = Field(50, ge=1, le=10**9, description="Steps between two checkpoints.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of adapters, dropout and order of examples.")
 
 
 class Eval(Group):
-    limit: int | None = Field(None, ge=1, description="Evaluate on this many held-out examples at most.")
+    limit: int | None = Field(None, ge=1, le=10**9, description="Evaluate on this many held-out examples at most.")
     gate: Literal["off", "floor", "published"] = Field(
         "off", description="Publish always (off), or from a micro-F1 of TAGGER_EVAL_MIN_F1 on (floor)."
     )
@@ -198,7 +208,7 @@ class Sample(Group):
     input: Path | None = Field(None, description="File of further texts to tag, one a line.")
     output: Path | None = Field(None, description="File that also gets the answers, as JSON lines.")
     max_new_tokens: int = Field(50, ge=1, le=4096, description="Most tokens of one answer.")
-    batch_size: int = Field(16, ge=1, description="Texts in one forward pass when tagging.")
+    batch_size: int = Field(16, ge=1, le=65536, description="Texts in one forward pass when tagging.")
 
 
 class Run(Group):
@@ -309,8 +319,13 @@ def load(recipe: Path | None = None) -> Settings:
     """
     files = _files(recipe)
     given = _given(files)
+    broken = [name for name, value in os.environ.items() if _ours(name) and not is_unicode(value)]
+    if broken:
+        raise Refused(f"{', '.join(broken)}: expected text in UTF-8; the value holds bytes that are none")
     known = {name for name, _, _ in _knobs()}
     problems = [_unknown(name, source, known) for name, source in given.items() if name not in known]
+    if any(name.upper().removeprefix(PREFIX).lower() in Settings.model_fields for name in given):
+        raise Refused(*problems)  # the name of a group alone would be read as all of its knobs, in JSON
     try:
         settings = Settings(_env_file=files)
     except ValidationError as error:
@@ -334,7 +349,7 @@ def ecosystem(recipe: Path | None = None) -> dict[str, str]:
     """What the files say for other programs (HF_TOKEN, HF_HOME, ...), names without our prefix."""
     merged: dict[str, str | None] = {}
     for file in _files(recipe):
-        merged.update(dotenv_values(file))
+        merged.update(_read(file))
     return {name: value for name, value in merged.items() if value and not _ours(name)}
 
 
@@ -365,6 +380,8 @@ def show(value: object) -> str:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
     if isinstance(value, (list, tuple)):
         return json.dumps(value, ensure_ascii=False)
     return str(value)
@@ -382,13 +399,29 @@ def _given(files: tuple[Path, ...]) -> dict[str, str]:
     """Source of each non-empty variable with our prefix, in any case; a later source wins."""
     given: dict[str, str] = {}
     for file in files:
-        try:
-            pairs = dotenv_values(file)
-        except (OSError, UnicodeDecodeError) as error:
-            raise Refused(f"{file} cannot be read as lines of NAME=value ({error}); fix or remove it") from error
-        given.update({name: str(file) for name, value in pairs.items() if value and _ours(name)})
+        given.update({name: str(file) for name, value in _read(file).items() if value and _ours(name)})
     given.update({name: "environment" for name, value in os.environ.items() if value and _ours(name)})
     return given
+
+
+def _read(file: Path) -> dict[str, str | None]:
+    """The variables of a file; raises Refused with the number of a line that is no NAME=value."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"{file} cannot be read as lines of NAME=value ({error}); fix or remove it") from error
+    for binding in parse_stream(io.StringIO(text)):
+        line = binding.original.string.strip()
+        if binding.error or (binding.key is not None and (binding.value is None or not binding.key.isidentifier())):
+            raise Refused(
+                f"{file} line {binding.original.line}: {line[:60]!r} is not NAME=value; repair or remove the line"
+            )
+    return dotenv_values(stream=io.StringIO(text))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: environment and JSON can hold halves of characters, which cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _ours(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from job.data import NO_LOSS
 from job.device import Machine
-from job.results import Encoded, Trained
+from job.results import Diverged, Encoded, Trained
 from job.run_folder import RunFolder
 from job.settings import Train
 
@@ -45,7 +46,7 @@ def train(
     """Train the model's adapters in place, from the run's newest checkpoint if it has one.
 
     The loss of a step is the mean over its label tokens, whatever the micro-batches.
-    Raises FloatingPointError when the loss is not finite.
+    Raises Diverged when the loss is not finite.
     """
     if settings.checkpointing == "on":
         model.enable_input_require_grads()
@@ -67,7 +68,7 @@ def train(
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("ProgressCallback", "PrinterCallback"):
             trainer.remove_callback(callback)  # ours shows both
-    checkpoint = get_last_checkpoint(str(run.checkpoints))
+    checkpoint = _newest_whole(run.checkpoints)
     if checkpoint is not None and _steps(checkpoint) >= settings.max_steps:
         # the Trainer would take one more step
         log.info("train: all %d steps are in %s", settings.max_steps, checkpoint)
@@ -75,8 +76,24 @@ def train(
         trainer.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
+    if not all(torch.isfinite(parameter).all() for parameter in model.parameters() if parameter.requires_grad):
+        raise Diverged("the adapters are not finite after training; lower TAGGER_TRAIN_LEARNING_RATE")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Trained(trainer.state.global_step, losses[0], losses[-1], time.monotonic() - started)
+
+
+def _newest_whole(checkpoints: Path) -> str | None:
+    """The newest checkpoint that was written to its end; one that was not is removed."""
+    newest: str | None
+    while (newest := get_last_checkpoint(str(checkpoints))) is not None:
+        try:
+            _steps(newest)  # the Trainer writes this file last
+        except (OSError, ValueError, TypeError):
+            log.warning("train: %s was cut off while it was written; going back to the one before", newest)
+            shutil.rmtree(newest)
+        else:
+            break
+    return newest
 
 
 def _steps(checkpoint: str) -> int:
@@ -156,11 +173,11 @@ class _History(TrainerCallback):
     def __init__(self, run: RunFolder) -> None:
         self._run = run
         self._bar: tqdm[Any] | None = None
-        self._seconds_at_start = time.monotonic()
-        self._first_step = 0
+        self._last_log = time.monotonic()
+        self._last_step = 0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._seconds_at_start, self._first_step = time.monotonic(), state.global_step
+        self._last_log, self._last_step = time.monotonic(), state.global_step
         if state.global_step:
             log.info("train: goes on after step %d of %d", state.global_step, state.max_steps)
         if sys.stderr.isatty():
@@ -176,12 +193,14 @@ class _History(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         if not torch.isfinite(torch.tensor(logs["loss"])):
-            raise FloatingPointError(
+            raise Diverged(
                 f"the loss is {logs['loss']} at step {state.global_step}: training diverged or overflowed. "
                 "Lower TAGGER_TRAIN_LEARNING_RATE, or use TAGGER_TRAIN_PRECISION=fp32"
             )
         self._run.write_lines("log.jsonl", [entry for entry in state.log_history if "loss" in entry])
-        pace = (time.monotonic() - self._seconds_at_start) / max(1, state.global_step - self._first_step)
+        now = time.monotonic()
+        pace = (now - self._last_log) / max(1, state.global_step - self._last_step)
+        self._last_log, self._last_step = now, state.global_step
         line = (
             f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, "
             f"learning rate {logs['learning_rate']:.2e}, {pace:.1f} s a step"

@@ -40,6 +40,7 @@ def load(path: Path, **knobs: Any) -> Any:
         ("life, love,,life", ("life", "love")),
         ("[life, love]", ("life", "love")),
         (["life", None, ""], ("life",)),
+        ([["nested"], {"name": "tag"}, "life"], ("life",)),
         ([1, 2], ("1", "2")),
         (r"['back\dash']", (r"back\dash",)),
         ("", ()),
@@ -77,6 +78,9 @@ def test_jsonl_csv_and_parquet_give_the_same_examples(tmp_path: Path) -> None:
         ("a.csv", b"quote,labels\nx,y\n", "no column 'tags'; it has quote, labels. Set TAGGER_DATA_TAGS_COLUMN"),
         ("a.parquet", b"PAR", "not Parquet"),
         ("a.txt", b"x", "not a data file"),
+        ("a.csv", b"quote,tags\na text, with a comma,tag\n", "line 2 has 3 fields and the first line 2"),
+        ("a.csv", b"quote,tags,tags\nx,y,z\n", "names a column twice"),
+        ("a.jsonl", b'{"quote": "x", "tags": [' + b"9" * 5000 + b"]}\n", "line 1 is not JSON"),
     ],
 )
 def test_an_unusable_file_is_refused_with_what_is_wrong(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -113,7 +117,7 @@ def test_rows_without_text_or_tags_are_skipped_and_counted(tmp_path: Path) -> No
     examples = load(write_jsonl(tmp_path / "a.jsonl", ROWS + bad))
     assert examples.skipped == 4
     assert len(examples.train) + len(examples.held_out) == len(ROWS)
-    with pytest.raises(Refused, match=r"4 of 7 rows have no text"):
+    with pytest.raises(Refused, match=r"4 of 7 rows have no usable text"):
         load(write_jsonl(tmp_path / "b.jsonl", ROWS[:3] + bad), eval_size=1)
 
 
@@ -150,6 +154,22 @@ def test_near_duplicates_are_never_on_both_sides(rows: list[dict[str, Any]]) -> 
         assert held_out
         for variant, text in changed.items():
             assert (variant in train) == (text in train), (variant, text)
+
+
+@pytest.mark.parametrize("copies", [3, 12, 60])
+def test_many_copies_of_a_long_text_stay_together(rows: list[dict[str, Any]], copies: int) -> None:
+    beginning = "the harbour master counted every lantern twice before he allowed himself to believe the boats were"
+    variants = [f"{beginning} {word}" for word in [*map(str, range(copies - 2)), "home", "late"]]
+    for seed in range(5):
+        train, held_out = split([*variants, *(row["quote"] for row in rows[: 4 * copies])], eval_size=0.3, seed=seed)
+        assert len(train & set(variants)) in (0, copies)
+        assert held_out
+
+
+def test_half_a_character_makes_a_row_unusable(tmp_path: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS) + '{"quote": "half \\ud800", "tags": ["x"]}\n'
+    (tmp_path / "a.jsonl").write_text(lines)
+    assert load(tmp_path / "a.jsonl").skipped == 1
 
 
 def test_different_texts_are_not_taken_for_duplicates(rows: list[dict[str, Any]]) -> None:

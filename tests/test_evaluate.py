@@ -28,6 +28,11 @@ def test_no_answer_at_all_scores_zero() -> None:
     assert (scores.precision, scores.recall, scores.f1, scores.jaccard) == (0, 0, 0, 0)
 
 
+@pytest.mark.parametrize(("gold", "predicted", "f1"), [("a", "a", 1), ("a", "b", 0), ("a", "-", 0), ("-", "-", 1)])
+def test_data_with_a_single_tag_are_scored_too(gold: str, predicted: str, f1: float) -> None:
+    assert score([[gold]], [[predicted]], parse_rate=1).f1 == f1
+
+
 def test_most_common_tags_answers_as_many_as_a_text_has() -> None:
     train = [Example("1", ("a", "b")), Example("2", ("a", "b")), Example("3", ("a", "c"))]
     scores = most_common_tags(train, [Example("4", ("a", "b")), Example("5", ("c",))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -256,6 +257,67 @@ def test_sample_tags_with_a_published_adapter_by_name_and_revision(
     assert capsys.readouterr().out.startswith("another text ->: ")
 
 
+def test_a_complete_run_is_published_when_a_token_comes_later(
+    published: Hub, tiny: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.setenv("TAGGER_HUB_PUSH", "never")
+    assert main([]) == 0
+    assert REPO not in published.models
+    tiny.setenv("TAGGER_HUB_PUSH", "always")
+    assert main([]) == 0
+    assert "complete but for its push" in caplog.text
+    assert published.models[REPO].titles == ["initial commit", "basic training"]
+    assert main([]) == 0
+    assert "nothing is done again" in caplog.text
+
+
+def test_a_push_that_cannot_be_read_back_ends_with_4_and_is_not_made_twice(
+    published: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published.faults = [Fault(f"HEAD /{REPO}/resolve", "status", times=99, status=404)]
+    assert main([]) == 4
+    assert "cannot be loaded back" in capsys.readouterr().err
+    published.faults = []
+    assert main(["push"]) == 0
+    assert published.models[REPO].titles == ["initial commit", "basic training"]
+
+
+def test_sample_uses_an_adapter_as_it_was_trained(
+    published: Hub, tiny: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.setenv("TAGGER_DATA_SEPARATOR", "=>")
+    assert main([]) == 0
+    capsys.readouterr()
+    for name in ("TAGGER_DATA_SEPARATOR", "TAGGER_BASE_MODEL"):
+        tiny.delenv(name)
+    assert main(["sample", "from the Hub"]) == 0
+    tiny.delenv("TAGGER_HUB_REPO")
+    assert main(["sample", "from the run"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.partition(" => ")[0] for line in out] == ["from the Hub", "from the run"]
+
+
+@pytest.mark.parametrize("signalled", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_ends_with_75_and_goes_on(
+    tiny: pytest.MonkeyPatch, tmp_path: Path, signalled: signal.Signals
+) -> None:
+    tiny.setenv("TAGGER_TRAIN_MAX_STEPS", "400")
+    tiny.setenv("TAGGER_TRAIN_SAVE_STEPS", "10")
+    tiny.setenv("PYTHONPATH", str(ROOT))
+    with subprocess.Popen([sys.executable, "-m", "job"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "step 12/400" in line:
+                process.send_signal(signalled)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 75, rest
+    assert "interrupted; the same command goes on from the last checkpoint" in rest
+    assert "Traceback" not in rest
+    assert json.loads((tmp_path / "runs" / "tiny" / "manifest.json").read_text())["status"] == "running"
+    assert (tmp_path / "runs" / "tiny" / "checkpoints" / "checkpoint-10").is_dir()
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
@@ -272,6 +334,10 @@ def test_sample_tags_with_a_published_adapter_by_name_and_revision(
         ({"TAGGER_LORA_TARGETS": "nothing"}, ["no module named nothing", "q_proj"]),
         ({"TAGGER_HUB_PUSH": "always"}, ["needs a token"]),
         ({"TAGGER_SAMPLE_INPUT": "absent.txt"}, ["absent.txt cannot be read"]),
+        ({"TAGGER_SAMPLE_OUTPUT": "link"}, ["is not a file that can be written anew"]),
+        ({"TAGGER_SAMPLE_OUTPUT": "empty"}, ["is not a file that can be written anew"]),
+        ({"TAGGER_SAMPLE_OUTPUT": "empty.jsonl", "TAGGER_SAMPLE_INPUT": "empty.jsonl"}, ["is also read by this job"]),
+        ({"TAGGER_LORA_TARGETS": "foo.q_proj"}, ["TAGGER_LORA_TARGETS=foo.q_proj does not fit the model"]),
         ({"TAGGER_SAMPLE_OUTPUT": "/proc/answers.jsonl"}, ["cannot be written", "TAGGER_SAMPLE_OUTPUT"]),
         (
             {"TAGGER_DATA_DATASET": "absent.jsonl", "TAGGER_BASE_MODEL": "./absent", "TAGGER_RUN_DIR": "/proc/runs"},
@@ -288,6 +354,7 @@ def test_what_is_refused_ends_with_2_a_sentence_and_nothing_written(
 ) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty.jsonl")
     for name, value in variables.items():
         tiny.setenv(name, value)
     before = sorted(tmp_path.rglob("*"))

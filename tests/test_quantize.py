@@ -79,6 +79,32 @@ def test_a_model_s_own_code_is_never_run(llama: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "was_run").exists()
 
 
+def test_damaged_files_are_refused_and_weights_never_made_up(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    with pytest.raises(Refused, match="lack .* tensors that its config.json asks for, such as model.layers.2"):
+        load(folder, "none")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(Refused, match="cannot be read"):
+        load(folder, "none")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(Refused, match="tokenizer of .* cannot be read"):
+        quantize.load_tokenizer(Base(model=str(folder)))
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"garbage" * 100)
+    with pytest.raises(Refused, match=r"bad.gguf cannot be read"):
+        quantize.source(Base(model=str(tmp_path / "bad.gguf")))
+
+
+def test_generation_settings_of_the_base_model_are_not_inherited(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "penalised"
+    shutil.copytree(llama, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 5.0, "do_sample": True}))
+    assert load(folder, "none").generation_config.repetition_penalty in (None, 1.0)
+
+
 @pytest.mark.parametrize("content", [None, b"GG"])
 def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "model.gguf"

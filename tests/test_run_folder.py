@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,7 +64,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="holds files but no run"):
         RunFolder.open(settings(tmp_path), EXAMPLES)
     (tmp_path / "one" / "manifest.json").write_text("{}")
-    with pytest.raises(Refused, match="is not a run's manifest"):
+    with pytest.raises(Refused, match="is not a manifest of this version"):
         RunFolder.open(settings(tmp_path), EXAMPLES)
 
 
@@ -101,3 +105,26 @@ def test_the_adapter_of_the_newest_run_is_found(tmp_path: Path) -> None:
         find(settings(tmp_path).run.model_copy(update={"id": None}))
     with pytest.raises(Refused, match="there is no trained adapter in"):
         find(settings(tmp_path).run)
+    for name, age in (("older", 100), ("newest", 0), ("oldest", 200)):
+        run = RunFolder(tmp_path / name, {**begun(tmp_path).manifest})
+        run.begin("cpu")
+        with run.folder("adapter") as folder:
+            (folder / "adapter_config.json").write_text("{}")
+        os.utime(run.adapter, (time.time() - age, time.time() - age))
+    assert find(Settings.model_validate({"run": {"dir": tmp_path}}).run).path.name == "newest"
+    assert find(Settings.model_validate({"run": {"dir": tmp_path, "id": "older"}}).run).path.name == "older"
+
+
+def test_a_run_has_one_owner(tmp_path: Path) -> None:
+    code = (
+        "from job.run_folder import RunFolder; from pathlib import Path; from job.results import Refused\n"
+        f"try: RunFolder(Path({str(tmp_path / 'one')!r}), {{}}).lock()\n"
+        "except Refused as refusal: print(refusal)"
+    )
+    run = begun(tmp_path)
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert "another process is at work on" in done.stdout
+    del run
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout == ""

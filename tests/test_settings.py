@@ -67,6 +67,12 @@ def test_a_bad_value_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: s
     assert said in str(refusal.value)
 
 
+def test_a_group_without_a_knob_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAGGER_LORA", "{bad")
+    with pytest.raises(Refused, match="TAGGER_LORA is not a setting"):
+        settings.load()
+
+
 def test_settings_that_do_not_fit_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAGGER_RUN_DEVICE", "cpu")
     monkeypatch.setenv("TAGGER_TRAIN_PRECISION", "fp16")
@@ -105,6 +111,23 @@ def test_an_unknown_name_in_a_file_is_refused_with_the_file(tmp_path: Path) -> N
         settings.load(recipe)
     with pytest.raises(Refused, match="is not a file"):
         settings.load(tmp_path / "absent.env")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"TAGGER_LORA_R 16\n", "line 1: 'TAGGER_LORA_R 16' is not NAME=value"),
+        (b"# fine\nTAGGER_LORA_R='16\n", "line 2"),
+        (b"TAGGER_LORA_R\n", "line 1"),
+        (b"\xff\xfeT\x00", "cannot be read as lines of NAME=value"),
+    ],
+)
+def test_a_file_that_is_not_lines_of_settings_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "bad.env").write_bytes(content)
+    for read in (settings.load, settings.ecosystem):
+        with pytest.raises(Refused) as refusal:
+            read(tmp_path / "bad.env")
+        assert said in str(refusal.value)
 
 
 def test_env_example_is_in_step_with_the_settings() -> None:
@@ -151,6 +174,6 @@ def test_the_settings_command_imports_nothing_heavy_and_masks_the_token() -> Non
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "TAGGER_LORA_R=8   # environment" in done.stdout
-    assert "TAGGER_LORA_ALPHA=32.0   # default" in done.stdout
+    assert "TAGGER_LORA_ALPHA=32   # default" in done.stdout
     assert "HF_TOKEN=***" in done.stdout
     assert "hf_do_not_show" not in done.stdout + done.stderr

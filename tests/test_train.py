@@ -15,7 +15,7 @@ from job.data import NO_LOSS
 from job.freeze import freeze
 from job.lora import add_adapters
 from job.quantize import load_model, load_tokenizer
-from job.results import Encoded
+from job.results import Diverged, Encoded
 from job.run_folder import RunFolder
 from job.settings import Base, Lora, Train
 from job.train import Collator, train
@@ -133,16 +133,45 @@ def test_a_run_with_checkpoints_goes_on_from_the_newest(tmp_path: Path, llama: P
     assert [entry["loss"] for entry in resumed] == [entry["loss"] for entry in whole]
 
 
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path, llama: Path) -> None:
+    whole = trained_on(tmp_path, llama)
+    (tmp_path / "checkpoints" / "checkpoint-6" / "trainer_state.json").unlink()
+    assert [entry["loss"] for entry in trained_on(tmp_path, llama)] == [entry["loss"] for entry in whole]
+
+
 def test_checkpointing_gives_the_same_losses(tmp_path: Path, bloom: Path) -> None:
     on = trained_on(tmp_path / "on", bloom, checkpointing="on")
     off = trained_on(tmp_path / "off", bloom, checkpointing="off")
     assert [e["loss"] for e in on] == pytest.approx([e["loss"] for e in off], rel=1e-5)
 
 
+def test_adapters_that_are_not_finite_at_the_end_stop_the_run(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(llama)
+    real_step = torch.optim.AdamW.step
+
+    def step(optimizer: torch.optim.AdamW, *arguments: object, **keywords: object) -> object:
+        done = real_step(optimizer, *arguments, **keywords)
+        next(p for p in model.parameters() if p.requires_grad).data.fill_(float("inf"))
+        return done
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(Diverged, match="not finite after training"):
+        train(
+            model,
+            examples(20),
+            Train(max_steps=1),
+            tokenizer=load_tokenizer(Base(model=str(llama))),
+            machine=CPU,
+            run=run_folder(tmp_path),
+        )
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path, llama: Path) -> None:
     model = adapted(llama)
     next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
+    with pytest.raises(Diverged, match="the loss is nan at step 1"):
         train(
             model,
             examples(20),
