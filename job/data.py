@@ -61,7 +61,7 @@ def _rows(settings: Data) -> Iterator[dict[str, Any]]:
     if not is_local(settings.dataset, FORMATS):
         rows = _hub_rows(settings)
     else:
-        path = local_path(settings.dataset)
+        path = local_path(settings.dataset, "TAGGER_DATA_DATASET")
         readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
         if path.suffix.lower() not in readers or not path.is_file():
             raise Refused(f"{path} is not a data file; expected one that ends in {', '.join(FORMATS)}")

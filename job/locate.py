@@ -23,8 +23,8 @@ def is_local(name: str, suffixes: tuple[str, ...]) -> bool:
     return name.startswith((PACKAGE, ".", "/", "~")) or Path(name).suffix.lower() in suffixes or Path(name).exists()
 
 
-def local_path(name: str) -> Path:
-    """The path that a setting names; `package:NAME/FILE` is a file inside an installed Python package.
+def local_path(name: str, variable: str) -> Path:
+    """The path that a setting (the value of `variable`) names; `package:NAME/FILE` is a file of a Python package.
 
     The package is found without being imported, so that what it needs to run need not be there.
     Raises Refused when there is nothing at that path.
@@ -32,7 +32,9 @@ def local_path(name: str) -> Path:
     if not name.startswith(PACKAGE):
         path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for a user who does not exist
         if not path.exists():
-            raise Refused(f"{name} does not exist; expected a file or folder there, or a Hub id such as owner/name")
+            raise Refused(
+                f"{variable}={name} does not exist; expected a file or folder there, or a Hub id such as owner/name"
+            )
         return path
     package, _, file = name.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -41,4 +43,4 @@ def local_path(name: str) -> Path:
         if file and (path := Path(folder, file)).exists():
             return path
     found = f"has no file {file!r}" if folders else "is not installed"
-    raise Refused(f"{name}: the Python package {package!r} {found}; install it, or name another file")
+    raise Refused(f"{variable}={name}: the Python package {package!r} {found}; install it, or name another file")

@@ -34,7 +34,7 @@ DOWNLOAD_SECONDS = 600.0
 
 def check_local(model: str) -> Path:
     """The folder or file of a local model; raises Refused unless it holds weights this job reads."""
-    path = local_path(model)
+    path = local_path(model, "TAGGER_BASE_MODEL")
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
@@ -127,7 +127,9 @@ def _keep_gradients_of_nf4(model: PreTrainedModel) -> None:
 
 def identity(settings: Base) -> tuple[str, str | None]:
     """The name and revision by which others find the base model: those on the Hub, wherever it was read from."""
-    if settings.model.startswith((".", "/", "~")) and (origin := hub_snapshot(local_path(settings.model))):
+    if settings.model.startswith((".", "/", "~")) and (
+        origin := hub_snapshot(local_path(settings.model, "TAGGER_BASE_MODEL"))
+    ):
         return origin
     return settings.model, settings.revision
 

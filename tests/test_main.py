@@ -141,6 +141,9 @@ def test_a_run_on_the_hub_pins_trains_offline_publishes_and_samples_what_was_pub
     assert config["revision"] == base.branches["main"][-1].oid
     card = yaml.safe_load(head.files["README.md"].decode().split("---")[1])
     assert (card["base_model"], card["datasets"], card["license"]) == ("tiny/llama", ["tiny/sayings"], "apache-2.0")
+    snippet = head.files["README.md"].decode().split("```python\n")[1].split("```")[0]
+    exec(snippet.replace("owner/name", REPO), {})
+    assert len(capsys.readouterr().out) > 1
     scores = json.loads(head.files["metrics.json"])["scores"]["adapter"]
     assert card["model-index"][0]["results"][0]["metrics"][0]["value"] == round(scores["f1"], 4)
 
