@@ -120,6 +120,11 @@ def _push(options: argparse.Namespace, chosen: settings.Settings) -> None:
     from job import push, run_folder
 
     run = run_folder.find(chosen.run)
+    if not run.publishable:
+        raise Refused(
+            f"{run.path} was refused by its gate, or was cut off before it; run the job again with the same settings, "
+            "it goes on from there"
+        )
     chosen = chosen.with_result_values(run.manifest["settings"])
     repo = push.prepare(chosen)
     if repo is None:

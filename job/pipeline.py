@@ -76,7 +76,7 @@ def run(settings: Settings) -> Summary:
     del model, base, tagger  # room for the models that are loaded anew
     if settings.hub.merge:
         merge(run, settings, machine)
-    run.update(peak_memory=machine.peak_memory())
+    run.let_through(peak_memory=machine.peak_memory())
     return finish(run, settings, checked.repo, machine)
 
 

@@ -98,6 +98,14 @@ class RunFolder:
                 f"another process is at work on {self.path}; wait for it, or set TAGGER_RUN_ID to another name"
             ) from None
 
+    def let_through(self, *, peak_memory: dict[str, float]) -> None:
+        """Record that training and evaluation are done and the gate lets the adapter be published."""
+        self.update(status="passed", peak_memory=peak_memory)
+
+    @property
+    def publishable(self) -> bool:
+        return self.manifest["status"] in ("passed", "complete")
+
     def finish(self, published: Published | None) -> None:
         """Record that the run is complete, and where its adapter is."""
         finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -97,6 +97,10 @@ def test_a_gate_that_is_not_reached_ends_with_3_and_keeps_everything(
     tiny.setenv("TAGGER_EVAL_MIN_F1", "0.99")
     assert main([]) == 3
     assert "below TAGGER_EVAL_MIN_F1=0.99: it is not published" in capsys.readouterr().err
+    tiny.setenv("HF_TOKEN", WRITE_TOKEN)
+    tiny.delenv("TAGGER_EVAL_GATE")
+    assert main(["push"]) == 2
+    assert "was refused by its gate" in capsys.readouterr().err
     assert (tmp_path / "runs" / "tiny" / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -214,7 +218,7 @@ def test_tags_that_changed_on_the_way_through_the_hub_end_with_4(
     published.faults = [Fault(f"HEAD /{REPO}/resolve/.*safetensors", "before", action=swap)]
     assert main([]) == 4
     assert "what was saved is not what was trained" in capsys.readouterr().err
-    assert json.loads((tmp_path / "runs" / "tiny" / "manifest.json").read_text())["status"] == "running"
+    assert json.loads((tmp_path / "runs" / "tiny" / "manifest.json").read_text())["status"] == "passed"
 
 
 def test_check_says_what_it_looked_at_and_trains_nothing(
