@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -13,8 +12,6 @@ from typing import NoReturn
 
 from job import __version__, logs, settings
 from job.results import JobError, Refused
-
-log = logging.getLogger("job")
 
 EXIT_CODES = """exit codes:
   0  done

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from job import quantize
 from job.device import Machine
@@ -49,9 +48,9 @@ def estimate(settings: Settings, machine: Machine, longest: Sequence[Encoded]) -
     recomputation only the layers' inputs. An adapter parameter takes 16 bytes (itself, its gradient,
     two moments of Adam), a logit 12 (itself, its softmax, its gradient, in fp32).
     """
-    config = AutoConfig.from_pretrained(quantize.source(settings.base), trust_remote_code=False)
+    model = quantize.empty_model(settings.base)
+    config = model.config.get_text_config()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         head = model.get_output_embeddings()
         linear = sum(
             module.weight.numel()

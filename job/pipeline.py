@@ -42,6 +42,7 @@ def run(settings: Settings) -> Summary:
     machine = Machine.resolve(settings.run.device, settings.train.precision)
     if run.complete:
         log.info("run: it is complete but for its push")
+        run.lock()
         return finish(run, settings, checked.repo, machine)
     preflight.check_machine(checked)
     held_out = examples.held_out[: settings.eval.limit]

@@ -32,6 +32,7 @@ def prepare(settings: Settings) -> str | None:
         if is_missing and wanted == "always":
             raise Refused(f"TAGGER_HUB_PUSH=always needs {missing} and there is none; provide it, or set it to never")
         if is_missing:
+            log.info("push: nothing will be pushed, for there is not %s", missing)
             return None
     who = hub.account()
     repo = settings.hub.repo or f"{who.user}/{Path(settings.base.model).stem}-tagger"

@@ -10,6 +10,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from job import hub
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WEIGHTS = (".gguf",)
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError)
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError),
+    *(SafetensorError, StrictDataclassError),
+)
 """What transformers raises for files that are damaged, or that are no model."""
 DOWNLOAD_SECONDS = 600.0
 """How long a download keeps trying; what has arrived is kept between tries."""
@@ -68,6 +72,20 @@ def load_tokenizer(settings: Base) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def empty_model(settings: Base) -> PreTrainedModel:
+    """The base model's shape: its modules on the meta device, without weights or memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source(settings), trust_remote_code=False)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise _unreadable("config.json", settings, error) from error
+    return model
 
 
 def load_model(settings: Base, machine: Machine) -> PreTrainedModel:

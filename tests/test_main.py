@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -371,6 +372,29 @@ def test_what_is_refused_ends_with_2_a_sentence_and_nothing_written(
         assert sentence in err
     assert "Traceback" not in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model_type": "unheard-of"}, {"model_type": "t5"}, {"hidden_size": "big"}, {"num_hidden_layers": 9}, None],
+)
+def test_a_config_that_is_none_of_a_language_model_ends_with_2_and_a_sentence(
+    tiny: pytest.MonkeyPatch,
+    tmp_path: Path,
+    llama: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any] | None,
+) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps([] if change is None else config | change))
+    tiny.setenv("TAGGER_BASE_MODEL", str(folder))
+    assert main([]) == 2
+    err = capsys.readouterr().err
+    assert str(folder) in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_data_and_model_are_refused_before_anything_heavy_is_imported(llama: Path, tmp_path: Path) -> None:
