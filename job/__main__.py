@@ -19,7 +19,7 @@ EXIT_CODES = """exit codes:
   2  settings, data or machine refused; nothing was spent
   3  trained, but the quality gate refused to publish
   4  trained and saved, but publishing failed
-  75 interrupted; run it again to go on from the last checkpoint"""
+  75 interrupted; run it again, it goes on from what is saved"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
         return 75
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -37,7 +37,7 @@ class Need:
 
     def __str__(self) -> str:
         parts = {name: getattr(self, name) / GIB for name in ("weights", "adapters", "activations", "logits")}
-        return f"about {self.memory / GIB:.1f} GiB: " + ", ".join(f"{name} {size:.2f}" for name, size in parts.items())
+        return f"{self.memory / GIB:.1f} GiB: " + ", ".join(f"{name} {size:.2f}" for name, size in parts.items())
 
 
 def estimate(settings: Settings, machine: Machine, longest: Sequence[Encoded]) -> Need:
@@ -45,8 +45,8 @@ def estimate(settings: Settings, machine: Machine, longest: Sequence[Encoded]) -
 
     Activations follow Korthikanti et al. (2022, "Reducing Activation Recomputation"): per layer and
     token 34 h + 5 a s bytes at two bytes a number, h the hidden size, a the heads, s the width; with
-    recomputation only the layers' inputs. An adapter parameter takes 16 bytes (itself, its gradient,
-    two moments of Adam), a logit 12 (itself, its softmax, its gradient, in fp32).
+    recomputation, which `auto` falls back to, only the layers' inputs. An adapter parameter takes 16
+    bytes (itself, its gradient, two moments of Adam), a logit 12 (itself, its softmax, its gradient, in fp32).
     """
     model = quantize.empty_model(settings.base)
     config = model.config.get_text_config()
@@ -71,7 +71,7 @@ def estimate(settings: Settings, machine: Machine, longest: Sequence[Encoded]) -
     return Need(
         weights=linear * quantized + rest * itemsize,
         adapters=16.0 * trainable,
-        activations=recomputed if settings.train.checkpointing == "on" else layers * layer,
+        activations=recomputed if settings.train.checkpointing != "off" else layers * layer,
         logits=12.0 * labels * config.vocab_size,
         disk=4.0 * trainable * (1 + 2 * 3) + 64 * 2**20,  # an adapter, two checkpoints with Adam's moments; the rest
     )
@@ -85,9 +85,8 @@ def memory_problems(need: Need, machine: Machine) -> list[str]:
     if need.memory + RESERVE <= free:
         return []
     return [
-        f"the run needs {need} and the GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free; lower "
-        "TAGGER_TRAIN_BATCH_SIZE (and raise _ACCUMULATION) or TAGGER_DATA_MAX_LENGTH, set "
-        "TAGGER_TRAIN_CHECKPOINTING=on, or take a larger GPU"
+        f"one example at a time needs {need} and the GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free; lower "
+        "TAGGER_DATA_MAX_LENGTH, leave TAGGER_TRAIN_CHECKPOINTING at auto, or take a larger GPU"
     ]
 
 

@@ -78,7 +78,7 @@ def check_machine(checked: Checked) -> list[str]:
     settings, examples = checked.settings, checked.examples
     machine = Machine.resolve(settings.run.device, settings.train.precision)
     tokenizer = quantize.load_tokenizer(settings.base)
-    longest = sorted(examples.train, key=lambda e: len(e.text), reverse=True)[: settings.train.batch_size]
+    longest = sorted(examples.train, key=lambda e: len(e.text), reverse=True)[:1]  # micro-batches get no smaller
     encoded = data.encode(tokenizer, longest, settings)
     for example in encoded:
         assert example.labels[-1] == tokenizer.eos_token_id, "the end of sequence is a label"
@@ -88,6 +88,6 @@ def check_machine(checked: Checked) -> list[str]:
         raise Refused(*problems)
     return [
         f"device: {machine}",
-        f"longest batch: {len(encoded)} examples of at most {max(len(e.input_ids) for e in encoded)} tokens",
-        f"memory: {need}",
+        f"longest example: {len(encoded[0].input_ids)} tokens",
+        f"memory: at least {need}",
     ]

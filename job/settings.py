@@ -17,7 +17,16 @@ from typing import Annotated, Any, Literal
 
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from job.results import Refused
@@ -146,8 +155,15 @@ class Lora(Group):
 
 class Train(Group):
     max_steps: int = Field(200, ge=1, le=10**9, description="Optimizer steps.")
-    batch_size: int = Field(4, ge=1, le=65536, description="Examples in one forward pass.")
-    accumulation: int = Field(4, ge=1, le=65536, description="Forward passes in one optimizer step.")
+    batch_size: int = Field(4, ge=1, le=65536, description="An optimizer step has this many examples, times the next.")
+    accumulation: int = Field(
+        4, ge=1, le=65536, description="An optimizer step has this many times TAGGER_TRAIN_BATCH_SIZE examples."
+    )
+    micro_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
+        None,
+        description="Most tokens computed at once; one longer example is computed alone. Changes memory and speed, "
+        "never the batch; auto or empty: what suits the device, halved when memory runs out.",
+    )
     warmup_steps: int = Field(100, ge=0, le=10**9, description="Steps over which the learning rate rises from zero.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate; it falls linearly to zero.")
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field(
@@ -156,12 +172,19 @@ class Train(Group):
     loss_on: Literal["tags", "all"] = Field(
         "tags", description="Tokens that carry loss: the tags alone, or the text too."
     )
-    checkpointing: Literal["on", "off"] = Field(
-        "off", description="Gradient checkpointing: recompute activations to save memory."
+    checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Gradient checkpointing, which recomputes activations to save memory; auto: only once memory "
+        "ran out and micro-batches cannot be smaller.",
     )
     logging_steps: int = Field(25, ge=1, le=10**9, description="Steps between two entries of the loss history.")
     save_steps: int = Field(50, ge=1, le=10**9, description="Steps between two checkpoints.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of adapters, dropout and order of examples.")
+
+    @field_validator("micro_tokens", mode="before")
+    @classmethod
+    def _auto_is_none(cls, value: object) -> object:
+        return None if value == "auto" else value
 
 
 class Eval(Group):

@@ -1,37 +1,37 @@
-"""Train the adapters with transformers' Trainer."""
+"""Train the adapters: the same steps as the recipe's, from less work."""
 
 from __future__ import annotations
 
+import gc
 import logging
-import shutil
+import math
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import peft
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerBase
 
-from job.data import NO_LOSS
+from job import checkpoint
+from job.batches import Collator, examples_of_step, label_count, micro_batches
+from job.checkpoint import Progress
 from job.device import Machine
-from job.results import Diverged, Encoded, Trained
+from job.packed import PackedAttention
+from job.results import Diverged, Encoded, JobError, Refused, Trained
 from job.run_folder import RunFolder
 from job.settings import Train
 
 log = logging.getLogger(__name__)
+
+MICRO_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Tokens of a micro-batch to begin with: more gain little on a CPU and cost memory; a GPU without it says so."""
+MICRO_OVERHEAD = {"cpu": 96, "cuda": 2048}
+"""What one more micro-batch costs, in tokens: weights are packed or unpacked anew, kernels started."""
+MAX_GRAD_NORM = 1.0
 
 
 def train(
@@ -45,11 +45,12 @@ def train(
 ) -> Trained:
     """Train the model's adapters in place, from the run's newest checkpoint if it has one.
 
-    The loss of a step is the mean over its label tokens, whatever the micro-batches.
-    Raises Diverged when the loss is not finite.
+    The loss of a step is the mean over its label tokens, whatever the micro-batches. When memory runs
+    out, micro-batches are halved and the step is done again. An interruption saves the last whole step.
+    Raises Refused for an example that has no label, Diverged when loss or adapters are not finite.
     """
-    if settings.checkpointing == "on":
-        model.enable_input_require_grads()
+    if unlabelled := sum(label_count([example]) == 0 for example in examples):
+        raise Refused(f"{unlabelled} of {len(examples)} examples have no token with a loss; expected tags in each")
     if settings.warmup_steps >= settings.max_steps:
         log.warning(
             "train: the learning rate never reaches its peak: TAGGER_TRAIN_WARMUP_STEPS=%d, TAGGER_TRAIN_MAX_STEPS=%d",
@@ -57,159 +58,250 @@ def train(
             settings.max_steps,
         )
     started = time.monotonic()
-    history = _History(run)
-    trainer = Trainer(
-        model=model,
-        args=_arguments(settings, machine, run.checkpoints),
-        train_dataset=_Rows(examples),
-        data_collator=Collator(tokenizer.pad_token_id),
-        callbacks=[history],
-    )
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ in ("ProgressCallback", "PrinterCallback"):
-            trainer.remove_callback(callback)  # ours shows both
-    checkpoint = _newest_whole(run.checkpoints)
-    if checkpoint is not None and _steps(checkpoint) >= settings.max_steps:
-        # the Trainer would take one more step
-        log.info("train: all %d steps are in %s", settings.max_steps, checkpoint)
-        trainer._load_from_checkpoint(checkpoint)
-        trainer.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
-    else:
-        trainer.train(resume_from_checkpoint=checkpoint)
+    training = _Training(model, examples, settings, tokenizer, machine, run)
+    training.resume()
+    training.run_to_the_end()
     if not all(torch.isfinite(parameter).all() for parameter in model.parameters() if parameter.requires_grad):
         raise Diverged("the adapters are not finite after training; lower TAGGER_TRAIN_LEARNING_RATE")
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return Trained(trainer.state.global_step, losses[0], losses[-1], time.monotonic() - started)
+    losses = [entry["loss"] for entry in training.history()]
+    return Trained(training.progress.step, losses[0], losses[-1], time.monotonic() - started)
 
 
-def _newest_whole(checkpoints: Path) -> str | None:
-    """The newest checkpoint that was written to its end; one that was not is removed."""
-    newest: str | None
-    while (newest := get_last_checkpoint(str(checkpoints))) is not None:
-        try:
-            _steps(newest)  # the Trainer writes this file last
-        except (OSError, ValueError, TypeError):
-            log.warning("train: %s was cut off while it was written; going back to the one before", newest)
-            shutil.rmtree(newest)
-        else:
-            break
-    return newest
+def learning_rate(settings: Train, step: int) -> float:
+    """The rate of a step (counted from 0): it rises linearly from zero over the warm-up, then falls to zero."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * step / settings.warmup_steps
+    left = settings.max_steps - step
+    return settings.learning_rate * max(0.0, left / max(1, settings.max_steps - settings.warmup_steps))
 
 
-def _steps(checkpoint: str) -> int:
-    return int(TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step)
+def accumulate(
+    model: peft.PeftModel,
+    parts: Iterable[Sequence[Encoded]],
+    collator: Collator,
+    *,
+    labels: int,
+    machine: Machine,
+    packing: PackedAttention | None,
+    scaler: torch.amp.GradScaler,
+) -> float:
+    """Add the scaled gradients of a step's mean loss, one micro-batch after the other; return the summed loss.
 
-
-def _arguments(settings: Train, machine: Machine, checkpoints: Path) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=settings.warmup_steps,
-        fp16=machine.precision == "fp16",
-        bf16=machine.precision == "bf16",
-        activation_checkpointing=settings.checkpointing == "on",
-        logging_steps=settings.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would put the running mean in the place of a NaN
-        save_strategy="steps",
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        seed=settings.seed,
-        use_cpu=machine.device.type == "cpu",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=machine.device.type == "cuda",
-        report_to="none",
-    )
-    # one process trains on one GPU: with more in sight the Trainer would scale rows and loss by their number
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
-
-
-class _Rows(torch.utils.data.Dataset[Encoded]):
-    def __init__(self, examples: Sequence[Encoded]) -> None:
-        self._examples = examples
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> Encoded:
-        return self._examples[index]
-
-
-class Collator:
-    """Pads examples on the right into one micro-batch, and picks the positions that carry loss.
-
-    Emits `input_ids`, `attention_mask` and `labels`, int64 [rows, width]; `logits_to_keep`, bool
-    [rows, width], true where the next token is a label; `shift_labels`, int64 [kept], those labels
-    in order. The model computes logits for the kept positions alone: with a large vocabulary most
-    of the memory and nearly half of the work of a step are logits.
+    `labels` are the label tokens of all its micro-batches.
     """
-
-    def __init__(self, pad_token_id: int) -> None:
-        self._pad_token_id = pad_token_id
-
-    def __call__(self, examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        ids = [torch.tensor(example.input_ids) for example in examples]
-        labels = pad_sequence([torch.tensor(e.labels) for e in examples], batch_first=True, padding_value=NO_LOSS)
-        shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=NO_LOSS)
-        keep = shifted != NO_LOSS
-        return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            "labels": labels,
-            "shift_labels": shifted[keep],
-            "logits_to_keep": keep,
-        }
+    total = torch.zeros((), device=machine.device)
+    for part in parts:
+        batch = {name: tensor.to(machine.device) for name, tensor in collator(part).items()}
+        if packing is not None:
+            packing.lay_out([len(example.input_ids) for example in part], machine.device)
+        with machine.autocast():
+            loss = model(**batch, num_items_in_batch=labels, use_cache=False).loss
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    return float(total) * labels
 
 
-class _History(TrainerCallback):
-    """Shows progress (a bar on a terminal, lines elsewhere), keeps log.jsonl, stops at a loss that is not finite."""
+def micro_overhead(machine: Machine) -> int:
+    """What one more micro-batch costs on this machine, in tokens."""
+    return MICRO_OVERHEAD.get(machine.device.type, MICRO_OVERHEAD["cuda"])
 
-    def __init__(self, run: RunFolder) -> None:
-        self._run = run
-        self._bar: tqdm[Any] | None = None
-        self._last_log = time.monotonic()
-        self._last_step = 0
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._last_log, self._last_step = time.monotonic(), state.global_step
-        if state.global_step:
-            log.info("train: goes on after step %d of %d", state.global_step, state.max_steps)
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
+class _Training:
+    """The state of one training: adapters, Adam's moments, progress."""
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    def __init__(
+        self,
+        model: peft.PeftModel,
+        examples: Sequence[Encoded],
+        settings: Train,
+        tokenizer: PreTrainedTokenizerBase,
+        machine: Machine,
+        run: RunFolder,
     ) -> None:
-        if logs is None or "loss" not in logs:
+        self._model, self._examples, self._settings = model, examples, settings
+        self._machine, self._run = machine, run
+        base: Any = model.get_base_model()
+        self._packing = PackedAttention(base) if PackedAttention.fits(base) else None
+        self._collator = Collator(tokenizer.pad_token_id, packed=self._packing is not None)
+        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._optimizer = torch.optim.AdamW(self._named.values(), lr=0.0, weight_decay=0.0)
+        self._scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
+        automatic = MICRO_TOKENS.get(machine.device.type, MICRO_TOKENS["cuda"])
+        self.progress = Progress(micro_tokens=settings.micro_tokens or automatic)
+        self._whole = True
+        self._saved = 0  # the step of the newest checkpoint
+        self._set_recompute(settings.checkpointing == "on")
+
+    def resume(self) -> None:
+        """Take up the newest whole checkpoint, if there is one."""
+        found = checkpoint.load_newest(self._run.checkpoints)
+        if found is None:
             return
-        if not torch.isfinite(torch.tensor(logs["loss"])):
+        tensors, self.progress = found
+        self._saved = self.progress.step
+        for name, parameter in self._named.items():
+            parameter.data.copy_(tensors[name])
+            moments = {"exp_avg": tensors[f"{name}.exp_avg"], "exp_avg_sq": tensors[f"{name}.exp_avg_sq"]}
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.progress.step - self._skipped())),
+                **{key: moment.to(parameter.device) for key, moment in moments.items()},
+            }
+        if self.progress.loss_scale:
+            self._scaler.load_state_dict(self.progress.loss_scale)
+        self._set_recompute(self.progress.recompute)
+        if self.progress.step >= self._settings.max_steps:
+            log.info("train: all %d steps are in %s", self.progress.step, self._run.checkpoints)
+        else:
+            log.info("train: goes on after step %d of %d", self.progress.step, self._settings.max_steps)
+
+    def run_to_the_end(self) -> None:
+        """Take the steps that are left, with checkpoints on the way and at the end."""
+        settings, progress = self._settings, self.progress
+        self._model.train()
+        bar = tqdm(total=settings.max_steps, initial=progress.step, desc="train", disable=not sys.stderr.isatty())
+        last, last_step = time.monotonic(), progress.step
+        with self._packing.installed() if self._packing else nullcontext(), bar:
+            try:
+                while self.progress.step < settings.max_steps:
+                    self._step()
+                    bar.update()
+                    step = self.progress.step
+                    if self._logged(step):
+                        now = time.monotonic()
+                        self._show(bar, (now - last) / (step - last_step))
+                        last, last_step = now, step
+                    if step % settings.save_steps == 0 or step == settings.max_steps:
+                        self._save()
+            except KeyboardInterrupt:
+                if self._whole and self.progress.step > self._saved:
+                    self._save()
+                raise
+        self._run.write_lines("log.jsonl", self.history())
+        self._run.update(micro_tokens=self.progress.micro_tokens, recompute=self.progress.recompute)
+
+    def _step(self) -> None:
+        """One optimizer step, done again with smaller micro-batches when memory runs out."""
+        settings, progress = self._settings, self.progress
+        chosen = examples_of_step(
+            self._examples, progress.step, per_step=settings.batch_size * settings.accumulation, seed=settings.seed
+        )
+        labels = label_count(chosen)
+        while True:
+            torch.manual_seed(settings.seed * 1_000_003 + progress.step)  # of dropout: the same when done again
+            self._optimizer.zero_grad()
+            try:
+                loss = accumulate(
+                    self._model,
+                    micro_batches(
+                        chosen,
+                        limit=progress.micro_tokens,
+                        overhead=micro_overhead(self._machine),
+                        padded=self._packing is None,
+                    ),
+                    self._collator,
+                    labels=labels,
+                    machine=self._machine,
+                    packing=self._packing,
+                    scaler=self._scaler,
+                )
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._need_less(max(len(example.input_ids) for example in chosen))
+        if not math.isfinite(loss):
             raise Diverged(
-                f"the loss is {logs['loss']} at step {state.global_step}: training diverged or overflowed. "
+                f"the loss is {loss / labels} at step {progress.step + 1}: training diverged or overflowed. "
                 "Lower TAGGER_TRAIN_LEARNING_RATE, or use TAGGER_TRAIN_PRECISION=fp32"
             )
-        self._run.write_lines("log.jsonl", [entry for entry in state.log_history if "loss" in entry])
-        now = time.monotonic()
-        pace = (now - self._last_log) / max(1, state.global_step - self._last_step)
-        self._last_log, self._last_step = now, state.global_step
+        rate = learning_rate(settings, progress.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._whole = False  # an interruption in here must not be saved as a step
+        self._scaler.unscale_(self._optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), MAX_GRAD_NORM))
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        progress.steps.append({"loss": loss, "labels": labels, "grad_norm": norm, "learning_rate": rate})
+        progress.step += 1
+        self._whole = True
+
+    def _need_less(self, longest: int) -> None:
+        """Halve the micro-batches; when each is one example already, recompute activations; then give up."""
+        progress = self.progress
+        self._optimizer.zero_grad()
+        gc.collect()
+        if self._machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if progress.micro_tokens > longest:
+            progress.micro_tokens = max(longest, progress.micro_tokens // 2)
+            log.warning("train: out of memory; micro-batches have at most %d tokens from now on", progress.micro_tokens)
+        elif progress.micro_tokens > 1:
+            progress.micro_tokens = 1
+            log.warning("train: out of memory; micro-batches are one example each from now on")
+        elif self._settings.checkpointing == "auto" and not progress.recompute:
+            self._set_recompute(True)
+            log.warning("train: out of memory; activations are recomputed from now on")
+        else:
+            raise JobError(
+                f"out of memory with one example of {longest} tokens at a time; lower TAGGER_DATA_MAX_LENGTH, set "
+                "TAGGER_TRAIN_CHECKPOINTING=on, or take a larger machine"
+            )
+
+    def _set_recompute(self, on: bool) -> None:
+        self.progress.recompute = on
+        base: Any = self._model.get_base_model()
+        if on:
+            self._model.enable_input_require_grads()
+            base.activation_checkpointing_enable()
+        else:
+            base.activation_checkpointing_disable()
+
+    def _save(self) -> None:
+        tensors = {}
+        for name, parameter in self._named.items():
+            state = self._optimizer.state[parameter]
+            tensors[name] = parameter.data
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{name}.{moment}"] = state[moment] if state else torch.zeros_like(parameter)
+        self.progress.loss_scale = self._scaler.state_dict()
+        checkpoint.save(self._run.checkpoints, {n: t.contiguous() for n, t in tensors.items()}, self.progress)
+        self._saved = self.progress.step
+
+    def _skipped(self) -> int:
+        """Steps without an update, because fp16 gradients overflowed."""
+        return sum(not math.isfinite(step["grad_norm"]) for step in self.progress.steps)
+
+    def _logged(self, step: int) -> bool:
+        return step in (1, self._settings.max_steps) or step % self._settings.logging_steps == 0
+
+    def history(self) -> list[dict[str, float]]:
+        """The entries of log.jsonl; a loss is the mean over the label tokens since the entry before."""
+        entries, loss, labels = [], 0.0, 0.0
+        per_step = self._settings.batch_size * self._settings.accumulation
+        for number, step in enumerate(self.progress.steps, 1):
+            loss, labels = loss + step["loss"], labels + step["labels"]
+            if self._logged(number):
+                epoch = number * per_step / len(self._examples)
+                norm = step["grad_norm"] if math.isfinite(step["grad_norm"]) else 0.0  # a step that fp16 skipped
+                own = {"grad_norm": norm, "learning_rate": step["learning_rate"]}
+                entries.append({"step": number, "loss": loss / labels, **own, "epoch": epoch})
+                loss = labels = 0.0
+        return entries
+
+    def _show(self, bar: tqdm[Any], pace: float) -> None:
+        entries = self.history()
+        self._run.write_lines("log.jsonl", entries)
         line = (
-            f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, "
-            f"learning rate {logs['learning_rate']:.2e}, {pace:.1f} s a step"
+            f"step {self.progress.step}/{self._settings.max_steps}: loss {entries[-1]['loss']:.4f}, "
+            f"learning rate {entries[-1]['learning_rate']:.2e}, {pace:.1f} s a step"
         )
-        if self._bar is None:
+        if bar.disable:
             log.info("train: %s", line)
         else:
-            self._bar.write(line)
+            bar.write(line)
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or this process had no memory left; on a CPU torch says so by its text alone."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

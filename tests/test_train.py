@@ -10,15 +10,18 @@ import peft
 import pytest
 import torch
 from conftest import CPU
+from transformers import get_linear_schedule_with_warmup
 
+from job.batches import label_count
 from job.data import NO_LOSS
 from job.freeze import freeze
 from job.lora import add_adapters
+from job.packed import PackedAttention
 from job.quantize import load_model, load_tokenizer
-from job.results import Diverged, Encoded
+from job.results import Diverged, Encoded, JobError, Refused
 from job.run_folder import RunFolder
 from job.settings import Base, Lora, Train
-from job.train import Collator, train
+from job.train import is_out_of_memory, learning_rate, train
 
 
 def examples(n: int, *, loss_on_all: bool = False) -> list[Encoded]:
@@ -49,22 +52,22 @@ def run_folder(path: Path) -> RunFolder:
     return run
 
 
-def test_the_collator_keeps_the_positions_whose_next_token_is_a_label() -> None:
-    batch = Collator(pad_token_id=9)([Encoded([1, 2, 3, 4], [-100, -100, 3, 4]), Encoded([5, 6], [5, 6])])
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch["logits_to_keep"].tolist() == [[False, True, True, False], [True, False, False, False]]
-    assert batch["shift_labels"].tolist() == [3, 4, 6]
-
-
 @pytest.mark.parametrize("architecture", ["bloom", "llama"])
 @pytest.mark.parametrize("quantize", ["int8", "none"])
-@pytest.mark.parametrize("loss_on_all", [False, True])
+@pytest.mark.parametrize(
+    ("loss_on_all", "micro_tokens", "packed"), [(False, None, True), (True, 40, True), (False, 40, False)]
+)
 def test_loss_and_gradients_of_a_step_are_those_of_the_full_computation(
-    request: pytest.FixtureRequest, tmp_path: Path, architecture: str, quantize: str, loss_on_all: bool
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    architecture: str,
+    quantize: str,
+    loss_on_all: bool,
+    micro_tokens: int | None,
+    packed: bool,
 ) -> None:
     folder = request.getfixturevalue(architecture)
-    rows = examples(11, loss_on_all=loss_on_all)  # micro-batches of 4, 4 and a last one of 3
+    rows = examples(11, loss_on_all=loss_on_all)
 
     model = adapted(folder, quantize).train()
     summed, labelled = torch.zeros(()), 0
@@ -84,10 +87,11 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_full_computation(
         seen.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         return real_step(optimizer, *arguments, **keywords)
 
-    settings = Train(max_steps=1, batch_size=4, accumulation=3, warmup_steps=0, logging_steps=1)
+    settings = Train(max_steps=1, batch_size=11, accumulation=1, warmup_steps=0, micro_tokens=micro_tokens)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
-        patch.setattr("accelerate.Accelerator.clip_grad_norm_", lambda *_, **__: torch.zeros(()))
+        patch.setattr(PackedAttention, "fits", lambda model: packed)
+        patch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_, **__: torch.zeros(()))
         trained = train(
             model,
             rows,
@@ -103,11 +107,13 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_full_computation(
         torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def trained_on(tmp_path: Path, folder: Path, **knobs: object) -> list[dict[str, float]]:
+def trained_on(
+    tmp_path: Path, folder: Path, *, model: peft.PeftModel | None = None, **knobs: object
+) -> list[dict[str, float]]:
     settings = Train.model_validate({"max_steps": 6, "warmup_steps": 2, "logging_steps": 2, "save_steps": 2, **knobs})
     run = run_folder(tmp_path)
     train(
-        adapted(folder),
+        model or adapted(folder),
         examples(20),
         settings,
         tokenizer=load_tokenizer(Base(model=str(folder))),
@@ -135,7 +141,8 @@ def test_a_run_with_checkpoints_goes_on_from_the_newest(tmp_path: Path, llama: P
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path, llama: Path) -> None:
     whole = trained_on(tmp_path, llama)
-    (tmp_path / "checkpoints" / "checkpoint-6" / "trainer_state.json").unlink()
+    weights = tmp_path / "checkpoints" / "checkpoint-6" / "tensors.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     assert [entry["loss"] for entry in trained_on(tmp_path, llama)] == [entry["loss"] for entry in whole]
 
 
@@ -180,3 +187,100 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Pa
             machine=CPU,
             run=run_folder(tmp_path),
         )
+
+
+def state(model: peft.PeftModel) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def with_dropout(folder: Path) -> peft.PeftModel:
+    model = load_model(Base.model_validate({"model": str(folder), "quantize": "none"}), CPU)
+    freeze(model)
+    return add_adapters(model, Lora(dropout=0.3), seed=42)
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 2, 5])
+def test_a_run_that_was_interrupted_ends_bitwise_as_one_that_was_not(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: int
+) -> None:
+    model = with_dropout(llama)
+    whole = trained_on(tmp_path / "whole", llama, model=model, save_steps=4, logging_steps=3)
+    expected = state(model)
+
+    calls = 0
+
+    def interrupt(*_: object, **__: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > interrupted_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("job.train.label_count", lambda examples: interrupt() or label_count(examples))
+        calls = -20  # the examples are counted first
+        with pytest.raises(KeyboardInterrupt):
+            trained_on(tmp_path / "cut", llama, model=with_dropout(llama), save_steps=4, logging_steps=3)
+    model = with_dropout(llama)
+    assert trained_on(tmp_path / "cut", llama, model=model, save_steps=4, logging_steps=3) == whole
+    for name, tensor in state(model).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_out_of_memory_halves_the_micro_batches_and_changes_nothing_else(
+    tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = trained_on(tmp_path / "whole", bloom, micro_tokens=1000)
+    model = adapted(bloom)
+    forward = model.forward
+
+    def small(**batch: torch.Tensor) -> object:
+        if batch["input_ids"].numel() > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(**batch)
+
+    monkeypatch.setattr(model, "forward", small)
+    log = trained_on(tmp_path / "small", bloom, model=model, micro_tokens=1000)
+    assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in whole], rel=1e-5)
+    assert "at most 62 tokens from now on" in caplog.text
+    assert json.loads((tmp_path / "small" / "manifest.json").read_text())["micro_tokens"] == 62
+
+
+def test_memory_that_never_suffices_is_said_to_be_too_small(
+    tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = adapted(bloom)
+
+    def never(**batch: torch.Tensor) -> object:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(model, "forward", never)
+    with pytest.raises(JobError, match="out of memory with one example of 27 tokens"):
+        trained_on(tmp_path, bloom, model=model)
+    assert "activations are recomputed from now on" in caplog.text
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert is_out_of_memory(MemoryError())
+
+
+def test_examples_without_a_label_are_refused(tmp_path: Path, llama: Path) -> None:
+    with pytest.raises(Refused, match="1 of 2 examples have no token with a loss"):
+        train(
+            adapted(llama),
+            [*examples(1), Encoded([5, 6, 7], [NO_LOSS] * 3)],
+            Train(max_steps=1),
+            tokenizer=load_tokenizer(Base(model=str(llama))),
+            machine=CPU,
+            run=run_folder(tmp_path),
+        )
+
+
+def test_the_learning_rate_rises_and_falls_as_the_recipe_s_schedule_does() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-4)
+    schedule = get_linear_schedule_with_warmup(optimizer, 5, 20)
+    settings = Train(max_steps=20, warmup_steps=5, learning_rate=2e-4)
+    for step in range(20):
+        assert learning_rate(settings, step) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()

@@ -1,0 +1,84 @@
+"""Checkpoints of training: whole or absent."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from job.run_folder import file_digest
+
+log = logging.getLogger(__name__)
+
+TENSORS, STATE = "tensors.safetensors", "state.json"
+KEEP = 2
+
+
+@dataclass
+class Progress:
+    """How far training is; with the tensors, all that a resume needs.
+
+    Dropout and the order of examples follow from seed and step, so no random state is kept.
+    """
+
+    step: int = 0
+    """Optimizer steps done."""
+    micro_tokens: int = 0
+    recompute: bool = False
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    steps: list[dict[str, float]] = field(default_factory=list)
+    """For each step the sum of its losses, its label tokens, gradient norm and learning rate."""
+
+
+def save(checkpoints: Path, tensors: dict[str, torch.Tensor], progress: Progress) -> None:
+    """Write checkpoint-<step>: beside, fsynced, sealed with a digest of its tensors, renamed last; keep the newest."""
+    folder = checkpoints / f"checkpoint-{progress.step}"
+    beside = folder.with_suffix(".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    save_file(tensors, beside / TENSORS)
+    state = {"progress": asdict(progress), "sha256": file_digest(beside / TENSORS)}
+    (beside / STATE).write_text(json.dumps(state), encoding="utf-8")
+    for path in (beside / TENSORS, beside / STATE, beside):
+        _sync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+    _sync(checkpoints)
+    for old in _newest_first(checkpoints)[KEEP:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_newest(checkpoints: Path) -> tuple[dict[str, torch.Tensor], Progress] | None:
+    """The newest checkpoint that is as it was written; one that is not is named and passed over."""
+    for folder in _newest_first(checkpoints):
+        try:
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            if state["sha256"] != file_digest(folder / TENSORS):
+                raise ValueError("its tensors are not those that were written")
+            return load_file(folder / TENSORS), Progress(**state["progress"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            log.warning("train: %s cannot be used (%s); going back to the one before", folder, error)
+    return None
+
+
+def _newest_first(checkpoints: Path) -> list[Path]:
+    numbered = [
+        (int(m[1]), path) for path in checkpoints.glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
