@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/offline.env
+BENCH ?=
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",/\1/p' pyproject.toml)
 
-.PHONY: run test lint install lock clean
+.PHONY: run test lint bench install lock clean
 
 run: install  ## the whole job on this machine: embedded base model, shipped data, no Hub
 	$(BIN)/python -m job --recipe $(RECIPE) run
@@ -17,6 +18,15 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# TRL, which the bench compares with, stays out of the job's environment but uses its torch and transformers.
+bench: install .bench-packages/installed  ## training throughput; BENCH="--rounds 5 --json bench.jsonl" gives it options
+	PYTHONPATH=.bench-packages $(BIN)/python -m bench.train $(BENCH)
+
+.bench-packages/installed: bench/requirements.txt
+	rm -rf .bench-packages
+	$(BIN)/python -m pip install --quiet --no-deps --target .bench-packages -r bench/requirements.txt
+	touch $@
 
 install: $(VENV)/installed
 
@@ -43,4 +53,4 @@ lock: install
 	$(BIN)/python -m job settings --env-example > $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .bench-packages build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""How fast the adapters are trained, beside what else could train them. No part of the job, and not installed."""

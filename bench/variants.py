@@ -1,0 +1,224 @@
+"""What is compared: ways to take the same optimizer steps on the same examples.
+
+A variant is a function from Work to a Run. It prepares, which is not measured; the Run then takes the steps in order,
+calls `tick` after each, and returns the loss of each (the mean over the step's label tokens).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from job.batches import Collator, label_count, micro_batches
+from job.data import NO_LOSS
+from job.device import Machine
+from job.packed import PackedAttention
+from job.results import Encoded
+from job.settings import Settings
+from job.train import MAX_GRAD_NORM, MICRO_TOKENS, accumulate, learning_rate, micro_overhead
+
+Tick = Callable[[], None]
+Run = Callable[[Tick], list[float]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every variant is given: a model with adapters, on its device, and the steps to take."""
+
+    model: peft.PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    machine: Machine
+    settings: Settings
+    steps: list[list[Encoded]]
+    folder: Path
+    """For whatever has to be written; it is gone afterwards."""
+
+
+Variant = Callable[[Work], Run]
+
+
+def variants() -> dict[str, Variant]:
+    """Every variant by name, in the order of the table; the first is what the others are compared with."""
+    return {"recipe": recipe, "trl": trl, "trl-best": trl_best, "trl-compiled": trl_compiled, **job_variants()}
+
+
+# ---- the job itself ------------------------------------------------------------------------------------------------
+
+
+def job_variants() -> dict[str, Variant]:
+    """The job's own loop, with each of its techniques added in turn."""
+    return {
+        "tags' rows": partial(_job, recompute=True),
+        "+ no recomputation": _job,
+        "+ cut by tokens": partial(_job, cut=True),
+        "+ packed: the job": partial(_job, cut=True, packed=True),
+    }
+
+
+def _job(work: Work, *, recompute: bool = False, cut: bool = False, packed: bool = False) -> Run:
+    base: Any = work.model.get_base_model()
+    packing = PackedAttention(base) if packed and PackedAttention.fits(base) else None
+    collator = Collator(work.tokenizer.pad_token_id, packed=packing is not None)
+    if recompute:
+        work.model.enable_input_require_grads()
+        base.activation_checkpointing_enable()
+    parameters = [parameter for parameter in work.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+    scaler = torch.amp.GradScaler(work.machine.device.type, enabled=work.machine.precision == "fp16")
+    limit, overhead = MICRO_TOKENS[work.machine.device.type], micro_overhead(work.machine)
+    rows = work.settings.train.batch_size
+
+    def run(tick: Tick) -> list[float]:
+        losses = []
+        work.model.train()
+        with packing.installed() if packing else nullcontext():
+            for number, step in enumerate(work.steps):
+                optimizer.param_groups[0]["lr"] = learning_rate(work.settings.train, number)
+                labels = label_count(step)
+                parts: Iterable[Sequence[Encoded]] = (step[i : i + rows] for i in range(0, len(step), rows))
+                if cut:
+                    parts = micro_batches(step, limit=limit, overhead=overhead, padded=packing is None)
+                loss = accumulate(
+                    work.model,
+                    parts,
+                    collator,
+                    labels=labels,
+                    machine=work.machine,
+                    packing=packing,
+                    scaler=scaler,
+                )
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                losses.append(loss / labels)
+                tick()
+        return losses
+
+    return run
+
+
+# ---- what else could train the adapters ----------------------------------------------------------------------------
+
+
+def recipe(work: Work) -> Run:
+    """The recipe as written: transformers' Trainer, four padded rows at a time, checkpointing, all logits."""
+    work.model.enable_input_require_grads()
+    arguments = TrainingArguments(**_options(work), activation_checkpointing=True)
+    rows: Any = [example for step in work.steps for example in step]
+    pad = partial(_padded, pad_token_id=work.tokenizer.pad_token_id)
+    return _trained_by(Trainer(work.model, arguments, train_dataset=rows, data_collator=pad))
+
+
+def trl(work: Work) -> Run:
+    """TRL's SFTTrainer with the recipe's batches, without checkpointing.
+
+    On a quantized base it makes the adapters bf16, as it always does.
+    """
+    return _trl(work)
+
+
+def trl_best(work: Work) -> Run:
+    """The options that make SFTTrainer fastest: no padding, where the model tells packed rows apart.
+
+    BLOOM does not: it ignores position ids, and tokens would attend to the row before theirs. Left out because they
+    were slower, or not there on a CPU: 16 rows at a time, Liger's kernels, packing, offloaded activations.
+    """
+    return _trl(work, padding_free=_takes_position_ids(work.model))
+
+
+def trl_compiled(work: Work) -> Run:
+    """The same, compiled: faster by the step, after minutes of compiling in the first one."""
+    return _trl(work, padding_free=_takes_position_ids(work.model), torch_compile=True)
+
+
+def _takes_position_ids(model: peft.PeftModel) -> bool:
+    return "position_ids" in inspect.signature(type(model.get_base_model()).forward).parameters
+
+
+def _trl(work: Work, **options: Any) -> Run:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined,import-not-found,unused-ignore]
+
+    rows = [
+        {"input_ids": example.input_ids, "completion_mask": [int(label != NO_LOSS) for label in example.labels]}
+        for step in work.steps
+        for example in step
+    ]
+    config = {"gradient_checkpointing": False, "completion_only_loss": True, "max_length": None}
+    arguments = SFTConfig(**(_options(work) | config | options))
+    data = Dataset.from_list(rows)
+    return _trained_by(SFTTrainer(work.model, arguments, train_dataset=data, processing_class=work.tokenizer))
+
+
+def _options(work: Work) -> dict[str, Any]:
+    """The recipe's options, and those that make the Trainer take the steps as they are and do nothing beside them."""
+    settings = work.settings.train
+    return {
+        "output_dir": str(work.folder),
+        "max_steps": len(work.steps),
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.accumulation,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": settings.warmup_steps,
+        "fp16": work.machine.precision == "fp16",
+        "bf16": work.machine.precision == "bf16",
+        "use_cpu": work.machine.device.type == "cpu",
+        "train_sampling_strategy": "sequential",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": work.machine.device.type == "cuda",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": settings.seed,
+    }
+
+
+def _trained_by(trainer: Trainer) -> Run:
+    trainer.remove_callback(PrinterCallback)
+
+    def run(tick: Tick) -> list[float]:
+        trainer.add_callback(_Ticks(tick))
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    return run
+
+
+class _Ticks(TrainerCallback):
+    def __init__(self, tick: Tick) -> None:
+        self._tick = tick
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._tick()
+
+
+def _padded(examples: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.Tensor]:
+    ids = [torch.tensor(example.input_ids) for example in examples]
+    labels = [torch.tensor(example.labels) for example in examples]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=NO_LOSS),
+    }
