@@ -326,6 +326,31 @@ def test_an_interrupted_run_ends_with_75_and_goes_on(
     assert (tmp_path / "runs" / "tiny" / "checkpoints" / "checkpoint-10").is_dir()
 
 
+def test_a_run_that_was_killed_twice_ends_as_one_that_was_not(tiny: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"MAX_STEPS": "120", "SAVE_STEPS": "6", "LOGGING_STEPS": "5"}.items():
+        tiny.setenv(f"TAGGER_TRAIN_{name}", value)
+    tiny.setenv("PYTHONPATH", str(ROOT))
+
+    def run(killed_at: str | None = None, by: signal.Signals = signal.SIGKILL) -> int:
+        with subprocess.Popen([sys.executable, "-m", "job"], stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if killed_at is not None and killed_at in line:
+                    process.send_signal(by)
+        return process.returncode
+
+    folder = tmp_path / "runs" / "tiny"
+    assert run("step 10/120") == -signal.SIGKILL
+    assert run("step 25/120", by=signal.SIGTERM) == 75
+    assert run() == 0
+    killed = {name: (folder / name).read_bytes() for name in ("adapter/adapter_model.safetensors", "predictions.jsonl")}
+    log = lines(folder / "log.jsonl")
+    shutil.rmtree(folder)
+    assert run() == 0
+    assert {name: (folder / name).read_bytes() for name in killed} == killed
+    assert lines(folder / "log.jsonl") == log
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
