@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from job.run_folder import file_digest
+from job.run_folder import file_digest, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -40,18 +39,10 @@ class Progress:
 
 def save(checkpoints: Path, tensors: dict[str, torch.Tensor], progress: Progress) -> None:
     """Write checkpoint-<step>: beside, fsynced, sealed with a digest of its tensors, renamed last; keep the newest."""
-    folder = checkpoints / f"checkpoint-{progress.step}"
-    beside = folder.with_suffix(".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    save_file(tensors, beside / TENSORS)
-    state = {"progress": asdict(progress), "sha256": file_digest(beside / TENSORS)}
-    (beside / STATE).write_text(json.dumps(state), encoding="utf-8")
-    for path in (beside / TENSORS, beside / STATE, beside):
-        _sync(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
-    _sync(checkpoints)
+    with whole_folder(checkpoints / f"checkpoint-{progress.step}") as folder:
+        save_file(tensors, folder / TENSORS)
+        state = {"progress": asdict(progress), "sha256": file_digest(folder / TENSORS)}
+        (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
     for old in _newest_first(checkpoints)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -74,11 +65,3 @@ def _newest_first(checkpoints: Path) -> list[Path]:
         (int(m[1]), path) for path in checkpoints.glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
     return [path for _, path in sorted(numbered, reverse=True)]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

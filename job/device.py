@@ -57,7 +57,7 @@ class Machine:
         return DTYPES[self.precision]
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """Mixed precision for a forward pass outside the Trainer; nothing to do in fp32."""
+        """Mixed precision for a forward pass; nothing to do in fp32."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         context: contextlib.AbstractContextManager[None] = torch.autocast(self.device.type, self.dtype)

@@ -135,12 +135,30 @@ class RunFolder:
     @contextmanager
     def folder(self, name: str) -> Iterator[Path]:
         """A folder to fill, which takes its name when it is left without an error."""
-        beside = self.path / f"{name}.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        yield beside
-        shutil.rmtree(self.path / name, ignore_errors=True)
-        beside.rename(self.path / name)
+        with whole_folder(self.path / name) as folder:
+            yield folder
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to fill; left without an error, it is on the disk and takes the path's place."""
+    beside = path.with_name(f"{path.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    yield beside
+    for written in (*beside.rglob("*"), beside):
+        _sync(written)
+    shutil.rmtree(path, ignore_errors=True)
+    beside.rename(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -244,8 +244,8 @@ class _Training:
             log.warning("train: out of memory; activations are recomputed from now on")
         else:
             raise JobError(
-                f"out of memory with one example of {longest} tokens at a time; lower TAGGER_DATA_MAX_LENGTH, set "
-                "TAGGER_TRAIN_CHECKPOINTING=on, or take a larger machine"
+                f"out of memory with one example of {longest} tokens at a time; lower TAGGER_DATA_MAX_LENGTH, "
+                f"{'' if progress.recompute else 'set TAGGER_TRAIN_CHECKPOINTING=auto, '}or take a larger machine"
             )
 
     def _set_recompute(self, on: bool) -> None:
