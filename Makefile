@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/offline.env
 BENCH ?=
+KILLS ?= 100
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",/\1/p' pyproject.toml)
 
-.PHONY: run test lint bench install lock clean
+.PHONY: run test lint torture bench install lock clean
 
 run: install  ## the whole job on this machine: embedded base model, shipped data, no Hub
 	$(BIN)/python -m job --recipe $(RECIPE) run
@@ -18,6 +19,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+torture: install  ## kill so many processes of whole runs at random points; each run has to end as if it had not been
+	PYTHONPATH=. $(BIN)/python tests/torture.py --kills $(KILLS)
 
 # TRL, which the bench compares with, stays out of the job's environment but uses its torch and transformers.
 bench: install .bench-packages/installed  ## training throughput; BENCH="--rounds 5 --json bench.jsonl" gives it options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -10,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from job import __version__, logs, settings
+from job import __version__, interruption, logs, settings
 from job.results import JobError, Refused
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 EXIT_CODES = """exit codes:
   0  done
   1  crashed: a defect or the machine
@@ -26,25 +28,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments, argparse.Namespace(recipe=None))
     logs.configure()
-    signal.signal(signal.SIGTERM, _interrupt)  # as process 1 of a container it would do nothing otherwise
+    with interruption.handled():
+        try:
+            code = _perform(options)
+            interruption.check()
+        except KeyboardInterrupt:
+            by = f" by {interruption.received()}" if interruption.received() else ""
+            print(f"interrupted{by}; the same command goes on from what is saved", file=sys.stderr)
+            return interruption.EXIT_CODE
+    return code
+
+
+def _perform(options: argparse.Namespace) -> int:
+    """Run the command; its errors become sentences and exit codes."""
     try:
         for name, value in settings.ecosystem(options.recipe).items():
             os.environ.setdefault(name, value)
         options.command(options, settings.load(options.recipe))
-    except JobError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
-        return 75
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        interruption.check()  # what a library made of an interruption is not an error
+        if isinstance(error, JobError):
+            problem, code = str(error), error.exit_code
+        elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            problem = (
+                f"{error.filename or 'the disk'} cannot be written: {error.strerror}. What was saved before is whole: "
+                "make room or permit it, then run the same command again"
+            )
+            code = 1
+        else:
+            raise
+        print("\n".join(f"error: {line}" for line in problem.splitlines()), file=sys.stderr)
+        return code
     return 0
 
 
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+def command() -> NoReturn:
+    """Run as a program: like `main`, but nothing that a library left running delays the end of what is interrupted."""
+    code = main()
+    for number in interruption.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # it is over, and its code is known
+    if code == interruption.EXIT_CODE:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -175,4 +205,4 @@ def _settings(options: argparse.Namespace, chosen: settings.Settings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

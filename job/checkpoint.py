@@ -13,12 +13,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from job.run_folder import file_digest, whole_folder
+from job.whole import broken, seal, whole_folder
 
 log = logging.getLogger(__name__)
 
-TENSORS, STATE = "tensors.safetensors", "state.json"
-KEEP = 2
+TENSORS, STATE, SEAL = "tensors.safetensors", "state.json", "sealed.json"
 
 
 @dataclass
@@ -35,15 +34,20 @@ class Progress:
     loss_scale: dict[str, float] = field(default_factory=dict)
     steps: list[dict[str, float]] = field(default_factory=list)
     """For each step the sum of its losses, its label tokens, gradient norm and learning rate."""
+    seconds: float = 0.0
+    """Of training, in all processes together."""
 
 
-def save(checkpoints: Path, tensors: dict[str, torch.Tensor], progress: Progress) -> None:
-    """Write checkpoint-<step>: beside, fsynced, sealed with a digest of its tensors, renamed last; keep the newest."""
+def save(checkpoints: Path, tensors: dict[str, torch.Tensor], progress: Progress, *, keep: int) -> None:
+    """Write checkpoint-<step>: beside, sealed, fsynced, renamed last; then remove all but the newest `keep`.
+
+    Raises OSError when it cannot be written; those before are as they were then.
+    """
     with whole_folder(checkpoints / f"checkpoint-{progress.step}") as folder:
         save_file(tensors, folder / TENSORS)
-        state = {"progress": asdict(progress), "sha256": file_digest(folder / TENSORS)}
-        (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
-    for old in _newest_first(checkpoints)[KEEP:]:
+        (folder / STATE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        (folder / SEAL).write_text(json.dumps(seal(folder, folder.iterdir())), encoding="utf-8")
+    for old in _newest_first(checkpoints)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -51,10 +55,11 @@ def load_newest(checkpoints: Path) -> tuple[dict[str, torch.Tensor], Progress] |
     """The newest checkpoint that is as it was written; one that is not is named and passed over."""
     for folder in _newest_first(checkpoints):
         try:
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            if state["sha256"] != file_digest(folder / TENSORS):
-                raise ValueError("its tensors are not those that were written")
-            return load_file(folder / TENSORS), Progress(**state["progress"])
+            sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+            if (why := broken(folder, {TENSORS: sealed[TENSORS], STATE: sealed[STATE]})) is not None:
+                raise ValueError(why)
+            progress = Progress(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+            return load_file(folder / TENSORS), progress
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("train: %s cannot be used (%s); going back to the one before", folder, error)
     return None

@@ -39,4 +39,5 @@ def merge(run: RunFolder, settings: Settings, machine: Machine) -> None:
     with run.folder("merged") as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    run.seal("merged")
     log.info("merge: %s", run.path / "merged")

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from job import preflight, report
+from job.preflight import Checked
 from job.results import Summary
 from job.run_folder import RunFolder
 from job.settings import Settings
@@ -19,34 +20,49 @@ log = logging.getLogger(__name__)
 def run(settings: Settings) -> Summary:
     """Quantize, freeze, LoRA, train, push, sample; returns how it ended.
 
-    A run that is complete is not done again. Raises JobError for each end that has its own exit code.
+    What an attempt before has finished and sealed is not done again, up to a run that is complete.
+    Raises JobError for each end that has its own exit code.
     """
     checked = preflight.check(settings)
-    settings, examples, run = checked.settings, checked.examples, checked.run
+    settings, run = checked.settings, checked.run
     log.info("run: %s", run.path)
     if run.complete and (checked.repo is None or run.published):
         log.info("run: it is complete already, so nothing is done again")
         return report.summary(run)
 
     # torch and transformers take seconds to import: not before all is checked that needs neither
-    from job.data import encode, texts_to_tag
     from job.device import Machine
-    from job.evaluate import evaluate, gate, most_common_tags
+    from job.evaluate import gate
+    from job.merge import merge
+
+    machine = Machine.resolve(settings.run.device, settings.train.precision)
+    if run.begun:
+        run.lock()
+    if run.trained:
+        log.info("run: it is trained and evaluated already")
+    else:
+        fine_tune(checked, machine)
+    gate(settings.eval, report.scores(run)["adapter"])
+    if settings.hub.merge and not run.sealed("merged"):
+        merge(run, settings, machine)
+    run.let_through()
+    return finish(run, settings, checked.repo, machine)
+
+
+def fine_tune(checked: Checked, machine: Machine) -> None:
+    """Everything up to an adapter that is saved with what is known of it."""
+    from job.data import encode, texts_to_tag
+    from job.evaluate import evaluate, most_common_tags
     from job.freeze import freeze
     from job.lora import add_adapters, count_parameters, save_adapter
-    from job.merge import merge
     from job.quantize import load_model, load_tokenizer
     from job.sample import Tagger
     from job.train import train
 
-    machine = Machine.resolve(settings.run.device, settings.train.precision)
-    if run.complete:
-        log.info("run: it is complete but for its push")
-        run.lock()
-        return finish(run, settings, checked.repo, machine)
+    settings, examples, run = checked.settings, checked.examples, checked.run
     preflight.check_machine(checked)
     held_out = examples.held_out[: settings.eval.limit]
-    with run.timed("load"):
+    with run.chapter("load"):
         tokenizer = load_tokenizer(settings.base)
         encoded = encode(tokenizer, examples.train, settings)
         log.info("data: %d examples to train on, %d held out", len(encoded), len(examples.held_out))
@@ -58,14 +74,13 @@ def run(settings: Settings) -> Summary:
     run.begin(str(machine))
 
     tagger = Tagger(model, tokenizer, settings, machine)
-    with run.timed("evaluate_base"), model.disable_adapter():
-        before, _ = evaluate(tagger, held_out)
-        log.info("evaluate: before training, %s", before)
-    with run.timed("train"):
+    with model.disable_adapter():
+        before, _ = report.kept_evaluation(run, "evaluate_base", lambda: evaluate(tagger, held_out))
+    log.info("evaluate: before training, %s", before)
+    with run.chapter("train"):
         trained = train(model, encoded, settings.train, tokenizer=tokenizer, machine=machine, run=run)
-    with run.timed("evaluate"):
-        after, predictions = evaluate(tagger, held_out)
-        log.info("evaluate: after training, %s", after)
+    after, predictions = report.kept_evaluation(run, "evaluate", lambda: evaluate(tagger, held_out))
+    log.info("evaluate: after training, %s", after)
 
     scores = {"most_common_tags": most_common_tags(examples.train, held_out), "base": before, "adapter": after}
     report.save_metrics(run, scores, trained, predictions)
@@ -73,12 +88,8 @@ def run(settings: Settings) -> Summary:
     with run.folder("adapter") as folder:
         save_adapter(model, tokenizer, folder, settings.base)
         report.save_card(folder, settings, scores, run, licence=checked.licence)
-    gate(settings.eval, after)
-    del model, base, tagger  # room for the models that are loaded anew
-    if settings.hub.merge:
-        merge(run, settings, machine)
-    run.let_through(peak_memory=machine.peak_memory())
-    return finish(run, settings, checked.repo, machine)
+    run.update(peak_memory=machine.peak_memory())
+    run.seal("metrics.json", "predictions.jsonl", "samples.jsonl", "adapter")
 
 
 def finish(run: RunFolder, settings: Settings, repo: str | None, machine: Machine) -> Summary:
@@ -86,9 +97,9 @@ def finish(run: RunFolder, settings: Settings, repo: str | None, machine: Machin
     from job.push import push
     from job.sample import load_tagger
 
-    with run.timed("push"):
+    with run.chapter("push"):
         published = None if repo is None else push(run, repo, settings.hub)
-    with run.timed("sample"):
+    with run.chapter("sample"):
         report.check_round_trip(run, lambda: load_tagger(settings, published or run.adapter, machine), settings)
     run.finish(published)
     return report.summary(run)

@@ -6,10 +6,11 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job import hub
+from job import hub, interruption
 from job.results import Published, PushFailed, Refused
-from job.run_folder import RunFolder, file_digest
+from job.run_folder import RunFolder
 from job.settings import Hub, Settings
+from job.whole import file_digest
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -57,6 +58,7 @@ def push(run: RunFolder, repo: str, settings: Hub) -> Published:
     def attempt() -> Published:
         head, done = _look(client, repo, settings.revision, identity)
         if done is None:
+            interruption.check()  # what was interrupted publishes nothing
             done = client.create_commit(
                 repo,
                 operations=_operations(run, merged=settings.merge),

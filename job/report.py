@@ -12,14 +12,40 @@ from typing import TYPE_CHECKING
 from job.card import card
 from job.plots import loss_curve
 from job.results import Prediction, PushFailed, Refused, Scores, Summary, Tagged, Trained
-from job.run_folder import RunFolder, json_lines, try_to_write, write_whole
+from job.run_folder import RunFolder, try_to_write
 from job.settings import Settings
+from job.whole import json_lines, write_whole
 
 LONGEST_NAME = 200
 """Bytes; file systems take 255, and the name is longer while the file is being written."""
 
 if TYPE_CHECKING:
     from job.sample import Tagger
+
+
+def kept_evaluation(
+    run: RunFolder, chapter: str, evaluate: Callable[[], tuple[Scores, list[Prediction]]]
+) -> tuple[Scores, list[Prediction]]:
+    """An evaluation's outcome: the one of an attempt before, or else made now and kept."""
+    name = f"checkpoints/{chapter}.json"
+    with run.chapter(chapter):
+        if not run.sealed(name):
+            scores, predictions = evaluate()
+            kept = {"scores": asdict(scores), "predictions": [asdict(prediction) for prediction in predictions]}
+            run.write(name, json.dumps(kept, ensure_ascii=False))
+            run.seal(name)
+    found = json.loads((run.path / name).read_text(encoding="utf-8"))
+    predictions = [
+        Prediction(entry["text"], tuple(entry["gold"]), tuple(entry["predicted"]), entry["raw"])
+        for entry in found["predictions"]
+    ]
+    return Scores(**found["scores"]), predictions
+
+
+def scores(run: RunFolder) -> dict[str, Scores]:
+    """The scores in metrics.json."""
+    metrics = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    return {name: Scores(**score) for name, score in metrics["scores"].items()}
 
 
 def save_metrics(

@@ -1,10 +1,10 @@
-"""A run on disk: where its files are, and that each appears whole or not at all."""
+"""A run on disk: where its files are, what of it is done, and who owns it."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -12,16 +12,22 @@ import tempfile
 import time
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from job import interruption
 from job.results import Examples, Published, Refused
 from job.settings import Run, Settings
+from job.whole import broken, json_lines, seal, whole_folder, write_whole
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+CARD = "adapter/README.md"
+"""Not sealed: a model card may be edited before it is pushed."""
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
 
 
@@ -31,6 +37,7 @@ class RunFolder:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
+        self._locked = False
 
     @property
     def adapter(self) -> Path:
@@ -41,9 +48,17 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def begun(self) -> bool:
+        return (self.path / "manifest.json").is_file()
+
+    @property
+    def trained(self) -> bool:
+        """Whether all that comes before the gate is done and as it was written."""
+        return self.sealed("adapter", "metrics.json", "predictions.jsonl", "samples.jsonl")
+
+    @property
     def complete(self) -> bool:
-        whole = (self.adapter / "adapter_config.json").is_file() and "published" in self.manifest
-        return whole and bool(self.manifest["status"] == "complete")
+        return bool(self.manifest["status"] == "complete") and "published" in self.manifest and self.trained
 
     @property
     def published(self) -> bool:
@@ -85,10 +100,14 @@ class RunFolder:
         """Make the folder, now that everything that can be refused has been looked at."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.lock()
+        for left in (*self.path.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         self.update(status="running", device=device)
 
     def lock(self) -> None:
         """Take the run until this object or its process ends; raises Refused when another has it."""
+        if self._locked:
+            return
         file = os.open(self.path / "lock", os.O_WRONLY | os.O_CREAT, 0o666)
         weakref.finalize(self, os.close, file)
         try:
@@ -97,10 +116,37 @@ class RunFolder:
             raise Refused(
                 f"another process is at work on {self.path}; wait for it, or set TAGGER_RUN_ID to another name"
             ) from None
+        self._locked = True
+        if self.begun:
+            self.manifest = read_manifest(self.path)  # the owner before may have got further since it was read
 
-    def let_through(self, *, peak_memory: dict[str, float]) -> None:
-        """Record that training and evaluation are done and the gate lets the adapter be published."""
-        self.update(status="passed", peak_memory=peak_memory)
+    def seal(self, *names: str) -> None:
+        """Record size and digest of files and folders that are done: what is sealed is not made again."""
+        files = [file for name in names for file in self._files(name) if file != self.path / CARD]
+        self.update(sealed=self.manifest.get("sealed", {}) | seal(self.path, files))
+
+    def sealed(self, *names: str) -> bool:
+        """Whether all of these files and folders were sealed, and are as they were then."""
+        for name in names:
+            was = {
+                file: entry
+                for file, entry in self.manifest.get("sealed", {}).items()
+                if file == name or file.startswith(f"{name}/")
+            }
+            if not was:
+                return False
+            if (why := broken(self.path, was)) is not None:
+                log.warning("run: %s; it is made again", why)
+                return False
+        return True
+
+    def _files(self, name: str) -> list[Path]:
+        path = self.path / name
+        return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+    def let_through(self) -> None:
+        """Record that the gate lets the adapter be published."""
+        self.update(status="passed")
 
     @property
     def publishable(self) -> bool:
@@ -118,11 +164,26 @@ class RunFolder:
         self.write("manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
 
     @contextmanager
-    def timed(self, chapter: str) -> Iterator[None]:
-        """Note how many seconds a chapter took; the next `update` writes it."""
+    def chapter(self, name: str) -> Iterator[None]:
+        """Note how many seconds a chapter took, all its attempts together; the next `update` writes it.
+
+        An interruption that came before it ends the job here.
+        """
+        interruption.check()
         started = time.monotonic()
-        yield
-        self.manifest["timings"][chapter] = round(time.monotonic() - started, 2)
+        try:
+            yield
+        except BaseException as stop:
+            self._add_time(name, started)
+            if not isinstance(stop, Exception) and self._locked and self.manifest["status"] == "running":
+                with suppress(OSError):  # the interruption is what matters
+                    self.update(status="interrupted")
+            raise
+        self._add_time(name, started)
+
+    def _add_time(self, chapter: str, started: float) -> None:
+        timings = self.manifest["timings"]
+        timings[chapter] = round(timings.get(chapter, 0.0) + time.monotonic() - started, 2)
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run: beside, then renamed, so that it is whole or absent."""
@@ -137,53 +198,6 @@ class RunFolder:
         """A folder to fill, which takes its name when it is left without an error."""
         with whole_folder(self.path / name) as folder:
             yield folder
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to fill; left without an error, it is on the disk and takes the path's place."""
-    beside = path.with_name(f"{path.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    yield beside
-    for written in (*beside.rglob("*"), beside):
-        _sync(written)
-    shutil.rmtree(path, ignore_errors=True)
-    beside.rename(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside and rename it, so that it is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def json_lines(entries: Iterable[object]) -> str:
-    """One JSON value a line."""
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
 def default_run_id(settings: Settings, examples: Examples) -> str:

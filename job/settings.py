@@ -179,6 +179,10 @@ class Train(Group):
     )
     logging_steps: int = Field(25, ge=1, le=10**9, description="Steps between two entries of the loss history.")
     save_steps: int = Field(50, ge=1, le=10**9, description="Steps between two checkpoints.")
+    save_minutes: float = Field(
+        10, gt=0, le=1440, description="A checkpoint is also made when the last one is this old."
+    )
+    keep: int = Field(2, ge=1, le=1000, description="Checkpoints that are kept: the newest ones.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of adapters, dropout and order of examples.")
 
     @field_validator("micro_tokens", mode="before")
@@ -328,7 +332,7 @@ def _knobs() -> Iterator[tuple[str, str, str]]:
 
 
 def _changes_result(name: str) -> bool:
-    if name in ("TAGGER_TRAIN_LOGGING_STEPS", "TAGGER_TRAIN_SAVE_STEPS"):
+    if name.removeprefix("TAGGER_TRAIN_") in ("LOGGING_STEPS", "SAVE_STEPS", "SAVE_MINUTES", "KEEP"):
         return False
     if name in ("TAGGER_SAMPLE_MAX_NEW_TOKENS", "TAGGER_SAMPLE_BATCH_SIZE"):
         return True

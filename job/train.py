@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from job import checkpoint
+from job import checkpoint, interruption
 from job.batches import Collator, examples_of_step, label_count, micro_batches
 from job.checkpoint import Progress
 from job.device import Machine
@@ -46,7 +46,8 @@ def train(
     """Train the model's adapters in place, from the run's newest checkpoint if it has one.
 
     The loss of a step is the mean over its label tokens, whatever the micro-batches. When memory runs
-    out, micro-batches are halved and the step is done again. An interruption saves the last whole step.
+    out, micro-batches are halved and the step is done again. An interruption saves the last whole step;
+    a disk that takes no checkpoint is said and does not end training.
     Raises Refused for an example that has no label, Diverged when loss or adapters are not finite.
     """
     if unlabelled := sum(label_count([example]) == 0 for example in examples):
@@ -57,14 +58,13 @@ def train(
             settings.warmup_steps,
             settings.max_steps,
         )
-    started = time.monotonic()
     training = _Training(model, examples, settings, tokenizer, machine, run)
     training.resume()
     training.run_to_the_end()
     if not all(torch.isfinite(parameter).all() for parameter in model.parameters() if parameter.requires_grad):
         raise Diverged("the adapters are not finite after training; lower TAGGER_TRAIN_LEARNING_RATE")
     losses = [entry["loss"] for entry in training.history()]
-    return Trained(training.progress.step, losses[0], losses[-1], time.monotonic() - started)
+    return Trained(training.progress.step, losses[0], losses[-1], training.progress.seconds)
 
 
 def learning_rate(settings: Train, step: int) -> float:
@@ -130,6 +130,7 @@ class _Training:
         self.progress = Progress(micro_tokens=settings.micro_tokens or automatic)
         self._whole = True
         self._saved = 0  # the step of the newest checkpoint
+        self._last_save = self._last_count = time.monotonic()
         self._set_recompute(settings.checkpointing == "on")
 
     def resume(self) -> None:
@@ -163,6 +164,7 @@ class _Training:
         with self._packing.installed() if self._packing else nullcontext(), bar:
             try:
                 while self.progress.step < settings.max_steps:
+                    interruption.check()
                     self._step()
                     bar.update()
                     step = self.progress.step
@@ -170,10 +172,12 @@ class _Training:
                         now = time.monotonic()
                         self._show(bar, (now - last) / (step - last_step))
                         last, last_step = now, step
-                    if step % settings.save_steps == 0 or step == settings.max_steps:
-                        self._save()
-            except KeyboardInterrupt:
-                if self._whole and self.progress.step > self._saved:
+                    if self._save_is_due():
+                        with interruption.deferred():
+                            self._save()
+            except BaseException as stop:
+                # Ctrl-C, a signal, or Modal's end of time: not an error
+                if not isinstance(stop, Exception) and self._whole and self.progress.step > self._saved:
                     self._save()
                 raise
         self._run.write_lines("log.jsonl", self.history())
@@ -217,14 +221,15 @@ class _Training:
         rate = learning_rate(settings, progress.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._whole = False  # an interruption in here must not be saved as a step
-        self._scaler.unscale_(self._optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), MAX_GRAD_NORM))
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        progress.steps.append({"loss": loss, "labels": labels, "grad_norm": norm, "learning_rate": rate})
-        progress.step += 1
-        self._whole = True
+        with interruption.deferred():
+            self._whole = False  # what comes through all the same (Modal's end of time) must not save half a step
+            self._scaler.unscale_(self._optimizer)
+            norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), MAX_GRAD_NORM))
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            progress.steps.append({"loss": loss, "labels": labels, "grad_norm": norm, "learning_rate": rate})
+            progress.step += 1
+            self._whole = True
 
     def _need_less(self, longest: int) -> None:
         """Halve the micro-batches; when each is one example already, recompute activations; then give up."""
@@ -257,7 +262,15 @@ class _Training:
         else:
             base.activation_checkpointing_disable()
 
+    def _save_is_due(self) -> bool:
+        step, settings = self.progress.step, self._settings
+        old = time.monotonic() - self._last_save >= 60 * settings.save_minutes
+        return old or step % settings.save_steps == 0 or step == settings.max_steps
+
     def _save(self) -> None:
+        self._last_save = now = time.monotonic()
+        self.progress.seconds += now - self._last_count
+        self._last_count = now
         tensors = {}
         for name, parameter in self._named.items():
             state = self._optimizer.state[parameter]
@@ -265,8 +278,24 @@ class _Training:
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{name}.{moment}"] = state[moment] if state else torch.zeros_like(parameter)
         self.progress.loss_scale = self._scaler.state_dict()
-        checkpoint.save(self._run.checkpoints, {n: t.contiguous() for n, t in tensors.items()}, self.progress)
-        self._saved = self.progress.step
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        if self._written(
+            lambda: checkpoint.save(self._run.checkpoints, tensors, self.progress, keep=self._settings.keep)
+        ):
+            self._saved = self.progress.step
+
+    def _written(self, write: Callable[[], None]) -> bool:
+        """Whether something could be written; a disk that is full or read-only does not end training."""
+        try:
+            write()
+        except OSError as error:
+            kept = f"step {self._saved}" if self._saved else "the beginning"
+            log.warning(
+                "train: step %d could not be written to %s (%s); an interruption would go back to %s",
+                *(self.progress.step, self._run.path, error.strerror or error, kept),
+            )
+            return False
+        return True
 
     def _skipped(self) -> int:
         """Steps without an update, because fp16 gradients overflowed."""
@@ -291,7 +320,7 @@ class _Training:
 
     def _show(self, bar: tqdm[Any], pace: float) -> None:
         entries = self.history()
-        self._run.write_lines("log.jsonl", entries)
+        self._written(lambda: self._run.write_lines("log.jsonl", entries))
         line = (
             f"step {self.progress.step}/{self._settings.max_steps}: loss {entries[-1]['loss']:.4f}, "
             f"learning rate {entries[-1]['learning_rate']:.2e}, {pace:.1f} s a step"

@@ -76,6 +76,10 @@ def bloom_tokenizer(rows: list[dict[str, object]]) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def llama_tokenizer(rows: list[dict[str, object]]) -> PreTrainedTokenizerFast:
     """Split as SmolLM2's: digits apart, then GPT-2's rule. It has no pad token."""
+    return make_llama_tokenizer(rows)
+
+
+def make_llama_tokenizer(rows: list[dict[str, object]]) -> PreTrainedTokenizerFast:
     splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     texts = [f"{row['quote']} ->: {row['tags']}" for row in rows]
     return _tokenizer(splits, texts, bos_token="<|im_start|>", eos_token="<|im_end|>")
@@ -95,9 +99,15 @@ def bloom(tmp_path_factory: pytest.TempPathFactory, bloom_tokenizer: PreTrainedT
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory, llama_tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    make_llama(llama_tokenizer, folder)
+    return folder
+
+
+def make_llama(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(llama_tokenizer),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -107,10 +117,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory, llama_tokenizer: PreTrainedT
         bos_token_id=0,
         eos_token_id=1,
     )
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     LlamaForCausalLM(config).save_pretrained(folder)
-    llama_tokenizer.save_pretrained(folder)
-    return folder
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture

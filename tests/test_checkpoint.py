@@ -13,7 +13,7 @@ from job.checkpoint import Progress
 
 def saved(folder: Path, *steps: int) -> None:
     for step in steps:
-        checkpoint.save(folder, {"a": torch.full((3,), float(step))}, Progress(step=step, micro_tokens=7))
+        checkpoint.save(folder, {"a": torch.full((3,), float(step))}, Progress(step=step, micro_tokens=7), keep=2)
 
 
 def test_what_is_saved_is_read_back_and_only_the_newest_two_are_kept(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_what_is_saved_is_read_back_and_only_the_newest_two_are_kept(tmp_path: P
     assert progress == Progress(step=10, micro_tokens=7)
 
 
-@pytest.mark.parametrize("damage", ["altered", "cut", "no state", "torn state"])
+@pytest.mark.parametrize("damage", ["altered", "cut", "no state", "torn state", "altered state", "no seal"])
 def test_one_that_is_torn_or_altered_is_named_and_passed_over(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -38,6 +38,10 @@ def test_one_that_is_torn_or_altered_is_named_and_passed_over(
         tensors.write_bytes(tensors.read_bytes()[:-1])
     elif damage == "no state":
         state.unlink()
+    elif damage == "no seal":
+        (tmp_path / "checkpoint-2" / checkpoint.SEAL).unlink()
+    elif damage == "altered state":
+        state.write_text(state.read_text().replace('"micro_tokens": 7', '"micro_tokens": 8'))
     else:
         state.write_text(state.read_text()[:-1])
     found = checkpoint.load_newest(tmp_path)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from conftest import SAYINGS
 from hub import READ_TOKEN, WRITE_TOKEN, Fault, Hub, Repo
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
+from test_whole import largest_file
 from transformers import AutoModelForCausalLM
 
 from job.__main__ import main
@@ -191,7 +194,7 @@ def test_the_same_command_after_a_failed_push_trains_no_step_more(
     trained = weights.read_bytes()
     published.faults = []
     assert main([]) == 0
-    assert "train: all 3 steps are in runs/tiny/checkpoints" in caplog.text
+    assert "it is trained and evaluated already" in caplog.text
     assert weights.read_bytes() == trained
     assert published.models[REPO].titles == ["initial commit", "basic training"]
 
@@ -273,7 +276,7 @@ def test_a_complete_run_is_published_when_a_token_comes_later(
     assert REPO not in published.models
     tiny.setenv("TAGGER_HUB_PUSH", "always")
     assert main([]) == 0
-    assert "complete but for its push" in caplog.text
+    assert "it is trained and evaluated already" in caplog.text
     assert published.models[REPO].titles == ["initial commit", "basic training"]
     assert main([]) == 0
     assert "nothing is done again" in caplog.text
@@ -320,35 +323,90 @@ def test_an_interrupted_run_ends_with_75_and_goes_on(
                 break
         rest = process.stderr.read()
     assert process.returncode == 75, rest
-    assert "interrupted; the same command goes on from what is saved" in rest
+    assert f"interrupted by {signalled.name}; the same command goes on from what is saved" in rest
     assert "Traceback" not in rest
-    assert json.loads((tmp_path / "runs" / "tiny" / "manifest.json").read_text())["status"] == "running"
+    assert json.loads((tmp_path / "runs" / "tiny" / "manifest.json").read_text())["status"] == "interrupted"
     assert (tmp_path / "runs" / "tiny" / "checkpoints" / "checkpoint-10").is_dir()
 
 
-def test_a_run_that_was_killed_twice_ends_as_one_that_was_not(tiny: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, value in {"MAX_STEPS": "120", "SAVE_STEPS": "6", "LOGGING_STEPS": "5"}.items():
-        tiny.setenv(f"TAGGER_TRAIN_{name}", value)
-    tiny.setenv("PYTHONPATH", str(ROOT))
+def test_runs_that_were_killed_anywhere_end_as_one_that_was_not() -> None:
+    """`make torture` kills many more."""
+    torture = [sys.executable, str(ROOT / "tests" / "torture.py"), "--kills", "8"]
+    done = subprocess.run(torture, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "runs ended equal, after" in done.stdout
 
-    def run(killed_at: str | None = None, by: signal.Signals = signal.SIGKILL) -> int:
-        with subprocess.Popen([sys.executable, "-m", "job"], stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr is not None
-            for line in process.stderr:
-                if killed_at is not None and killed_at in line:
-                    process.send_signal(by)
-        return process.returncode
 
-    folder = tmp_path / "runs" / "tiny"
-    assert run("step 10/120") == -signal.SIGKILL
-    assert run("step 25/120", by=signal.SIGTERM) == 75
-    assert run() == 0
-    killed = {name: (folder / name).read_bytes() for name in ("adapter/adapter_model.safetensors", "predictions.jsonl")}
-    log = lines(folder / "log.jsonl")
-    shutil.rmtree(folder)
-    assert run() == 0
-    assert {name: (folder / name).read_bytes() for name in killed} == killed
-    assert lines(folder / "log.jsonl") == log
+def test_a_disk_that_fills_during_training_costs_checkpoints_and_not_the_run(
+    tiny: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    with largest_file(50_000):  # an adapter fits, a checkpoint is three times as large
+        assert main([]) == 0
+    assert "train: step 3 could not be written to runs/tiny (File too large)" in caplog.text
+    assert not list((run / "checkpoints").glob("checkpoint-*"))
+    assert json.loads((run / "manifest.json").read_text())["status"] == "complete"
+
+
+def test_a_disk_that_is_full_ends_with_1_and_a_sentence_and_the_run_goes_on_when_there_is_room(
+    tiny: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    with largest_file(25_000):
+        assert main([]) == 1
+    err = capsys.readouterr().err
+    assert "adapter cannot be written: File too large. What was saved before is whole: make room" in err
+    assert "Traceback" not in err
+    assert not (run / "adapter").exists()
+    assert not list(run.rglob("*.tmp"))
+    assert main([]) == 0
+    assert json.loads((run / "manifest.json").read_text())["status"] == "complete"
+
+
+def test_what_an_interrupted_run_has_done_is_not_done_again(
+    published: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(place: str) -> None:
+        module, _, name = place.rpartition(".")
+        owner = pkgutil.resolve_name(module)
+        real = getattr(owner, name)
+        monkeypatch.setattr(place, lambda *a, **k: calls.update([place]) or real(*a, **k))
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in (steps := "job.train._Training._step", evaluations := "job.evaluate.evaluate"):
+        counted(place)
+    reached = []
+    for place in (
+        "job.train._Training.run_to_the_end",
+        "job.report.save_metrics",
+        "job.report.save_card",
+        "job.push.push",
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, interrupt)
+            assert main([]) == 75
+        assert REPO not in published.models or published.models[REPO].titles == ["initial commit"]
+        reached.append((calls[evaluations], calls[steps]))
+    assert reached == [(1, 0), (2, 3), (2, 3), (2, 3)]
+    assert main([]) == 0
+    assert (calls[evaluations], calls[steps]) == (2, 3)
+    assert published.models[REPO].titles == ["initial commit", "basic training"]
+
+
+def test_a_run_whose_weights_were_altered_is_made_again(
+    tiny: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main([]) == 0
+    weights = tmp_path / "runs" / "tiny" / "adapter" / "adapter_model.safetensors"
+    trained = weights.read_bytes()
+    weights.write_bytes(trained[:-1] + b"?")
+    assert main([]) == 0
+    assert "adapter_model.safetensors is not as it was written; it is made again" in caplog.text
+    assert weights.read_bytes() == trained
 
 
 @pytest.mark.parametrize(

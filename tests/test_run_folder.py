@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from job.results import Example, Examples, Refused
-from job.run_folder import RunFolder, find, write_whole
+from job.run_folder import RunFolder, find
 from job.settings import Settings
 
 EXAMPLES = Examples((Example("a", ("x",)),), (Example("b", ("y",)),), skipped=1, fingerprint="f1")
@@ -92,12 +92,63 @@ def test_a_folder_takes_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     assert (run.adapter / "weights").read_text() == "third"
 
 
-def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
-    write_whole(tmp_path / "a.json", "before")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(tmp_path / "a.json", "\ud800")
-    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
-    assert (tmp_path / "a.json").read_text() == "before"
+def test_what_is_sealed_counts_as_done_until_it_is_altered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = begun(tmp_path)
+    with run.folder("adapter") as folder:
+        (folder / "weights").write_text("trained")
+        (folder / "README.md").write_text("card")
+    run.write("metrics.json", "{}")
+    assert not run.sealed("adapter")
+    run.seal("adapter", "metrics.json")
+    assert run.sealed("adapter", "metrics.json")
+    assert not run.sealed("adapter", "samples.jsonl")
+    (run.adapter / "README.md").write_text("my own words")
+    assert run.sealed("adapter"), "a card may be edited"
+    (run.adapter / "weights").write_text("tr4ined")
+    assert not run.sealed("adapter")
+    assert "adapter/weights is not as it was written; it is made again" in caplog.text
+    (run.path / "metrics.json").unlink()
+    assert not run.sealed("metrics.json")
+    assert "metrics.json is not there" in caplog.text
+
+
+def test_the_time_of_a_chapter_is_that_of_all_its_attempts(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+
+    def interrupted() -> None:
+        with run.chapter("train"):
+            time.sleep(0.02)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    assert manifest["status"] == "interrupted"
+    first = manifest["timings"]["train"]
+    assert first >= 0.02
+    del run
+    run = begun(tmp_path)
+    with run.chapter("train"):
+        time.sleep(0.02)
+    assert run.manifest["timings"]["train"] >= first + 0.02
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    (run.path / "metrics.json.17.tmp").write_text("{")
+    (run.checkpoints / "checkpoint-7.tmp").mkdir()
+    del run
+    run = begun(tmp_path)
+    assert not [*run.path.rglob("*.tmp")]
+
+
+def test_the_second_owner_sees_what_the_first_has_done(tmp_path: Path) -> None:
+    first = begun(tmp_path)
+    second = RunFolder.open(settings(tmp_path), EXAMPLES)
+    first.let_through()
+    del first
+    second.lock()
+    assert second.publishable
 
 
 def test_the_adapter_of_the_newest_run_is_found(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from conftest import CPU
 from transformers import get_linear_schedule_with_warmup
 
+from job import checkpoint
 from job.batches import label_count
 from job.data import NO_LOSS
 from job.freeze import freeze
@@ -47,7 +48,8 @@ def adapted(folder: Path, quantize: str = "none") -> peft.PeftModel:
 
 
 def run_folder(path: Path) -> RunFolder:
-    run = RunFolder(path, {"timings": {}})
+    manifest = {"schema_version": 1, "status": "running", "settings": {}, "dataset": {"fingerprint": "f"}}
+    run = RunFolder(path, {**manifest, "versions": {}, "timings": {}})
     run.begin("cpu")
     return run
 
@@ -146,6 +148,23 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path, llama: Pat
     assert [entry["loss"] for entry in trained_on(tmp_path, llama)] == [entry["loss"] for entry in whole]
 
 
+def test_a_checkpoint_is_made_when_the_last_is_old_and_so_many_are_kept(tmp_path: Path, llama: Path) -> None:
+    trained_on(tmp_path, llama, save_steps=1000, save_minutes=1e-9, keep=3)
+    checkpoints = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert checkpoints == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]
+
+
+def test_a_folder_that_takes_no_checkpoint_is_said_and_training_goes_on(
+    tmp_path: Path, llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = trained_on(tmp_path / "whole", llama)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "checkpoints").symlink_to("/proc/self", target_is_directory=True)
+    assert trained_on(tmp_path / "cut", llama) == whole
+    assert "step 2 could not be written to" in caplog.text
+    assert "an interruption would go back to the beginning" in caplog.text
+
+
 def test_checkpointing_gives_the_same_losses(tmp_path: Path, bloom: Path) -> None:
     on = trained_on(tmp_path / "on", bloom, checkpointing="on")
     off = trained_on(tmp_path / "off", bloom, checkpointing="off")
@@ -199,9 +218,16 @@ def with_dropout(folder: Path) -> peft.PeftModel:
     return add_adapters(model, Lora(dropout=0.3), seed=42)
 
 
-@pytest.mark.parametrize("interrupted_at", [1, 2, 5])
+class InputCancellation(BaseException):
+    """What Modal raises when an input's time is over."""
+
+
+@pytest.mark.parametrize(
+    ("interrupted_at", "by"),
+    [(1, KeyboardInterrupt), (2, KeyboardInterrupt), (5, KeyboardInterrupt), (3, InputCancellation)],
+)
 def test_a_run_that_was_interrupted_ends_bitwise_as_one_that_was_not(
-    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: int
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: int, by: type[BaseException]
 ) -> None:
     model = with_dropout(llama)
     whole = trained_on(tmp_path / "whole", llama, model=model, save_steps=4, logging_steps=3)
@@ -213,13 +239,16 @@ def test_a_run_that_was_interrupted_ends_bitwise_as_one_that_was_not(
         nonlocal calls
         calls += 1
         if calls > interrupted_at:
-            raise KeyboardInterrupt
+            raise by
 
     with monkeypatch.context() as patch:
         patch.setattr("job.train.label_count", lambda examples: interrupt() or label_count(examples))
         calls = -20  # the examples are counted first
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(by):
             trained_on(tmp_path / "cut", llama, model=with_dropout(llama), save_steps=4, logging_steps=3)
+    newest = checkpoint.load_newest(tmp_path / "cut" / "checkpoints")
+    assert newest is not None
+    assert newest[1].step == interrupted_at, "the last whole step is saved"
     model = with_dropout(llama)
     assert trained_on(tmp_path / "cut", llama, model=model, save_steps=4, logging_steps=3) == whole
     for name, tensor in state(model).items():
