@@ -9,10 +9,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from job import __version__, interruption, logs, settings
+from job import __version__, interruption, logs
 from job.results import JobError, Refused
+
+if TYPE_CHECKING:
+    from job.settings import Settings
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 EXIT_CODES = """exit codes:
@@ -26,21 +29,38 @@ EXIT_CODES = """exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parser().parse_args(arguments, argparse.Namespace(recipe=None))
-    logs.configure()
     with interruption.handled():
-        try:
-            code = _perform(options)
-            interruption.check()
-        except KeyboardInterrupt:
-            by = f" by {interruption.received()}" if interruption.received() else ""
-            print(f"interrupted{by}; the same command goes on from what is saved", file=sys.stderr)
-            return interruption.EXIT_CODE
+        return _until_interrupted(arguments)
+
+
+def command() -> NoReturn:
+    """Run as a program: as `main`, and nothing that a library left running delays the end of what was interrupted."""
+    with interruption.handled(then=signal.SIG_IGN):  # once it is over, its code is known
+        code = _until_interrupted(None)
+    if code == interruption.EXIT_CODE:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _until_interrupted(arguments: Sequence[str] | None) -> int:
+    try:
+        options = _parser().parse_args(arguments, argparse.Namespace(recipe=None))
+        logs.configure()
+        code = _perform(options)
+        interruption.check()
+    except KeyboardInterrupt:
+        by = f" by {interruption.received()}" if interruption.received() else ""
+        print(f"interrupted{by}; the same command goes on from what is saved", file=sys.stderr)
+        return interruption.EXIT_CODE
     return code
 
 
 def _perform(options: argparse.Namespace) -> int:
     """Run the command; its errors become sentences and exit codes."""
+    from job import settings  # takes 0.2 s, in which a signal is handled already
+
     try:
         for name, value in settings.ecosystem(options.recipe).items():
             os.environ.setdefault(name, value)
@@ -63,18 +83,6 @@ def _perform(options: argparse.Namespace) -> int:
         print("\n".join(f"error: {line}" for line in problem.splitlines()), file=sys.stderr)
         return code
     return 0
-
-
-def command() -> NoReturn:
-    """Run as a program: like `main`, but nothing that a library left running delays the end of what is interrupted."""
-    code = main()
-    for number in interruption.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # it is over, and its code is known
-    if code == interruption.EXIT_CODE:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,13 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace, chosen: settings.Settings) -> None:
+def _run(options: argparse.Namespace, chosen: Settings) -> None:
     from job import pipeline
 
     print(pipeline.run(chosen))
 
 
-def _check(options: argparse.Namespace, chosen: settings.Settings) -> None:
+def _check(options: argparse.Namespace, chosen: Settings) -> None:
     from job import preflight
 
     checked = preflight.check(chosen)
@@ -143,7 +151,7 @@ def _check(options: argparse.Namespace, chosen: settings.Settings) -> None:
         print(line)
 
 
-def _push(options: argparse.Namespace, chosen: settings.Settings) -> None:
+def _push(options: argparse.Namespace, chosen: Settings) -> None:
     from job import push, run_folder
 
     run = run_folder.find(chosen.run)
@@ -164,10 +172,11 @@ def _push(options: argparse.Namespace, chosen: settings.Settings) -> None:
     print(pipeline.finish(run, chosen, repo, Machine.resolve(chosen.run.device, chosen.train.precision)))
 
 
-def _sample(options: argparse.Namespace, chosen: settings.Settings) -> None:
+def _sample(options: argparse.Namespace, chosen: Settings) -> None:
     from job import data, hub, report, run_folder
+    from job.settings import is_unicode
 
-    if any(not text.strip() or not settings.is_unicode(text) for text in options.texts):
+    if any(not text.strip() or not is_unicode(text) for text in options.texts):
         raise Refused("a TEXT to tag is empty or not readable text; expected some words")
     texts = options.texts or data.texts_to_tag(chosen.sample)
     report.check_output(chosen.sample.output, chosen.sample.input)
@@ -190,7 +199,9 @@ def _sample(options: argparse.Namespace, chosen: settings.Settings) -> None:
     report.show_samples(tagger.tag(texts), chosen.sample.output)
 
 
-def _settings(options: argparse.Namespace, chosen: settings.Settings) -> None:
+def _settings(options: argparse.Namespace, chosen: Settings) -> None:
+    from job import settings
+
     if options.env_example:
         print(settings.env_example(), end="")
         return

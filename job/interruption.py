@@ -28,11 +28,12 @@ _state = _State()
 
 
 @contextmanager
-def handled() -> Iterator[None]:
+def handled(then: signal.Handlers | None = None) -> Iterator[None]:
     """Within, SIGTERM and SIGINT raise KeyboardInterrupt in the main thread, once, and end the process if it lingers.
 
     A thread of its own reads what arrives, for Python's handlers wait while the main thread computes or
     waits for a download. Handlers of other signals are left alone: Modal's timeout comes by SIGUSR1.
+    Afterwards the two have the handler `then`, or the one they had before.
     """
     _state.received, _state.deferring = None, False
     reader, writer = os.pipe()
@@ -44,7 +45,7 @@ def handled() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if then is None else then)
         signal.set_wakeup_fd(fd_before)
         os.close(writer)  # which ends the thread
 

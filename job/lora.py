@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,15 @@ def _targets(model: PreTrainedModel, settings: Lora) -> list[str] | str:
 def count_parameters(model: peft.PeftModel) -> ParameterCount:
     """Trainable and all parameters, as peft counts them: a 4-bit weight as the values it stands for."""
     return ParameterCount(*model.get_nb_trainable_parameters())
+
+
+def digest(model: peft.PeftModel) -> str:
+    """SHA-256 over the adapters' weights."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            found.update(parameter.detach().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def save_adapter(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base: Base) -> None:

@@ -54,7 +54,7 @@ def fine_tune(checked: Checked, machine: Machine) -> None:
     from job.data import encode, texts_to_tag
     from job.evaluate import evaluate, most_common_tags
     from job.freeze import freeze
-    from job.lora import add_adapters, count_parameters, save_adapter
+    from job.lora import add_adapters, count_parameters, digest, save_adapter
     from job.quantize import load_model, load_tokenizer
     from job.sample import Tagger
     from job.train import train
@@ -75,11 +75,11 @@ def fine_tune(checked: Checked, machine: Machine) -> None:
 
     tagger = Tagger(model, tokenizer, settings, machine)
     with model.disable_adapter():
-        before, _ = report.kept_evaluation(run, "evaluate_base", lambda: evaluate(tagger, held_out))
+        before, _ = report.kept_evaluation(run, "evaluate_base", "none", lambda: evaluate(tagger, held_out))
     log.info("evaluate: before training, %s", before)
     with run.chapter("train"):
         trained = train(model, encoded, settings.train, tokenizer=tokenizer, machine=machine, run=run)
-    after, predictions = report.kept_evaluation(run, "evaluate", lambda: evaluate(tagger, held_out))
+    after, predictions = report.kept_evaluation(run, "evaluate", digest(model), lambda: evaluate(tagger, held_out))
     log.info("evaluate: after training, %s", after)
 
     scores = {"most_common_tags": most_common_tags(examples.train, held_out), "base": before, "adapter": after}

@@ -41,6 +41,7 @@ def check(settings: Settings) -> Checked:
             problems.extend(refusal.problems)
             return None
 
+    settings = run_folder.as_begun(settings)
     base: Resolved | None = None
     dataset: Resolved | None = None
     if is_local(settings.base.model, quantize.WEIGHTS):

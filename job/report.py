@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +17,8 @@ from job.run_folder import RunFolder, try_to_write
 from job.settings import Settings
 from job.whole import json_lines, write_whole
 
+log = logging.getLogger(__name__)
+
 LONGEST_NAME = 200
 """Bytes; file systems take 255, and the name is longer while the file is being written."""
 
@@ -24,22 +27,26 @@ if TYPE_CHECKING:
 
 
 def kept_evaluation(
-    run: RunFolder, chapter: str, evaluate: Callable[[], tuple[Scores, list[Prediction]]]
+    run: RunFolder, chapter: str, weights: str, evaluate: Callable[[], tuple[Scores, list[Prediction]]]
 ) -> tuple[Scores, list[Prediction]]:
-    """An evaluation's outcome: the one of an attempt before, or else made now and kept."""
+    """An evaluation's outcome: the one that an attempt before kept for these weights, or else made now and kept."""
     name = f"checkpoints/{chapter}.json"
     with run.chapter(chapter):
-        if not run.sealed(name):
-            scores, predictions = evaluate()
-            kept = {"scores": asdict(scores), "predictions": [asdict(prediction) for prediction in predictions]}
+        if run.sealed(name):
+            found = json.loads((run.path / name).read_text(encoding="utf-8"))
+            if found["weights"] == weights:
+                return Scores(**found["scores"]), [
+                    Prediction(was["text"], tuple(was["gold"]), tuple(was["predicted"]), was["raw"])
+                    for was in found["predictions"]
+                ]
+        scores, predictions = evaluate()
+        kept = {"weights": weights, "scores": asdict(scores), "predictions": list(map(asdict, predictions))}
+        try:
             run.write(name, json.dumps(kept, ensure_ascii=False))
             run.seal(name)
-    found = json.loads((run.path / name).read_text(encoding="utf-8"))
-    predictions = [
-        Prediction(entry["text"], tuple(entry["gold"]), tuple(entry["predicted"]), entry["raw"])
-        for entry in found["predictions"]
-    ]
-    return Scores(**found["scores"]), predictions
+        except OSError as error:
+            log.warning("%s: not kept in case of an interruption (%s)", chapter, error.strerror or error)
+    return scores, predictions
 
 
 def scores(run: RunFolder) -> dict[str, Scores]:

@@ -205,6 +205,25 @@ def default_run_id(settings: Settings, examples: Examples) -> str:
     return f"{Path(settings.base.model).stem}-{settings.digest(examples.fingerprint)}"
 
 
+def as_begun(settings: Settings) -> Settings:
+    """The settings with the revisions at which the named run began, where none are asked for.
+
+    So that a run goes on with the model and data it has, though the Hub has newer ones by now.
+    """
+    path = settings.run.dir / (settings.run.id or "")
+    if settings.run.id is None or not (path / "manifest.json").is_file():
+        return settings
+    was = read_manifest(path)["settings"]
+    same = {
+        group: was.get(f"TAGGER_{group}_{name}".upper()) == getattr(getattr(settings, group), name)
+        for group, name in (("base", "model"), ("data", "dataset"))
+    }
+    return settings.pinned(
+        base=settings.base.revision or (was.get("TAGGER_BASE_REVISION") if same["base"] else None),
+        data=settings.data.revision or (was.get("TAGGER_DATA_REVISION") if same["data"] else None),
+    )
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a run's folder; raises Refused when it is not one."""
     try:

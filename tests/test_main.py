@@ -397,6 +397,22 @@ def test_what_an_interrupted_run_has_done_is_not_done_again(
     assert published.models[REPO].titles == ["initial commit", "basic training"]
 
 
+def test_a_named_run_goes_on_with_the_revisions_it_began_with(
+    published: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("job.report.save_metrics", interrupt)
+        assert main([]) == 75
+    for repo in (published.models["tiny/llama"], published.datasets["tiny/sayings"]):
+        repo.commit("main", "newer", {"more.txt": b"since then"})
+    assert main([]) == 0
+    settings = json.loads((tmp_path / "runs" / "tiny" / "manifest.json").read_text())["settings"]
+    assert settings["TAGGER_BASE_REVISION"] == published.models["tiny/llama"].branches["main"][-2].oid
+
+
 def test_a_run_whose_weights_were_altered_is_made_again(
     tiny: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

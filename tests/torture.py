@@ -52,6 +52,8 @@ SAME = (
 )
 KILLS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 LONGEST = 120.0
+STARTED = 0.05
+"""Seconds after which a process has come to the job's entry point."""
 
 
 @dataclass
@@ -119,7 +121,7 @@ def kill(pid: int, folder: Path, chance: random.Random, longest: float, tally: T
             code = ended(pid, 0)
         time.sleep(chance.uniform(0, 0.004))
     else:
-        code = ended(pid, chance.uniform(0, longest))
+        code = ended(pid, chance.uniform(STARTED, longest))
     if code is not None:
         return code
     chapter = where(folder / "runs" / "run")
