@@ -27,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from job import lean
 from job.batches import Collator, label_count, micro_batches
 from job.data import NO_LOSS
 from job.device import Machine
@@ -69,11 +70,13 @@ def job_variants() -> dict[str, Variant]:
         "tags' rows": partial(_job, recompute=True),
         "+ no recomputation": _job,
         "+ cut by tokens": partial(_job, cut=True),
-        "+ packed: the job": partial(_job, cut=True, packed=True),
+        "+ packed": partial(_job, cut=True, packed=True),
+        "+ lean: the job": partial(_job, cut=True, packed=True, slim=True),
+        "the job, recomputing": partial(_job, cut=True, packed=True, slim=True, recompute=True),
     }
 
 
-def _job(work: Work, *, recompute: bool = False, cut: bool = False, packed: bool = False) -> Run:
+def _job(work: Work, *, recompute: bool = False, cut: bool = False, packed: bool = False, slim: bool = False) -> Run:
     base: Any = work.model.get_base_model()
     packing = PackedAttention(base) if packed and PackedAttention.fits(base) else None
     collator = Collator(work.tokenizer.pad_token_id, packed=packing is not None)
@@ -89,7 +92,7 @@ def _job(work: Work, *, recompute: bool = False, cut: bool = False, packed: bool
     def run(tick: Tick) -> list[float]:
         losses = []
         work.model.train()
-        with packing.installed() if packing else nullcontext():
+        with lean.installed(work.model) if slim else nullcontext(), packing.installed() if packing else nullcontext():
             for number, step in enumerate(work.steps):
                 optimizer.param_groups[0]["lr"] = learning_rate(work.settings.train, number)
                 labels = label_count(step)

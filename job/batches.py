@@ -56,10 +56,15 @@ def cut(lengths: Sequence[int], *, limit: int, overhead: int, padded: bool) -> I
 def micro_batches(
     examples: Sequence[Encoded], *, limit: int, overhead: int, padded: bool
 ) -> Iterator[Sequence[Encoded]]:
-    """The examples of a step, sorted by length and cut; the cut changes what is computed at once, not the result."""
+    """The examples of a step, sorted by length and cut; the cut changes what is computed at once, not the result.
+
+    The longest come first, so that what the others need fits where theirs was, and memory that does
+    not suffice is found at once.
+    """
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
     lengths = [len(example.input_ids) for example in by_length]
-    return (by_length[part] for part in cut(lengths, limit=limit, overhead=overhead, padded=padded))
+    parts = list(cut(lengths, limit=limit, overhead=overhead, padded=padded))
+    return (by_length[part] for part in reversed(parts))
 
 
 def label_count(examples: Sequence[Encoded]) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu, build_alibi_tensor, dropout_add
+from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor, dropout_add
 
 from job.batches import cut
 
@@ -69,10 +69,9 @@ class PackedAttention:
     def installed(self) -> Iterator[None]:
         """Put this attention into the model, and take it out again: generation uses the model's own."""
         if self._model.config.model_type == "bloom":
-            replaced = [module for module in self._model.modules() if isinstance(module, (BloomAttention, BloomGelu))]
+            replaced = [module for module in self._model.modules() if isinstance(module, BloomAttention)]
             for module in replaced:
-                forward = self._bloom_forward if isinstance(module, BloomAttention) else _gelu
-                module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+                module.forward = types.MethodType(self._bloom_forward, module)  # type: ignore[method-assign]
             try:
                 yield
             finally:
@@ -147,11 +146,6 @@ class PackedAttention:
             return dropout_add(output, residual, module.hidden_dropout, module.training), None
 
         return forward
-
-
-def _gelu(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """BLOOM's GELU in one pass; its own is the same formula in nine, and sixteen backward."""
-    return torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def _alibi(heads: int, width: int, device: torch.device) -> torch.Tensor:

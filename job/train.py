@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from job import checkpoint, interruption
+from job import checkpoint, interruption, lean
 from job.batches import Collator, examples_of_step, label_count, micro_batches
 from job.checkpoint import Progress
 from job.device import Machine
@@ -161,7 +161,7 @@ class _Training:
         self._model.train()
         bar = tqdm(total=settings.max_steps, initial=progress.step, desc="train", disable=not sys.stderr.isatty())
         last, last_step = time.monotonic(), progress.step
-        with self._packing.installed() if self._packing else nullcontext(), bar:
+        with lean.installed(self._model), self._packing.installed() if self._packing else nullcontext(), bar:
             try:
                 while self.progress.step < settings.max_steps:
                     interruption.check()

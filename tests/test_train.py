@@ -260,14 +260,15 @@ def test_out_of_memory_halves_the_micro_batches_and_changes_nothing_else(
 ) -> None:
     whole = trained_on(tmp_path / "whole", bloom, micro_tokens=1000)
     model = adapted(bloom)
-    forward = model.forward
+    body = model.get_base_model().base_model
+    forward = body.forward
 
-    def small(**batch: torch.Tensor) -> object:
-        if batch["input_ids"].numel() > 100:
+    def small(input_ids: torch.Tensor, **more: object) -> object:
+        if input_ids.numel() > 100:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(**batch)
+        return forward(input_ids, **more)
 
-    monkeypatch.setattr(model, "forward", small)
+    monkeypatch.setattr(body, "forward", small)
     log = trained_on(tmp_path / "small", bloom, model=model, micro_tokens=1000)
     assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in whole], rel=1e-5)
     assert "at most 62 tokens from now on" in caplog.text
@@ -279,10 +280,10 @@ def test_memory_that_never_suffices_is_said_to_be_too_small(
 ) -> None:
     model = adapted(bloom)
 
-    def never(**batch: torch.Tensor) -> object:
+    def never(**_: object) -> object:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(model, "forward", never)
+    monkeypatch.setattr(model.get_base_model().base_model, "forward", never)
     with pytest.raises(JobError, match="out of memory with one example of 27 tokens"):
         trained_on(tmp_path, bloom, model=model)
     assert "activations are recomputed from now on" in caplog.text
