@@ -6,18 +6,34 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from job import quantize
+from job.batches import label_count
 from job.device import Machine
 from job.lora import add_adapters, count_parameters
 from job.results import Encoded
-from job.settings import Settings
+from job.settings import Settings, Train
 
 GIB = 2**30
 RESERVE = 0.5 * GIB
 """What a CUDA context and the allocator's fragments take, roughly."""
+
+
+LOGIT_BYTES = 8.0
+"""For each logit of a labelled position: in fp32, and once more in half precision or in passing."""
+ROOM = 0.8
+"""The share of free memory that is planned with: estimates are rough, and others allocate too."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a step is cut to fit into memory."""
+
+    micro_tokens: int
+    recompute: bool
 
 
 @dataclass(frozen=True)
@@ -43,10 +59,8 @@ class Need:
 def estimate(settings: Settings, machine: Machine, longest: Sequence[Encoded]) -> Need:
     """What a run with these settings needs, `longest` being its largest micro-batch.
 
-    Activations follow Korthikanti et al. (2022, "Reducing Activation Recomputation"): per layer and
-    token 34 h + 5 a s bytes at two bytes a number, h the hidden size, a the heads, s the width; with
-    recomputation, which `auto` falls back to, only the layers' inputs. An adapter parameter takes 16
-    bytes (itself, its gradient, two moments of Adam), a logit 12 (itself, its softmax, its gradient, in fp32).
+    With recomputation, which `auto` falls back to, the layers' inputs alone are kept. An adapter parameter takes 16
+    bytes (itself, its gradient, two moments of Adam).
     """
     model = quantize.empty_model(settings.base)
     config = model.config.get_text_config()
@@ -63,18 +77,44 @@ def estimate(settings: Settings, machine: Machine, longest: Sequence[Encoded]) -
     quantized = {"int8": 1.0, "nf4": 0.5625, "none": float(itemsize)}[settings.base.quantize]  # nf4: and its scales
     width = max(len(example.input_ids) for example in longest)
     tokens = len(longest) * width
-    labels = sum(sum(label >= 0 for label in example.labels) for example in longest)
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    layer = tokens * (34 * hidden + 5 * heads * width) * itemsize / 2
-    layers = config.num_hidden_layers
-    recomputed = layers * tokens * hidden * itemsize + layer
     return Need(
         weights=linear * quantized + rest * itemsize,
         adapters=16.0 * trainable,
-        activations=recomputed if settings.train.checkpointing != "off" else layers * layer,
-        logits=12.0 * labels * config.vocab_size,
+        activations=tokens * _token_bytes(config, width, itemsize, recompute=settings.train.checkpointing != "off"),
+        logits=LOGIT_BYTES * label_count(longest) * config.vocab_size,
         disk=4.0 * trainable * (1 + 2 * 3) + 64 * 2**20,  # an adapter, two checkpoints with Adam's moments; the rest
     )
+
+
+def budget(config: Any, examples: Sequence[Encoded], settings: Train, machine: Machine, *, most: int) -> Budget:
+    """Micro-batches of as many tokens as are set, or else up to `most`, that fit into the memory now free.
+
+    With checkpointing `auto`, activations are recomputed only if the longest example would not fit otherwise.
+    """
+    config = config.get_text_config()
+    longest = max(len(example.input_ids) for example in examples)
+    labels = label_count(examples) / sum(len(example.input_ids) for example in examples)
+    free = ROOM * machine.free_memory() - (RESERVE if machine.device.type == "cuda" else 0.0)
+
+    def fitting(*, recompute: bool) -> int:
+        token = _token_bytes(config, longest, machine.dtype.itemsize, recompute=recompute)
+        return int(max(1.0, free / (token + labels * LOGIT_BYTES * config.vocab_size)))
+
+    recompute = settings.checkpointing == "on"
+    if settings.checkpointing == "auto":
+        recompute = fitting(recompute=False) < longest
+    return Budget(settings.micro_tokens or min(most, fitting(recompute=recompute)), recompute)
+
+
+def _token_bytes(config: Any, width: int, itemsize: int, *, recompute: bool) -> float:
+    """Bytes of activations that a token keeps for the backward pass, in a text of so many tokens.
+
+    Korthikanti et al. (2022, "Reducing Activation Recomputation"): 34 h + 5 a s a layer at two bytes a
+    number, h the hidden size, a the heads, s the width. Recomputed, the layers' inputs and one layer.
+    """
+    layer = (34 * config.hidden_size + 5 * config.num_attention_heads * width) * itemsize / 2
+    layers = config.num_hidden_layers
+    return float(layers * config.hidden_size * itemsize + layer if recompute else layers * layer)
 
 
 def memory_problems(need: Need, machine: Machine) -> list[str]:

@@ -162,7 +162,7 @@ class Train(Group):
     micro_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
         None,
         description="Most tokens computed at once; one longer example is computed alone. Changes memory and speed, "
-        "never the batch; auto or empty: what suits the device, halved when memory runs out.",
+        "never the batch; auto or empty: what suits the device and fits, halved when memory runs out.",
     )
     warmup_steps: int = Field(100, ge=0, le=10**9, description="Steps over which the learning rate rises from zero.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate; it falls linearly to zero.")
@@ -174,8 +174,8 @@ class Train(Group):
     )
     checkpointing: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Gradient checkpointing, which recomputes activations to save memory; auto: only once memory "
-        "ran out and micro-batches cannot be smaller.",
+        description="Gradient checkpointing, which recomputes activations to save memory; auto: only if the longest "
+        "example does not fit otherwise.",
     )
     logging_steps: int = Field(25, ge=1, le=10**9, description="Steps between two entries of the loss history.")
     save_steps: int = Field(50, ge=1, le=10**9, description="Steps between two checkpoints.")

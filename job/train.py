@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import peft
@@ -20,6 +21,7 @@ from job import checkpoint, interruption, lean
 from job.batches import Collator, examples_of_step, label_count, micro_batches
 from job.checkpoint import Progress
 from job.device import Machine
+from job.estimate import budget
 from job.packed import PackedAttention
 from job.results import Diverged, Encoded, JobError, Refused, Trained
 from job.run_folder import RunFolder
@@ -27,8 +29,8 @@ from job.settings import Train
 
 log = logging.getLogger(__name__)
 
-MICRO_TOKENS = {"cpu": 512, "cuda": 8192}
-"""Tokens of a micro-batch to begin with: more gain little on a CPU and cost memory; a GPU without it says so."""
+MICRO_TOKENS = {"cpu": 256, "cuda": 8192}
+"""Tokens of a micro-batch, if that many fit: more gain little speed and cost memory."""
 MICRO_OVERHEAD = {"cpu": 96, "cuda": 2048}
 """What one more micro-batch costs, in tokens: weights are packed or unpacked anew, kernels started."""
 MAX_GRAD_NORM = 1.0
@@ -126,12 +128,14 @@ class _Training:
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(self._named.values(), lr=0.0, weight_decay=0.0)
         self._scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
-        automatic = MICRO_TOKENS.get(machine.device.type, MICRO_TOKENS["cuda"])
-        self.progress = Progress(micro_tokens=settings.micro_tokens or automatic)
+        most = MICRO_TOKENS.get(machine.device.type, MICRO_TOKENS["cuda"])
+        # as an attempt before chose, whatever is free now: another cut would round otherwise
+        chosen = run.manifest.get("budget") or asdict(budget(base.config, examples, settings, machine, most=most))
+        self.progress = Progress(**chosen)
         self._whole = True
         self._saved = 0  # the step of the newest checkpoint
         self._last_save = self._last_count = time.monotonic()
-        self._set_recompute(settings.checkpointing == "on")
+        self._set_recompute(self.progress.recompute)
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one."""
@@ -158,6 +162,7 @@ class _Training:
     def run_to_the_end(self) -> None:
         """Take the steps that are left, with checkpoints on the way and at the end."""
         settings, progress = self._settings, self.progress
+        self._written(self._record_budget)
         self._model.train()
         bar = tqdm(total=settings.max_steps, initial=progress.step, desc="train", disable=not sys.stderr.isatty())
         last, last_step = time.monotonic(), progress.step
@@ -181,7 +186,10 @@ class _Training:
                     self._save()
                 raise
         self._run.write_lines("log.jsonl", self.history())
-        self._run.update(micro_tokens=self.progress.micro_tokens, recompute=self.progress.recompute)
+        self._record_budget()
+
+    def _record_budget(self) -> None:
+        self._run.update(budget={"micro_tokens": self.progress.micro_tokens, "recompute": self.progress.recompute})
 
     def _step(self) -> None:
         """One optimizer step, done again with smaller micro-batches when memory runs out."""

@@ -40,7 +40,7 @@ def test_micro_batches_hold_every_example_once_and_keep_the_limit(limit: int, pa
     examples = [Encoded([i] * n, [i] * n) for i, n in reversed(list(enumerate(lengths)))]
     parts = list(micro_batches(examples, limit=limit, overhead=20, padded=padded))
     assert sorted(e.input_ids[0] for part in parts for e in part) == list(range(10))
-    assert [len(e.input_ids) for part in parts for e in part] == lengths
+    assert [len(e.input_ids) for part in reversed(parts) for e in part] == lengths, "the longest come first"
     for part in parts:
         sizes = [len(example.input_ids) for example in part]
         tokens = len(sizes) * max(sizes) if padded else sum(sizes)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from conftest import CPU, make_settings
 
-from job.estimate import Need, disk_problems, estimate, memory_problems
+from job.device import Machine, _left_of_limit
+from job.estimate import Need, budget, disk_problems, estimate, memory_problems
 from job.lora import add_adapters
 from job.quantize import load_model
 from job.results import Encoded
-from job.settings import Lora
+from job.settings import Base, Lora, Train
 
 LONGEST = [Encoded([7] * 40, [-100] * 30 + [7] * 10), Encoded([7] * 25, [-100] * 20 + [7] * 5)]
 
@@ -37,9 +41,51 @@ def test_logits_count_only_the_labelled_positions_and_recomputation_saves_activa
 ) -> None:
     off = estimate(make_settings(llama, tmp_path, train={"checkpointing": "off"}), CPU, LONGEST)
     on = estimate(make_settings(llama, tmp_path, train={"checkpointing": "on"}), CPU, LONGEST)
-    assert off.logits == 12 * 15 * 600
+    assert off.logits == 8 * 15 * 600
     assert on.activations < off.activations
     assert dataclasses.replace(on, activations=0) == dataclasses.replace(off, activations=0)
+
+
+class Small(Machine):
+    """A CPU with so many bytes free."""
+
+    free = 0.0
+
+    def free_memory(self) -> float:
+        return self.free
+
+
+@pytest.mark.parametrize(
+    ("free", "checkpointing", "micro_tokens", "expected"),
+    [
+        (2**30, "auto", None, (256, False)),
+        (2**30, "on", None, (256, True)),
+        (2**30, "auto", 100, (100, False)),
+        (2e6, "auto", None, (122, False)),
+        (5e5, "auto", None, (52, True)),
+        (5e5, "off", None, (30, False)),
+        (0, "auto", None, (1, True)),
+    ],
+)
+def test_micro_batches_fit_and_activations_are_recomputed_only_if_the_longest_example_does_not(
+    llama: Path, free: float, checkpointing: str, micro_tokens: int | None, expected: tuple[int, bool]
+) -> None:
+    machine = Small(torch.device("cpu"), "fp32")
+    object.__setattr__(machine, "free", free)
+    settings = Train.model_validate({"checkpointing": checkpointing, "micro_tokens": micro_tokens})
+    config = load_model(Base(model=str(llama), quantize="none"), CPU).config
+    assert dataclasses.astuple(budget(config, LONGEST, settings, machine, most=256)) == expected
+
+
+def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
+    assert 0 < CPU.free_memory() <= psutil.virtual_memory().total
+    assert _left_of_limit(tmp_path) == math.inf
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\nfile 300\n")
+    assert _left_of_limit(tmp_path) == math.inf
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert _left_of_limit(tmp_path) == 600
 
 
 def test_a_disk_that_is_too_small_is_said_to_be(tmp_path: Path) -> None:

@@ -272,7 +272,10 @@ def test_out_of_memory_halves_the_micro_batches_and_changes_nothing_else(
     log = trained_on(tmp_path / "small", bloom, model=model, micro_tokens=1000)
     assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in whole], rel=1e-5)
     assert "at most 62 tokens from now on" in caplog.text
-    assert json.loads((tmp_path / "small" / "manifest.json").read_text())["micro_tokens"] == 62
+    assert json.loads((tmp_path / "small" / "manifest.json").read_text())["budget"] == {
+        "micro_tokens": 62,
+        "recompute": False,
+    }
 
 
 def test_memory_that_never_suffices_is_said_to_be_too_small(
