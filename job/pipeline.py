@@ -73,14 +73,14 @@ def fine_tune(checked: Checked, machine: Machine) -> None:
         log.info("lora: %s", count_parameters(model))
     run.begin(str(machine))
 
+    with run.chapter("train"):
+        trained = train(model, encoded, settings.train, tokenizer=tokenizer, machine=machine, run=run)
     tagger = Tagger(model, tokenizer, settings, machine)
     with model.disable_adapter():
         before, _ = report.kept_evaluation(run, "evaluate_base", "none", lambda: evaluate(tagger, held_out))
-    log.info("evaluate: before training, %s", before)
-    with run.chapter("train"):
-        trained = train(model, encoded, settings.train, tokenizer=tokenizer, machine=machine, run=run)
+    log.info("evaluate: the base model, %s", before)
     after, predictions = report.kept_evaluation(run, "evaluate", digest(model), lambda: evaluate(tagger, held_out))
-    log.info("evaluate: after training, %s", after)
+    log.info("evaluate: with the adapter, %s", after)
 
     scores = {"most_common_tags": most_common_tags(examples.train, held_out), "base": before, "adapter": after}
     report.save_metrics(run, scores, trained, predictions)

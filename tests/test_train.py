@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -12,7 +16,7 @@ import torch
 from conftest import CPU
 from transformers import get_linear_schedule_with_warmup
 
-from job import checkpoint
+from job import checkpoint, logs
 from job.batches import label_count
 from job.data import NO_LOSS
 from job.freeze import freeze
@@ -23,6 +27,8 @@ from job.results import Diverged, Encoded, JobError, Refused
 from job.run_folder import RunFolder
 from job.settings import Base, Lora, Train
 from job.train import is_out_of_memory, learning_rate, train
+
+ROOT = Path(__file__).parents[1]
 
 
 def examples(n: int, *, loss_on_all: bool = False) -> list[Encoded]:
@@ -278,6 +284,36 @@ def test_out_of_memory_halves_the_micro_batches_and_changes_nothing_else(
     }
 
 
+def test_memory_that_really_runs_out_is_survived(tmp_path: Path, llama: Path) -> None:
+    """In a process that the kernel gives no more than 50 MB on top of what the model takes."""
+    done = subprocess.run(
+        [sys.executable, __file__, str(llama), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "train: out of memory; micro-batches have at most" in done.stderr
+    enough, scarce = (json.loads(line) for line in done.stdout.splitlines())
+    assert scarce["loss"] == pytest.approx(enough["loss"], rel=1e-5)
+    assert 1000 <= scarce["micro_tokens"] <= 25_000
+
+
+def train_with_little_memory(folder: Path, scratch: Path) -> None:
+    logs.configure()
+    long = [Encoded([10 + (7 * i + j) % 500 for j in range(400)], [NO_LOSS] * 390 + [11] * 10) for i in range(64)]
+    for micro_tokens in (1000, 100_000):
+        model, run = adapted(folder), run_folder(scratch / str(micro_tokens))
+        settings = Train(max_steps=2, warmup_steps=0, batch_size=64, accumulation=1, micro_tokens=micro_tokens)
+        tokenizer = load_tokenizer(Base(model=str(folder)))
+        if micro_tokens == 100_000:
+            held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (held + 50 * 2**20, resource.RLIM_INFINITY))
+        trained = train(model, long, settings, tokenizer=tokenizer, machine=CPU, run=run)
+        print(json.dumps({"loss": trained.last_loss, "micro_tokens": run.manifest["budget"]["micro_tokens"]}))
+
+
 def test_memory_that_never_suffices_is_said_to_be_too_small(
     tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -317,3 +353,7 @@ def test_the_learning_rate_rises_and_falls_as_the_recipe_s_schedule_does() -> No
         assert learning_rate(settings, step) == pytest.approx(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
+
+
+if __name__ == "__main__":
+    train_with_little_memory(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -109,7 +109,7 @@ def where(run: Path) -> str:
         return "write a checkpoint"
     if (run / "checkpoints" / "checkpoint-40").exists():
         return "evaluate"
-    return "train" if (run / "log.jsonl").exists() else "load, evaluate the base"
+    return "train"
 
 
 def kill(pid: int, folder: Path, chance: random.Random, longest: float, tally: Tally) -> int:
