@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FORMATS = (".jsonl", ".csv", ".parquet")
 SHARED_GRAMS = 0.6
 """Two texts are near-duplicates when they share this part of the shorter one's 5-grams."""
+WORTH_CACHING = 10_000
+"""Texts; fewer are tokenized in the time that the cache takes."""
 NO_LOSS = -100
 """The label that torch's cross entropy leaves out."""
 
@@ -310,7 +312,22 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, settings: Data,
 
     Raises Refused when not one token of the text would be left.
     """
-    text_ids, mark_ids = _prompt_parts(tokenizer, text, settings.separator)
+    text_ids = tokenizer(_bare(text, settings.separator), add_special_tokens=False, verbose=False).input_ids
+    beginning, mark_ids = _around(tokenizer, settings.separator)
+    return _prompt_ids(beginning + text_ids, mark_ids, text, settings, answer_room)
+
+
+def _around(tokenizer: PreTrainedTokenizerBase, separator: str) -> tuple[list[int], list[int]]:
+    """Ids of what stands before a text (the tokenizer's own first token, if it has one) and after it (the mark).
+
+    Texts are tokenized apart from them, and from the tags, so that the prompt at sampling is the
+    beginning of the training example whatever the tokenizer would merge.
+    """
+    beginning = [i for i in tokenizer("").input_ids if i != tokenizer.eos_token_id]
+    return beginning, tokenizer(separator.rstrip(), add_special_tokens=False).input_ids
+
+
+def _prompt_ids(text_ids: list[int], mark_ids: list[int], text: str, settings: Data, answer_room: int) -> list[int]:
     room = settings.max_length - len(mark_ids) - answer_room
     if room < 1:
         raise Refused(
@@ -320,17 +337,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, settings: Data,
     return text_ids[:room] + mark_ids
 
 
-def _prompt_parts(tokenizer: PreTrainedTokenizerBase, text: str, separator: str) -> tuple[list[int], list[int]]:
-    """Ids of the text (with the tokenizer's own first token, if it has one) and of the separator.
-
-    They are tokenized apart, and apart from the tags, so that the prompt at sampling is the
-    beginning of the training example whatever the tokenizer would merge.
-    """
-    beginning = [i for i in tokenizer("").input_ids if i != tokenizer.eos_token_id]
-    text_ids = tokenizer(_bare(text, separator), add_special_tokens=False, verbose=False).input_ids
-    return beginning + text_ids, tokenizer(separator.rstrip(), add_special_tokens=False).input_ids
-
-
 def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: Settings) -> list[Encoded]:
     """Token ids and labels of `text separator tags end-of-sequence` for each example.
 
@@ -338,16 +344,42 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], sett
     may give if that is more: sampling, which does not know the tags, cuts it at the same place.
     Raises Refused when an example's tags leave no room for its text.
     """
+    separator = settings.data.separator
+    beginning, mark_ids = _around(tokenizer, separator)
+    texts = _tokenized(tokenizer, [_bare(example.text, separator) for example in examples])
+    targets = _tokenized(tokenizer, [target(example.tags, separator) for example in examples])
     encoded = []
-    for example in examples:
-        answer_ids = tokenizer(target(example.tags, settings.data.separator), add_special_tokens=False).input_ids
-        answer_ids = [*answer_ids, tokenizer.eos_token_id]
+    for example, text_ids, target_ids in zip(examples, texts, targets, strict=True):
+        answer_ids = [*target_ids, tokenizer.eos_token_id]
         room = max(len(answer_ids), settings.sample.max_new_tokens)
-        prompt_ids = encode_prompt(tokenizer, example.text, settings.data, answer_room=room)
+        prompt_ids = _prompt_ids(beginning + text_ids, mark_ids, example.text, settings.data, room)
         ids = prompt_ids + answer_ids
         labels = ids if settings.train.loss_on == "all" else [NO_LOSS] * len(prompt_ids) + answer_ids
         encoded.append(Encoded(ids, list(labels)))
     return encoded
+
+
+def _tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Ids of each text; many texts are tokenized once, and then read from the cache of `datasets`."""
+
+    def ids(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return {"input_ids": tokenizer(batch["text"], add_special_tokens=False, verbose=False).input_ids}
+
+    if len(texts) < WORTH_CACHING:
+        return ids({"text": texts})["input_ids"] if texts else []
+    import datasets
+
+    identity = hashlib.sha256(repr((tokenizer.backend_tokenizer.to_str(), texts)).encode()).hexdigest()
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "tagger-job")
+    rows = datasets.Dataset.from_dict({"text": texts})
+    arguments: dict[str, Any] = {"batched": True, "remove_columns": "text", "new_fingerprint": identity}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = rows.map(ids, cache_file_name=str(folder / f"{identity}.arrow"), **arguments)
+    except OSError:  # a cache that cannot be written is none
+        rows = rows.map(ids, **arguments)
+    found: list[list[int]] = rows["input_ids"][:]
+    return found
 
 
 def texts_to_tag(settings: Sample) -> list[str]:

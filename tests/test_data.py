@@ -246,6 +246,34 @@ def test_the_labels_are_the_tags_and_the_end_of_sequence(tokenizer: PreTrainedTo
     assert encoded.labels == encoded.input_ids
 
 
+def test_many_texts_are_tokenized_once(
+    llama_tokenizer: PreTrainedTokenizerFast,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = make_settings(Path("unused"), tmp_path)
+    examples = [Example(row["quote"], tuple(row["tags"])) for row in rows[:50]]
+    expected = data.encode(llama_tokenizer, examples, settings)
+    monkeypatch.setattr(data, "WORTH_CACHING", 50)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    assert data.encode(llama_tokenizer, examples, settings) == expected
+    assert len(list((tmp_path / "tagger-job").glob("*.arrow"))) == 2
+    texts: list[str] = []
+    real = type(llama_tokenizer)._encode_plus
+
+    def seen(tokenizer: Any, text: Any, *arguments: Any, **more: Any) -> Any:
+        texts.append(text)
+        return real(tokenizer, text, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(llama_tokenizer), "_encode_plus", seen)
+        assert data.encode(llama_tokenizer, examples, settings) == expected
+    assert texts == ["", " ->:"], "of the examples nothing is tokenized again"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nowhere")
+    assert data.encode(llama_tokenizer, examples, settings) == expected
+
+
 def test_a_text_too_long_is_cut_in_the_text_alone(llama_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     settings = make_settings(Path("unused"), tmp_path, data={"max_length": 64}, sample={"max_new_tokens": 20})
     long = Example("all the rain of the world falls here " * 100, ("nature", "rain"))
