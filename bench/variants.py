@@ -82,7 +82,7 @@ def _job(work: Work, *, recompute: bool = False, cut: bool = False, packed: bool
     collator = Collator(work.tokenizer.pad_token_id, packed=packing is not None)
     if recompute:
         work.model.enable_input_require_grads()
-        base.activation_checkpointing_enable()
+        base.activation_checkpointing_enable({"use_reentrant": True} if slim else None)
     parameters = [parameter for parameter in work.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
     scaler = torch.amp.GradScaler(work.machine.device.type, enabled=work.machine.precision == "fp16")

@@ -266,7 +266,8 @@ class _Training:
         base: Any = self._model.get_base_model()
         if on:
             self._model.enable_input_require_grads()
-            base.activation_checkpointing_enable()
+            # reentrant: what bitsandbytes' layers keep on the side is kept in the other form all the same
+            base.activation_checkpointing_enable({"use_reentrant": True})
         else:
             base.activation_checkpointing_disable()
 

@@ -171,9 +171,11 @@ def test_a_folder_that_takes_no_checkpoint_is_said_and_training_goes_on(
     assert "an interruption would go back to the beginning" in caplog.text
 
 
-def test_checkpointing_gives_the_same_losses(tmp_path: Path, bloom: Path) -> None:
-    on = trained_on(tmp_path / "on", bloom, checkpointing="on")
-    off = trained_on(tmp_path / "off", bloom, checkpointing="off")
+@pytest.mark.parametrize("architecture", ["bloom", "llama"])
+def test_checkpointing_gives_the_same_losses(request: pytest.FixtureRequest, tmp_path: Path, architecture: str) -> None:
+    folder = request.getfixturevalue(architecture)
+    on = trained_on(tmp_path / "on", folder, model=with_dropout(folder), checkpointing="on")
+    off = trained_on(tmp_path / "off", folder, model=with_dropout(folder), checkpointing="off")
     assert [e["loss"] for e in on] == pytest.approx([e["loss"] for e in off], rel=1e-5)
 
 
