@@ -143,7 +143,7 @@ def _check(options: argparse.Namespace, chosen: Settings) -> None:
     print(f"base model: {checked.settings.base.model} at {checked.settings.base.revision or 'this machine'}")
     print(
         f"data: {len(examples.train)} examples to train on, {len(examples.held_out)} held out, "
-        f"{examples.skipped} rows skipped"
+        f"{examples.skipped} rows skipped, {examples.near_duplicates} near-duplicates of held-out ones left out"
     )
     print(f"run: {run.path}{', complete already' if run.complete else ''}")
     print(f"push: {checked.repo or 'nothing will be pushed'}")

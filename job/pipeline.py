@@ -32,7 +32,7 @@ def run(settings: Settings) -> Summary:
 
     # torch and transformers take seconds to import: not before all is checked that needs neither
     from job.device import Machine
-    from job.evaluate import gate
+    from job.gate import gate
     from job.merge import merge
 
     machine = Machine.resolve(settings.run.device, settings.train.precision)
@@ -52,10 +52,11 @@ def run(settings: Settings) -> Summary:
 def fine_tune(checked: Checked, machine: Machine) -> None:
     """Everything up to an adapter that is saved with what is known of it."""
     from job.data import encode, texts_to_tag
-    from job.evaluate import evaluate, most_common_tags
+    from job.evaluate import evaluate
     from job.freeze import freeze
     from job.lora import add_adapters, count_parameters, digest, save_adapter
     from job.quantize import load_model, load_tokenizer
+    from job.references import references
     from job.sample import Tagger
     from job.train import train
 
@@ -82,14 +83,14 @@ def fine_tune(checked: Checked, machine: Machine) -> None:
     after, predictions = report.kept_evaluation(run, "evaluate", digest(model), lambda: evaluate(tagger, held_out))
     log.info("evaluate: after training, %s", after)
 
-    scores = {"most_common_tags": most_common_tags(examples.train, held_out), "base": before, "adapter": after}
+    scores = {**references(examples.train, held_out), "base": before, "adapter": after}
     report.save_metrics(run, scores, trained, predictions)
     report.save_samples(run, tagger.tag(texts_to_tag(settings.sample)))
     with run.folder("adapter") as folder:
         save_adapter(model, tokenizer, folder, settings.base)
         report.save_card(folder, settings, scores, run, licence=checked.licence)
     run.update(peak_memory=machine.peak_memory())
-    run.seal("metrics.json", "predictions.jsonl", "samples.jsonl", "adapter")
+    run.seal("metrics.json", "predictions.jsonl", "tags.jsonl", "samples.jsonl", "adapter")
 
 
 def finish(run: RunFolder, settings: Settings, repo: str | None, machine: Machine) -> Summary:

@@ -10,7 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from job import data
 from job.card import card
+from job.evaluate import score_tags
 from job.plots import loss_curve
 from job.results import Prediction, PushFailed, Refused, Scores, Summary, Tagged, Trained
 from job.run_folder import RunFolder, try_to_write
@@ -58,9 +60,16 @@ def scores(run: RunFolder) -> dict[str, Scores]:
 def save_metrics(
     run: RunFolder, scores: Mapping[str, Scores], trained: Trained, predictions: Sequence[Prediction]
 ) -> None:
-    """Write metrics.json and predictions.jsonl."""
+    """Write metrics.json, predictions.jsonl and tags.jsonl."""
     run.write_lines("predictions.jsonl", map(asdict, predictions))
-    metrics = {"scores": {name: asdict(score) for name, score in scores.items()}, "training": asdict(trained)}
+    tags = score_tags([was.gold for was in predictions], [was.predicted for was in predictions])
+    run.write_lines("tags.jsonl", map(asdict, tags))
+    metrics = {
+        "schema_version": 1,
+        "split": {"examples": len(predictions), "sha256": data.split_digest(predictions)},
+        "scores": {name: asdict(score) for name, score in scores.items()},
+        "training": asdict(trained),
+    }
     run.write("metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 

@@ -54,7 +54,7 @@ class RunFolder:
     @property
     def trained(self) -> bool:
         """Whether all that comes before the gate is done and as it was written."""
-        return self.sealed("adapter", "metrics.json", "predictions.jsonl", "samples.jsonl")
+        return self.sealed("adapter", "metrics.json", "predictions.jsonl", "tags.jsonl", "samples.jsonl")
 
     @property
     def complete(self) -> bool:
@@ -263,6 +263,7 @@ def _new_manifest(run_id: str, settings: Settings, examples: Examples) -> dict[s
             "fingerprint": examples.fingerprint,
             "train": len(examples.train),
             "held_out": len(examples.held_out),
+            "near_duplicates": examples.near_duplicates,
             "skipped": examples.skipped,
         },
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},

@@ -124,7 +124,8 @@ class Data(Group):
     eval_size: Annotated[float, AfterValidator(_eval_size)] = Field(
         0.1,
         gt=0,
-        description="Examples held out for evaluation: a share below 1, or a whole number of them.",
+        description="Examples held out for evaluation: a share below 1, or a whole number of them. Only with a share "
+        "does new data leave every example on its side.",
     )
     limit: int | None = Field(None, ge=2, le=10**9, description="Use only the first examples of the data, this many.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the held-out split, apart from the training's seed.")
