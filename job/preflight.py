@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from job import data, hub, push, quantize, report, run_folder
+from job import data, gate, hub, push, quantize, report, run_folder
 from job.locate import is_local
 from job.results import Examples, Refused, Resolved
 from job.run_folder import RunFolder
@@ -51,6 +51,7 @@ def check(settings: Settings) -> Checked:
     if not is_local(settings.data.dataset, data.FORMATS) and not hub.is_offline():
         dataset = attempt(hub.resolve, "dataset", settings.data.dataset, settings.data.revision)
     repo = attempt(push.prepare, settings)
+    attempt(gate.check_published, settings, repo)
     attempt(data.texts_to_tag, settings.sample)
     attempt(report.check_output, settings.sample.output, settings.sample.input, settings.data.dataset)
     if problems and not is_local(settings.data.dataset, data.FORMATS):
@@ -61,10 +62,28 @@ def check(settings: Settings) -> Checked:
     if examples is None:
         attempt(run_folder.try_to_write, settings.run.dir)
         raise Refused(*problems)
+    attempt(gate.check_split, settings, examples)
     run = attempt(RunFolder.open, settings, examples)
     if problems:
         raise Refused(*problems)
     return Checked(settings, examples, run, repo, base.licence if base else None)
+
+
+def is_published(checked: Checked) -> bool:
+    """Whether what is published was made with these revisions, data and settings, as its manifest has them.
+
+    Not while a run of them is here that has not come to its end: its promotion may still lack the tag.
+    """
+    if checked.run.begun and not checked.run.complete:
+        return False
+    hub_settings = checked.settings.hub.model_copy(update={"repo": checked.repo})
+    published = hub.manifest(hub_settings) if checked.repo else {}
+    was, now = published.get("settings"), checked.settings.result_values()
+    return (
+        isinstance(was, dict)
+        and {name: was.get(name) for name in now} == now
+        and published.get("dataset", {}).get("fingerprint") == checked.examples.fingerprint
+    )
 
 
 def check_machine(checked: Checked) -> list[str]:

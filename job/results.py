@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 class JobError(Exception):
@@ -160,6 +161,28 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What the gate says of an adapter, with the numbers that it says it by."""
+
+    gate: str
+    verdict: Literal["pass", "fail", "insufficient evidence"]
+    reason: str
+    f1: float
+    min_f1: float
+    tolerance: float
+    parent: str | None = None
+    """The commit at the head of the repo's branch then: what was compared with, and what a promotion stands on."""
+    published_f1: float | None = None
+    difference: float | None = None
+    """The adapter's micro-F1 less that of the published one, with its 95% interval by a paired bootstrap."""
+    interval: list[float] | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == "pass"
+
+
+@dataclass(frozen=True)
 class Account:
     """Who a token is on the Hub, and what it may do."""
 
@@ -186,6 +209,7 @@ class Published:
     repo: str
     revision: str
     url: str
+    tag: str | None = None
 
 
 @dataclass(frozen=True)

@@ -144,9 +144,9 @@ class RunFolder:
         path = self.path / name
         return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
 
-    def let_through(self) -> None:
-        """Record that the gate lets the adapter be published."""
-        self.update(status="passed")
+    def judged(self, *, passed: bool) -> None:
+        """Record whether the gate lets the adapter be published."""
+        self.update(status="passed" if passed else "refused")
 
     @property
     def publishable(self) -> bool:

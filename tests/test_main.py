@@ -521,7 +521,7 @@ def test_every_command_is_in_the_help_and_in_the_readme(capsys: pytest.CaptureFi
         main(["--help"])
     shown = capsys.readouterr().out
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for command in ("run", "check", "push", "sample", "settings"):
+    for command in ("run", "check", "retrain", "evaluate", "push", "promote", "sample", "settings"):
         assert f"    {command} " in shown
         assert f"`tagger-job {command}" in readme
     for module in sorted((ROOT / "job").glob("*.py")):
