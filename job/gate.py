@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from job import hub, promote, push, quantize, report
@@ -64,18 +65,20 @@ def decide(run: RunFolder, settings: Settings, repo: str | None, machine: Machin
     A run that was promoted already keeps the verdict that it was promoted by.
     """
     scores, predictions = report.scores(run), report.predictions(run)
-    parent, published, broken = None, None, None
+    parent, adapter, published, broken = None, None, None, None
     if settings.eval.gate != "off" and repo is not None:
-        with push.saved(run, "the same command again"):
-            was = report.verdict(run)
-            if was is not None and was.parent is not None and promote.promoted(run, repo, settings.hub, was.parent):
-                return was
-            parent = hub.head(repo, settings.hub.revision)
-            if settings.eval.gate == "published":
-                try:
-                    published = _evaluate_published(run, settings, repo, parent, predictions, machine)
-                except Refused as refusal:
-                    broken = f"the adapter published in {repo} at {parent[:12]} no longer loads: {refusal}"
+        try:
+            with push.saved(run, "the same command again"):
+                was = report.verdict(run)
+                if was is not None and was.parent is not None and promote.promoted(run, repo, settings.hub, was.parent):
+                    return was
+                parent = hub.head(repo, settings.hub.revision)
+                if settings.eval.gate == "published":
+                    adapter = _fetch(repo, parent, 60 * settings.hub.retry_minutes)
+            if adapter is not None:
+                published = _evaluate(run, settings, repo, parent, adapter, predictions, machine)
+        except Refused as refusal:
+            broken = f"the adapter published in {repo} at {str(parent)[:12]} no longer loads: {refusal}"
     verdict = judge(settings.eval, scores["adapter"], predictions, published, parent=parent, broken=broken)
     report.save_verdict(run, verdict, None if published is None else published[0])
     log.info("gate: %s: %s", verdict.verdict, verdict.reason)
@@ -138,7 +141,7 @@ def refuse(run: RunFolder, verdict: Verdict, repo: str | None, settings: Hub) ->
     if repo is not None and verdict.parent is not None:
         try:
             with run.chapter("push"):
-                left = push.push(run, repo, settings.model_copy(update={"merge": False}), parent=verdict.parent)
+                left = push.push(run, repo, settings.model_copy(update={"merge": False}), verdict)
             run.update(candidate=left.revision)
             where = f"it is at {left.url}, and `tagger-job promote --revision {left.revision}` would publish it"
         except PushFailed as failure:
@@ -147,34 +150,45 @@ def refuse(run: RunFolder, verdict: Verdict, repo: str | None, settings: Hub) ->
     raise GateFailed(f"{verdict.verdict}: {verdict.reason}: it is not published; {where}")
 
 
-def _evaluate_published(
-    run: RunFolder, settings: Settings, repo: str, revision: str, predictions: list[Prediction], machine: Machine
-) -> tuple[Scores, list[Prediction]] | None:
-    """Scores and predictions, on the texts of these, of the adapter in the repo at a revision; None if it has none.
+def _fetch(repo: str, revision: str, seconds: float) -> Path | None:
+    """The folder with the adapter that a repo has at a revision; None if it has none.
 
-    Raises Refused when it does not load; a Hub that cannot be reached raises the client's own errors.
+    Raises Refused when it has no weights; a Hub that cannot be reached raises the client's own errors.
     """
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    from job.evaluate import evaluate
-    from job.sample import load_tagger
-
-    seconds = 60 * settings.hub.retry_minutes
     try:
-        file = hub.retrying(lambda: hub.download(repo, revision, "adapter_config.json"), seconds, "gate")
+        folder = hub.retrying(lambda: hub.download(repo, revision, "adapter_config.json"), seconds, "gate").parent
     except RemoteEntryNotFoundError:
         return None
     try:
         hub.retrying(lambda: hub.download(repo, revision, "adapter_model.safetensors"), seconds, "gate")
-        trained = (hub.published_json(repo, revision, "manifest.json") or {}).get("settings", {})
-        if any(name in trained and trained[name] != settings.values()[name] for name in SPLIT):
-            log.warning("gate: the published adapter was trained on another split and may know held-out texts")
-        as_trained = settings.with_result_values({name: trained[name] for name in AS_TRAINED if name in trained})
     except RemoteEntryNotFoundError:
         raise Refused("it has no adapter_model.safetensors") from None
-    except (hub.Unreadable, AttributeError, TypeError, ValueError) as error:
+    return folder
+
+
+def _evaluate(
+    run: RunFolder,
+    settings: Settings,
+    repo: str,
+    revision: str | None,
+    adapter: Path,
+    predictions: list[Prediction],
+    machine: Machine,
+) -> tuple[Scores, list[Prediction]]:
+    """Scores and predictions of a published adapter, on the texts of these; raises Refused when it does not load."""
+    from job.evaluate import evaluate
+    from job.sample import load_tagger
+
+    try:
+        trained = (hub.published_json(repo, revision, "manifest.json") or {}).get("settings", {})
+        as_trained = settings.with_result_values({name: trained[name] for name in AS_TRAINED if name in trained})
+    except (hub.Unreadable, TypeError, ValueError) as error:
         raise Refused(f"its manifest.json cannot be read ({error})") from None
+    if any(name in trained and trained[name] != settings.values()[name] for name in SPLIT):
+        log.warning("gate: the published adapter was trained on another split and may know held-out texts")
     examples = [Example(was.text, was.gold) for was in predictions]
     return report.kept_evaluation(
-        run, "evaluate_published", revision, lambda: evaluate(load_tagger(as_trained, file.parent, machine), examples)
+        run, "evaluate_published", str(revision), lambda: evaluate(load_tagger(as_trained, adapter, machine), examples)
     )

@@ -124,9 +124,9 @@ def account() -> Account:
                 "HF_TOKEN is not valid: the Hub does not know it. Make a new one with write access under "
                 "Settings, Access Tokens, or unset it to train without publishing"
             ) from None
-        raise _unreachable(error) from None
+        raise unreachable(error) from None
     except (httpx2.HTTPError, OSError) as error:
-        raise _unreachable(error) from None
+        raise unreachable(error) from None
     access = said.get("auth", {}).get("accessToken", {})
     fine_grained = access.get("fineGrained", {})
     writable = {
@@ -184,9 +184,9 @@ def prepare_repo(repo: str, who: Account, *, private: bool) -> None:
                 f"HF_TOKEN may not write to {repo} ({reason(error)}); give it write access to {namespace}, "
                 "or set TAGGER_HUB_PUSH=never"
             ) from None
-        raise _unreachable(error) from None
+        raise unreachable(error) from None
     except (httpx2.HTTPError, OSError) as error:
-        raise _unreachable(error) from None
+        raise unreachable(error) from None
     if private and not is_private:
         raise Refused(
             f"{repo} is public and TAGGER_HUB_PRIVATE=true; nothing is pushed there. Make the repo private, name "
@@ -238,7 +238,7 @@ def resolve(kind: Kind, name: str, revision: str | None) -> Resolved:
             f"{variable}={name} is neither a local path that exists nor a Hub id; expected owner/name"
         ) from None
     except (httpx2.HTTPError, OSError) as error:
-        raise _unreachable(error) from None
+        raise unreachable(error) from None
 
 
 def manifest(settings: Hub) -> dict[str, Any]:
@@ -307,7 +307,8 @@ def make_branch(repo: str, branch: str, start: str | None) -> None:
     retrying(lambda: api().create_branch(repo, branch=branch, revision=start, exist_ok=True), CHECK_SECONDS, "hub")
 
 
-def _unreachable(error: BaseException) -> Refused:
+def unreachable(error: BaseException) -> Refused:
+    """The sentence for a Hub that does not answer."""
     return Refused(
         f"the Hub cannot be asked ({reason(error)}); check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 "
         "to use what is cached and publish nothing"

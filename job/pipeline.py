@@ -36,6 +36,7 @@ def retrain(settings: Settings) -> Summary | str:
     checked = preflight.check(settings)
     if preflight.is_published(checked):
         return f"nothing to do: base model, data and settings are those of what {checked.repo} has published"
+    preflight.refuse_again(checked)
     return run_checked(checked)
 
 
@@ -126,7 +127,7 @@ def finish(run: RunFolder, settings: Settings, repo: str | None, machine: Machin
     if not verdict.passed:
         refuse(run, verdict, repo, settings.hub)
     with run.chapter("push"):
-        published = None if repo is None else push(run, repo, settings.hub, parent=verdict.parent)
+        published = None if repo is None else push(run, repo, settings.hub, verdict)
     with run.chapter("sample"):
         report.check_round_trip(run, lambda: load_tagger(settings, published or run.adapter, machine), settings)
     if published is not None and verdict.parent is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from job import data, gate, hub, push, quantize, report, run_folder
 from job.locate import is_local
-from job.results import Examples, Refused, Resolved
+from job.results import Examples, GateFailed, Refused, Resolved
 from job.run_folder import RunFolder
 from job.settings import Settings
 
@@ -74,15 +74,43 @@ def is_published(checked: Checked) -> bool:
 
     Not while a run of them is here that has not come to its end: its promotion may still lack the tag.
     """
-    if checked.run.begun and not checked.run.complete:
+    begun = checked.run.begun and not checked.run.complete
+    return not begun and _made_alike(checked, checked.settings.hub.revision)
+
+
+def refuse_again(checked: Checked) -> None:
+    """Raise GateFailed when the same was trained elsewhere, compared with what is published now, and refused.
+
+    A schedule would otherwise train it again and again, on a machine that remembers nothing.
+    """
+    import httpx2
+
+    repo, settings = checked.repo, checked.settings
+    if repo is None or checked.run.begun:
+        return
+    try:
+        branch = push.candidate(checked.run, hub.head(repo, settings.hub.revision))
+        gate = (hub.published_json(repo, branch, "metrics.json") or {}).get("gate") or {}
+    except (httpx2.HTTPError, OSError, hub.Unreadable) as error:
+        raise hub.unreachable(error) from None
+    same = {"gate": settings.eval.gate, "min_f1": settings.eval.min_f1, "tolerance": settings.eval.tolerance}
+    if gate.get("verdict", "pass") != "pass" and same.items() <= gate.items() and _made_alike(checked, branch):
+        raise GateFailed(
+            f"{gate['verdict']}: {gate['reason']}: it is not published, and not trained again, for nothing has changed "
+            f"since; it is on the branch {branch}"
+        )
+
+
+def _made_alike(checked: Checked, revision: str | None) -> bool:
+    """Whether the manifest at a revision of the repo has these revisions, data and settings."""
+    if checked.repo is None:
         return False
-    hub_settings = checked.settings.hub.model_copy(update={"repo": checked.repo})
-    published = hub.manifest(hub_settings) if checked.repo else {}
-    was, now = published.get("settings"), checked.settings.result_values()
+    found = hub.manifest(checked.settings.hub.model_copy(update={"repo": checked.repo, "revision": revision}))
+    was, now = found.get("settings"), checked.settings.result_values()
     return (
         isinstance(was, dict)
         and {name: was.get(name) for name in now} == now
-        and published.get("dataset", {}).get("fingerprint") == checked.examples.fingerprint
+        and found.get("dataset", {}).get("fingerprint") == checked.examples.fingerprint
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job import hub, interruption
-from job.results import Published, Refused
+from job.results import Published, Refused, Verdict
 from job.run_folder import RunFolder
 from job.settings import Hub, Settings
 from job.whole import file_digest
@@ -52,19 +52,22 @@ def prepare(settings: Settings) -> str | None:
     return repo
 
 
-def push(run: RunFolder, repo: str, settings: Hub, *, parent: str | None = None) -> Published:
+def push(run: RunFolder, repo: str, settings: Hub, verdict: Verdict | None = None) -> Published:
     """Commit the run's adapter, metrics, manifest and pictures to the repo, all in one commit.
 
-    With a `parent` the commit is made on a branch of its own that begins there: a candidate for
-    `promote`. The commit's message names the run and a digest of its weights. That is looked for
+    What was compared with a commit is pushed to a branch of its own that begins there: a candidate for
+    `promote`. The commit's message names the run, a digest of its weights and the verdict. That is looked for
     before each attempt, so that a commit whose answer was lost is found and not made again, and that
     pushing the same run twice makes one commit. Each attempt stands on the head that was looked at: a
     commit that came in between makes it fail and be done again on the new head.
     Raises PushFailed when the Hub refuses, or could not be reached for TAGGER_HUB_RETRY_MINUTES.
     """
     client = hub.api()
+    parent = None if verdict is None else verdict.parent
     branch = settings.revision if parent is None else candidate(run, parent)
     mark = f"Run {run.path.name}, weights {file_digest(run.adapter / 'adapter_model.safetensors')[:16]}"
+    if verdict is not None and parent is not None:
+        mark += f", gate: {verdict.verdict}"
 
     def attempt() -> Published:
         commits = client.list_repo_commits(repo, revision=branch)

@@ -140,6 +140,14 @@ def test_the_first_is_published_by_the_floor_a_better_one_promoted_and_a_worse_o
     assert publish(env, HARDLY) == 3, "nothing is trained or pushed again, and the verdict is the same"
     assert not [request for request in loopback_hub.requests[requests:] if "/commit/" in request]
     assert repo.branches["main"][-1] == better
+    env.setenv("TAGGER_RUN_DIR", "forgotten")
+    capsys.readouterr()
+    assert publish(env, HARDLY) == 3
+    assert "not trained again, for nothing has changed since" in capsys.readouterr().err
+    assert not Path("forgotten").exists()
+    env.setenv("TAGGER_EVAL_TOLERANCE", "1")
+    assert publish(env, HARDLY) == 0, "another tolerance is another question"
+    assert verdict(repo.branches["main"][-1].files["metrics.json"])["verdict"] == "pass"
 
 
 def test_nothing_is_done_when_nothing_has_changed_and_all_is_when_the_data_have(
