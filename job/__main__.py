@@ -198,9 +198,9 @@ def _retrain(options: argparse.Namespace, chosen: Settings) -> None:
 def _promote(options: argparse.Namespace, chosen: Settings) -> None:
     from job import hub, promote, push
 
-    chosen = chosen.model_copy(update={"hub": chosen.hub.model_copy(update={"push": "always"})})
-    repo = push.prepare(chosen)
-    assert repo is not None
+    if hub.token() is None:
+        raise Refused("promote changes a repo on the Hub and there is no token; set HF_TOKEN to one with write access")
+    repo = push.repo_name(chosen, hub.account())
     with hub.publishing(f"{repo} could not be changed", "the same command again tries anew"):
         published = promote.promote(repo, options.revision, chosen.hub)
     print(f"{published.url} is published, as {published.tag}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job import hub, interruption
-from job.results import Published, Refused, Verdict
+from job.results import Account, Published, Refused, Verdict
 from job.run_folder import RunFolder
 from job.settings import Hub, Settings
 from job.whole import file_digest
@@ -47,9 +47,14 @@ def prepare(settings: Settings) -> str | None:
             log.info("push: nothing will be pushed, for there is not %s", missing)
             return None
     who = hub.account()
-    repo = settings.hub.repo or f"{who.user}/{Path(settings.base.model).stem}-tagger"
+    repo = repo_name(settings, who)
     hub.prepare_repo(repo, who, private=settings.hub.private)
     return repo
+
+
+def repo_name(settings: Settings, who: Account) -> str:
+    """The repo that is named, or else the one that is named for the base model."""
+    return settings.hub.repo or f"{who.user}/{Path(settings.base.model).stem}-tagger"
 
 
 def push(run: RunFolder, repo: str, settings: Hub, verdict: Verdict | None = None) -> Published:

@@ -264,6 +264,26 @@ def test_what_cannot_be_promoted_ends_with_2_and_a_sentence(
     assert main(["promote", "--revision", revision]) == 2
     assert said in capsys.readouterr().err
     assert loopback_hub.models[REPO].titles == ["initial commit"]
+    env.setenv("TAGGER_HUB_REPO", "ada/absent")
+    assert main(["promote", "--revision", revision]) == 2
+    assert "ada/absent is not on the Hub" in capsys.readouterr().err
+    assert "ada/absent" not in loopback_hub.models
+    env.delenv("HF_TOKEN")
+    assert main(["promote", "--revision", revision]) == 2
+    assert "there is no token; set HF_TOKEN" in capsys.readouterr().err
+
+
+def test_a_promotion_that_the_hub_refuses_ends_with_4_and_a_sentence(
+    env: pytest.MonkeyPatch, loopback_hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repo = loopback_hub.models[REPO] = Repo(REPO, private=True)
+    first = repo.commit("main", "one", {"adapter_config.json": b"{}", WEIGHTS: b"1"}).oid
+    repo.commit("main", "two", {"adapter_config.json": b"{ }"})
+    loopback_hub.faults = [Fault("/commit/main", "status", status=403)]
+    assert main(["promote", "--revision", first]) == 4
+    assert "ada/tiny-tagger could not be changed (" in (err := capsys.readouterr().err)
+    assert "403" in err
+    assert repo.titles == ["initial commit", "one", "two"]
 
 
 def test_a_published_adapter_that_no_longer_loads_is_not_replaced_unseen(
