@@ -7,7 +7,7 @@ BENCH ?=
 KILLS ?= 100
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",/\1/p' pyproject.toml)
 
-.PHONY: run test lint torture bench install lock clean
+.PHONY: run test lint workflows-check torture bench install lock clean
 
 run: install  ## the whole job on this machine: embedded base model, shipped data, no Hub
 	$(BIN)/python -m job --recipe $(RECIPE) run
@@ -19,6 +19,16 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The checkers stay out of the job's environment: an environment of their own, thrown away afterwards.
+workflows-check:  ## the workflows, the GitLab file and the report's schema against their schemas; zizmor for security
+	rm -rf .workflows-check && $(PYTHON) -m venv .workflows-check
+	.workflows-check/bin/python -m pip install --quiet check-jsonschema==0.39.0 zizmor==1.32.0
+	.workflows-check/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	.workflows-check/bin/check-jsonschema --builtin-schema vendor.gitlab-ci --data-transform gitlab-ci deploy/gitlab-ci.yml
+	.workflows-check/bin/check-jsonschema --check-metaschema job/report.schema.json
+	.workflows-check/bin/zizmor --offline --no-progress .github/workflows
+	rm -rf .workflows-check
 
 torture: install  ## kill so many processes of whole runs at random points; each run has to end as if it had not been
 	PYTHONPATH=. $(BIN)/python tests/torture.py --kills $(KILLS)
@@ -57,4 +67,4 @@ lock: install
 	$(BIN)/python -m job settings --env-example > $@
 
 clean:
-	rm -rf $(VENV) .bench-packages build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .bench-packages .workflows-check build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -15,6 +15,7 @@ from job import __version__, interruption, logs
 from job.results import JobError, Refused
 
 if TYPE_CHECKING:
+    from job.sample import Tagger
     from job.settings import Settings
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -123,6 +124,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     push.set_defaults(command=_push)
 
+    again = commands.add_parser(
+        "retrain", parents=[common], help="as run, and published only if no worse; nothing if nothing has changed"
+    )
+    again.set_defaults(command=_retrain)
+
+    evaluate = commands.add_parser(
+        "evaluate", parents=[common], help="score the adapter of TAGGER_HUB_REPO, or else of a run on disk"
+    )
+    evaluate.set_defaults(command=_evaluate)
+
+    promote = commands.add_parser(
+        "promote", parents=[common], help="publish a revision of TAGGER_HUB_REPO: a candidate, or one from before"
+    )
+    promote.add_argument("--revision", required=True, metavar="REV", help="a branch, a tag such as v1, or a commit")
+    promote.set_defaults(command=_promote)
+
     show = commands.add_parser("settings", parents=[common], help="the effective settings and where each came from")
     show.add_argument("--env-example", action="store_true", help="print .env.example instead")
     show.set_defaults(command=_settings)
@@ -143,7 +160,7 @@ def _check(options: argparse.Namespace, chosen: Settings) -> None:
     print(f"base model: {checked.settings.base.model} at {checked.settings.base.revision or 'this machine'}")
     print(
         f"data: {len(examples.train)} examples to train on, {len(examples.held_out)} held out, "
-        f"{examples.skipped} rows skipped"
+        f"{examples.skipped} rows skipped, {examples.near_duplicates} near-duplicates of held-out ones left out"
     )
     print(f"run: {run.path}{', complete already' if run.complete else ''}")
     print(f"push: {checked.repo or 'nothing will be pushed'}")
@@ -172,31 +189,65 @@ def _push(options: argparse.Namespace, chosen: Settings) -> None:
     print(pipeline.finish(run, chosen, repo, Machine.resolve(chosen.run.device, chosen.train.precision)))
 
 
+def _retrain(options: argparse.Namespace, chosen: Settings) -> None:
+    from job import pipeline
+
+    print(pipeline.retrain(chosen))
+
+
+def _promote(options: argparse.Namespace, chosen: Settings) -> None:
+    from job import hub, promote, push
+
+    if hub.token() is None:
+        raise Refused("promote changes a repo on the Hub and there is no token; set HF_TOKEN to one with write access")
+    repo = push.repo_name(chosen, hub.account())
+    with hub.publishing(f"{repo} could not be changed", "the same command again tries anew"):
+        published = promote.promote(repo, options.revision, chosen.hub)
+    print(f"{published.url} is published, as {published.tag}")
+
+
 def _sample(options: argparse.Namespace, chosen: Settings) -> None:
-    from job import data, hub, report, run_folder
+    from job import data, report
     from job.settings import is_unicode
 
     if any(not text.strip() or not is_unicode(text) for text in options.texts):
         raise Refused("a TEXT to tag is empty or not readable text; expected some words")
     texts = options.texts or data.texts_to_tag(chosen.sample)
     report.check_output(chosen.sample.output, chosen.sample.input)
+    report.show_samples(_tagger(chosen, "BASE", "DATA").tag(texts), chosen.sample.output)
+
+
+def _evaluate(options: argparse.Namespace, chosen: Settings) -> None:
+    from job import card, data
+
+    held_out = data.load(chosen.data).held_out[: chosen.eval.limit]
+    tagger = _tagger(chosen, "BASE", "DATA_SEPARATOR", "DATA_MAX_LENGTH")
+
+    from job.evaluate import evaluate
+
+    scores, _ = evaluate(tagger, held_out)
+    print(f"split: {len(held_out)} held-out examples, {data.split_digest(held_out)}")
+    print("\n".join(card.score_table({"adapter": scores})))
+
+
+def _tagger(chosen: Settings, *as_trained: str) -> Tagger:
+    """The adapter of TAGGER_HUB_REPO or of a run, used as it was trained in what these groups or knobs say."""
+    from job import hub, run_folder
+
     adapter: str | Path | None = chosen.hub.repo
     if adapter is None:
         run = run_folder.find(chosen.run)
         adapter, manifest = run.adapter, run.manifest
     else:
         manifest = hub.manifest(chosen.hub)
-    # an adapter is used as it was trained: base model, quantization, separator
     trained = manifest.get("settings", {})
-    chosen = chosen.with_result_values(
-        {name: value for name, value in trained.items() if name.startswith(("TAGGER_BASE_", "TAGGER_DATA_"))}
-    )
+    names = tuple(f"TAGGER_{name}" for name in as_trained)
+    chosen = chosen.with_result_values({name: value for name, value in trained.items() if name.startswith(names)})
 
     from job.device import Machine
     from job.sample import load_tagger
 
-    tagger = load_tagger(chosen, adapter, Machine.resolve(chosen.run.device, chosen.train.precision))
-    report.show_samples(tagger.tag(texts), chosen.sample.output)
+    return load_tagger(chosen, adapter, Machine.resolve(chosen.run.device, chosen.train.precision))
 
 
 def _settings(options: argparse.Namespace, chosen: Settings) -> None:

@@ -52,14 +52,7 @@ def card(settings: Settings, scores: Mapping[str, Scores], versions: Mapping[str
         "",
         "## Scores on held-out examples",
         "",
-        "| | n | precision | recall | micro-F1 | Jaccard | parsed |",
-        "|---|---|---|---|---|---|---|",
-        *(
-            f"| {name} | {s.n} | "
-            + " | ".join(f"{x:.3f}" for x in (s.precision, s.recall, s.f1, s.jaccard, s.parse_rate))
-            + " |"
-            for name, s in scores.items()
-        ),
+        *score_table(scores),
         "",
         "![training loss](loss.svg)",
         "",
@@ -72,6 +65,20 @@ def card(settings: Settings, scores: Mapping[str, Scores], versions: Mapping[str
         "Made with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def score_table(scores: Mapping[str, Scores]) -> list[str]:
+    """Lines of a Markdown table with a row for each tagger; micro-F1 with its 95% interval."""
+    lines = [
+        "| | n | precision | recall | micro-F1 | 95% | macro-F1 | Jaccard | exact | parsed |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, s in scores.items():
+        low, high = s.intervals["f1"]
+        before, after = (s.precision, s.recall, s.f1), (s.macro_f1, s.jaccard, s.exact_match, s.parse_rate)
+        cells = [*(f"{x:.3f}" for x in before), f"{low:.3f} to {high:.3f}", *(f"{x:.3f}" for x in after)]
+        lines.append(f"| {name} | {s.n} | {' | '.join(cells)} |")
+    return lines
 
 
 def _model_index(base: str, settings: Settings, scores: Scores) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from job import hub
 from job.locate import is_local, local_path
-from job.results import Encoded, Example, Examples, Refused
+from job.results import Encoded, Example, Examples, Prediction, Refused
 from job.settings import Data, Sample, Settings, is_unicode
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def load(settings: Data) -> Examples:
         )
     train, held_out = split(examples, settings)
     digest = hashlib.sha256(json.dumps([[(e.text, e.tags) for e in part] for part in (train, held_out)]).encode())
-    return Examples(tuple(train), tuple(held_out), skipped, digest.hexdigest())
+    near_duplicates = len(examples) - len(train) - len(held_out)
+    return Examples(tuple(train), tuple(held_out), skipped, digest.hexdigest(), near_duplicates)
 
 
 def _rows(settings: Data) -> Iterator[dict[str, Any]]:
@@ -191,9 +192,10 @@ def parse_list(text: str) -> list[Any] | None:
 def split(examples: Sequence[Example], settings: Data) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples, both in the data's order.
 
-    Groups of near-duplicate texts are ordered by a seeded hash of their texts. A share holds out
-    the groups whose hash falls below it, so that which side a text is on does not depend on the
-    rest of the data; a number takes groups in that order as long as they fit.
+    Each text has a seeded hash. A share holds out the texts whose hash, read as a number between 0
+    and 1, falls below it: which side a text is on depends on nothing but the text, so that new data
+    never moves it. A number takes that many texts by their hash: new data may displace one. Neither
+    side gets what is near-duplicate to a held-out text and is not held out itself.
     """
     size = settings.eval_size
     if size >= len(examples):
@@ -201,28 +203,23 @@ def split(examples: Sequence[Example], settings: Data) -> tuple[list[Example], l
             f"TAGGER_DATA_EVAL_SIZE={size:g} holds out everything: the data has {len(examples)} examples. "
             f"Set it below {len(examples)}, or to a share such as 0.1"
         )
-    members: dict[int, list[int]] = {}
-    for index, group in enumerate(near_duplicate_groups([example.text for example in examples])):
-        members.setdefault(group, []).append(index)
-    # a hash is read as a number between 0 and 1; a group goes by its smallest
-    ordered = sorted(
-        (min(_unit_hash(settings.seed, examples[i].text) for i in indices), group) for group, indices in members.items()
-    )
-    held_out: set[int] = set()
-    for position, group in ordered:
-        fits = position < size if size < 1 else len(held_out) + len(members[group]) <= size
-        if fits:
-            held_out.update(members[group])
-    if not held_out or len(held_out) == len(examples):
+    positions = [_unit_hash(settings.seed, example.text) for example in examples]
+    by_position = sorted(range(len(examples)), key=lambda i: positions[i])
+    held_out = set(by_position[: int(size)]) if size >= 1 else {i for i in by_position if positions[i] < size}
+    groups = near_duplicate_groups([example.text for example in examples])
+    beside = {groups[i] for i in held_out}
+    train = [example for example, group in zip(examples, groups, strict=True) if group not in beside]
+    if not held_out or not train:
         raise Refused(
             f"TAGGER_DATA_EVAL_SIZE={size:g} leaves {len(held_out)} of {len(examples)} examples for evaluation and "
-            f"{len(examples) - len(held_out)} for training, near-duplicates staying together; expected some of each. "
-            "Change it, or bring more data"
+            f"{len(train)} for training, near-duplicates left out; expected some of each. Change it, or bring more data"
         )
-    return (
-        [example for i, example in enumerate(examples) if i not in held_out],
-        [example for i, example in enumerate(examples) if i in held_out],
-    )
+    return train, [example for i, example in enumerate(examples) if i in held_out]
+
+
+def split_digest(held_out: Sequence[Example | Prediction]) -> str:
+    """SHA-256 over the texts, in any order: two evaluations with the same one were on the same split."""
+    return hashlib.sha256(json.dumps(sorted(example.text for example in held_out)).encode()).hexdigest()
 
 
 def _normalise(text: str) -> str:

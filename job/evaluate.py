@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from job.results import Example, GateFailed, Prediction, Scores
-from job.sample import Tagger
-from job.settings import Eval
+from job.results import Example, Prediction, Scores, TagScores
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from job.sample import Tagger
+
+    Floats = NDArray[np.float64]
+
+RESAMPLES = 1000
+"""Of the held-out examples, drawn with replacement and a fixed seed, for every interval."""
+PERCENTILES = (2.5, 97.5)
 
 
 def evaluate(tagger: Tagger, examples: Sequence[Example]) -> tuple[Scores, list[Prediction]]:
     """Tag the examples' texts by generation and score the answers against their tags."""
     answers = tagger.tag([example.text for example in examples])
-    parse_rate = sum(answer.parsed for answer in answers) / len(answers)
-    scores = score([e.tags for e in examples], [answer.tags for answer in answers], parse_rate=parse_rate)
+    scores = score([e.tags for e in examples], [a.tags for a in answers], [a.parsed for a in answers])
     predictions = [Prediction(e.text, e.tags, a.tags, a.raw) for e, a in zip(examples, answers, strict=True)]
     return scores, predictions
-
-
-def most_common_tags(train: Sequence[Example], examples: Sequence[Example]) -> Scores:
-    """The scores of always answering the most common tags: what any tagger has to beat.
-
-    As many tags as a training example has on average, rounded.
-    """
-    counts = Counter(tag for example in train for tag in {normalise_tag(tag) for tag in example.tags})
-    answer = [tag for tag, _ in counts.most_common(max(1, round(counts.total() / len(train))))]
-    return score([example.tags for example in examples], [answer] * len(examples), parse_rate=1.0)
 
 
 def normalise_tag(tag: str) -> str:
@@ -34,25 +34,138 @@ def normalise_tag(tag: str) -> str:
     return "-".join(tag.casefold().replace("-", " ").replace("_", " ").split()) or tag.strip()
 
 
-def score(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], *, parse_rate: float) -> Scores:
-    """Micro-averaged precision, recall and F1 over all (text, tag) pairs, and the mean Jaccard index of tag sets."""
-    from sklearn.metrics import jaccard_score, precision_recall_fscore_support
-    from sklearn.preprocessing import MultiLabelBinarizer
+def score(
+    gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], parsed: Sequence[bool] | None = None
+) -> Scores:
+    """Precision, recall and F1, micro over all (text, tag) pairs and macro over tags, and how alike the sets are.
 
-    gold_sets = [{normalise_tag(tag) for tag in tags} for tags in gold]
-    predicted_sets = [{normalise_tag(tag) for tag in tags} for tags in predicted]
-    # two classes that never occur: with fewer than two scikit-learn would not see several labels a text
-    binarizer = MultiLabelBinarizer(sparse_output=True).fit([*gold_sets, *predicted_sets, {"", " "}])
-    truth, answer = binarizer.transform(gold_sets), binarizer.transform(predicted_sets)
-    precision, recall, f1, _ = precision_recall_fscore_support(truth, answer, average="micro", zero_division=0.0)
-    jaccard = jaccard_score(truth, answer, average="samples", zero_division=0.0)
-    return Scores(len(gold), float(precision), float(recall), float(f1), float(jaccard), parse_rate)
+    Macro figures are means over the tags that occur, in gold or predicted. Jaccard is the mean over
+    texts of shared tags among all tags; exact match the share of texts whose tags are all right and
+    none too many. Without `parsed` every answer counts as a whole list. Intervals are percentiles of
+    the figures on RESAMPLES bootstrap samples of the texts (Efron and Tibshirani, 1993, ch. 13).
+    """
+    import numpy as np
+
+    counted = _Counted.of(gold, predicted)
+    whole = np.ones(len(gold)) if parsed is None else np.array(parsed, float)
+    drawn = _resamples(len(gold))
+    # the first row is the examples themselves, the others are the samples drawn of them
+    weights = np.vstack([np.ones(len(gold)), drawn])
+    union = counted.gold + counted.predicted - counted.hits
+    a_text = {
+        "jaccard": _ratio(counted.hits, union),
+        "exact_match": (union == counted.hits).astype(float),
+        "parse_rate": whole,
+    }
+    figures = dict(zip(("precision", "recall", "f1"), counted.micro(weights), strict=True))
+    figures |= dict(zip(("macro_precision", "macro_recall", "macro_f1"), counted.macro(weights), strict=True))
+    figures |= {name: weights @ values / len(gold) for name, values in a_text.items()}
+    intervals = {name: _interval(values[1:]) for name, values in figures.items()}
+    return Scores(n=len(gold), **{name: float(values[0]) for name, values in figures.items()}, intervals=intervals)
 
 
-def gate(settings: Eval, scores: Scores) -> None:
-    """Raise GateFailed when the adapter is not good enough to be published."""
-    if settings.gate == "floor" and scores.f1 < settings.min_f1:
-        raise GateFailed(
-            f"the adapter's micro-F1 is {scores.f1:.3f}, below TAGGER_EVAL_MIN_F1={settings.min_f1:g}: "
-            "it is not published"
+def score_tags(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> list[TagScores]:
+    """Precision, recall and F1 of each tag that occurs, the most frequent first."""
+    import numpy as np
+
+    counted = _Counted.of(gold, predicted)
+    weights = np.vstack([np.ones(len(gold)), _resamples(len(gold))])
+    found: list[TagScores] = []
+    for start, (hits, answers, truth) in counted.by_tag(weights):
+        precision, recall, f1 = _ratio(hits, answers), _ratio(hits, truth), _ratio(2 * hits, answers + truth)
+        for i, tag in enumerate(counted.tags[start : start + len(hits)]):
+            p, r, f = (round(float(figure[i, 0]), 4) for figure in (precision, recall, f1))
+            found.append(TagScores(tag, int(truth[i, 0]), int(answers[i, 0]), p, r, f, _interval(f1[i, 1:])))
+    return sorted(found, key=lambda score: (-score.gold, score.tag))
+
+
+def f1_difference(
+    gold: Sequence[Sequence[str]], new: Sequence[Sequence[str]], old: Sequence[Sequence[str]]
+) -> tuple[float, list[float]]:
+    """The micro-F1 of `new` less that of `old` on the same texts, and its 95% interval by a paired bootstrap.
+
+    Paired: both are measured on the same samples of the texts, so that what is hard for both does not count.
+    """
+    import numpy as np
+
+    weights = np.vstack([np.ones(len(gold)), _resamples(len(gold))])
+    f1 = [_Counted.of(gold, predicted).micro(weights)[2] for predicted in (new, old)]
+    difference = f1[0] - f1[1]
+    return float(difference[0]), _interval(difference[1:])
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Which tags each text has (`truth`) and was given (`answer`), as sparse matrices of texts by tags."""
+
+    tags: Sequence[str]
+    truth: Any
+    answer: Any
+    hits: Floats
+    """For each text the number of tags that are in both; `gold` and `predicted` those in either."""
+    gold: Floats
+    predicted: Floats
+
+    @classmethod
+    def of(cls, gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> _Counted:
+        import numpy as np
+        from scipy.sparse import csr_array
+
+        gold_sets, predicted_sets = (
+            [{normalise_tag(tag) for tag in tags} for tags in side] for side in (gold, predicted)
         )
+        tags = sorted(set().union(*gold_sets, *predicted_sets))
+        column = {tag: i for i, tag in enumerate(tags)}
+
+        def matrix(sets: list[set[str]]) -> Any:
+            places = [(row, column[tag]) for row, tags in enumerate(sets) for tag in tags]
+            rows, columns = np.array(places, dtype=int).reshape(-1, 2).T
+            return csr_array((np.ones(len(places)), (rows, columns)), shape=(len(sets), len(tags)))
+
+        truth, answer = matrix(gold_sets), matrix(predicted_sets)
+        sums = [np.asarray(side.sum(axis=1)).ravel() for side in (truth * answer, truth, answer)]
+        return cls(tags, truth, answer, *sums)
+
+    def micro(self, weights: Floats) -> tuple[Floats, Floats, Floats]:
+        """Precision, recall and F1 for each row of weights of the texts."""
+        hits, truth, answers = weights @ self.hits, weights @ self.gold, weights @ self.predicted
+        return _ratio(hits, answers), _ratio(hits, truth), _ratio(2 * hits, answers + truth)
+
+    def macro(self, weights: Floats) -> tuple[Floats, ...]:
+        """The means over tags of precision, recall and F1, for each row of weights of the texts."""
+        import numpy as np
+
+        sums, occurring = np.zeros((3, len(weights))), np.zeros(len(weights))
+        for _, (hits, answers, truth) in self.by_tag(weights):
+            occurring += (answers + truth > 0).sum(axis=0)
+            ratios = (_ratio(hits, answers), _ratio(hits, truth), _ratio(2 * hits, answers + truth))
+            sums += [ratio.sum(axis=0) for ratio in ratios]
+        return tuple(_ratio(row, occurring) for row in sums)
+
+    def by_tag(self, weights: Floats) -> Any:
+        """Blocks of tags, for memory: the first's number, and hits, answers and truth (tags by rows of weights)."""
+        for start in range(0, len(self.tags), 500):
+            truth, answer = self.truth[:, start : start + 500], self.answer[:, start : start + 500]
+            yield start, [(side.T @ weights.T) for side in (truth * answer, answer, truth)]
+
+
+def _resamples(n: int) -> Floats:
+    """How often each of n examples is in each bootstrap sample: RESAMPLES rows that each sum to n."""
+    import numpy as np
+
+    drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
+    flat = (drawn + n * np.arange(RESAMPLES)[:, None]).ravel()
+    return np.bincount(flat, minlength=RESAMPLES * n).reshape(RESAMPLES, n).astype(float)
+
+
+def _ratio(part: Floats, whole: Floats) -> Floats:
+    """Element by element, 0 where there is nothing."""
+    import numpy as np
+
+    return np.divide(part, whole, out=np.zeros(np.shape(whole)), where=whole > 0)
+
+
+def _interval(values: Floats) -> list[float]:
+    import numpy as np
+
+    return [round(float(end), 4) for end in np.percentile(values, PERCENTILES)]

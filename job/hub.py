@@ -9,11 +9,12 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from job.results import Account, Refused, Resolved
+from job.results import Account, PushFailed, Refused, Resolved
 from job.settings import Hub
 
 if TYPE_CHECKING:
@@ -123,9 +124,9 @@ def account() -> Account:
                 "HF_TOKEN is not valid: the Hub does not know it. Make a new one with write access under "
                 "Settings, Access Tokens, or unset it to train without publishing"
             ) from None
-        raise _unreachable(error) from None
+        raise unreachable(error) from None
     except (httpx2.HTTPError, OSError) as error:
-        raise _unreachable(error) from None
+        raise unreachable(error) from None
     access = said.get("auth", {}).get("accessToken", {})
     fine_grained = access.get("fineGrained", {})
     writable = {
@@ -183,9 +184,9 @@ def prepare_repo(repo: str, who: Account, *, private: bool) -> None:
                 f"HF_TOKEN may not write to {repo} ({reason(error)}); give it write access to {namespace}, "
                 "or set TAGGER_HUB_PUSH=never"
             ) from None
-        raise _unreachable(error) from None
+        raise unreachable(error) from None
     except (httpx2.HTTPError, OSError) as error:
-        raise _unreachable(error) from None
+        raise unreachable(error) from None
     if private and not is_private:
         raise Refused(
             f"{repo} is public and TAGGER_HUB_PRIVATE=true; nothing is pushed there. Make the repo private, name "
@@ -237,32 +238,77 @@ def resolve(kind: Kind, name: str, revision: str | None) -> Resolved:
             f"{variable}={name} is neither a local path that exists nor a Hub id; expected owner/name"
         ) from None
     except (httpx2.HTTPError, OSError) as error:
-        raise _unreachable(error) from None
+        raise unreachable(error) from None
 
 
 def manifest(settings: Hub) -> dict[str, Any]:
     """The manifest that was published with the repo's adapter; empty where there is none."""
-    import httpx2
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    def download() -> str:
-        assert settings.repo is not None
-        return hf_hub_download(settings.repo, "manifest.json", revision=settings.revision, token=token() or False)
-
+    assert settings.repo is not None
     try:
-        found: dict[str, Any] = json.loads(Path(retrying(download, CHECK_SECONDS, "hub")).read_text(encoding="utf-8"))
-    except EntryNotFoundError:
-        return {}
-    except (httpx2.HTTPError, OSError, ValueError) as error:
+        return published_json(settings.repo, settings.revision, "manifest.json") or {}
+    except Unreadable as error:
         raise Refused(
-            f"the adapter's repo {settings.repo} cannot be read ({reason(error)}); check TAGGER_HUB_REPO, "
+            f"the adapter's repo {settings.repo} cannot be read ({error}); check TAGGER_HUB_REPO, "
             "TAGGER_HUB_REVISION and HF_TOKEN"
         ) from None
+
+
+class Unreadable(Exception):
+    """A published file that cannot be fetched, or is not what it should be."""
+
+
+def published_json(repo: str, revision: str | None, name: str) -> dict[str, Any] | None:
+    """A JSON object that was published; None when the repo, the revision or the file is not there.
+
+    Raises Unreadable when it cannot be fetched or is something else.
+    """
+    import httpx2
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
+
+    try:
+        path = retrying(lambda: download(repo, revision, name), CHECK_SECONDS, "hub")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (RemoteEntryNotFoundError, RevisionNotFoundError):
+        return None
+    except (httpx2.HTTPError, OSError, ValueError) as error:
+        raise Unreadable(reason(error)) from None
+    if not isinstance(found, dict):
+        raise Unreadable(f"{name} is not a JSON object")
     return found
 
 
-def _unreachable(error: BaseException) -> Refused:
+def download(repo: str, revision: str | None, name: str) -> Path:
+    """Where a file of a repo is on this machine, fetched if it must be."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(repo, name, revision=revision, token=token() or False))
+
+
+@contextmanager
+def publishing(what: str, remedy: str) -> Iterator[None]:
+    """Within, what the Hub fails with becomes PushFailed, which says what could not be done and what finishes it."""
+    import httpx2
+
+    try:
+        yield
+    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise PushFailed(f"{what} ({reason(error)}); {remedy}") from None
+
+
+def head(repo: str, branch: str | None) -> str:
+    """The commit at the head of a branch, main without one; the branch is made if it is not there."""
+    if branch is not None:
+        make_branch(repo, branch, None)
+    return retrying(lambda: str(api().repo_info(repo, revision=branch).sha), CHECK_SECONDS, "hub")
+
+
+def make_branch(repo: str, branch: str, start: str | None) -> None:
+    """Make a branch that begins at a commit, or at the head of main, unless it is there."""
+    retrying(lambda: api().create_branch(repo, branch=branch, revision=start, exist_ok=True), CHECK_SECONDS, "hub")
+
+
+def unreachable(error: BaseException) -> Refused:
+    """The sentence for a Hub that does not answer."""
     return Refused(
         f"the Hub cannot be asked ({reason(error)}); check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 "
         "to use what is cached and publish nothing"

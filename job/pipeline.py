@@ -18,12 +18,30 @@ log = logging.getLogger(__name__)
 
 
 def run(settings: Settings) -> Summary:
-    """Quantize, freeze, LoRA, train, push, sample; returns how it ended.
+    """Quantize, freeze, LoRA, train, evaluate, push, sample; returns how it ended.
 
     What an attempt before has finished and sealed is not done again, up to a run that is complete.
     Raises JobError for each end that has its own exit code.
     """
+    return run_checked(preflight.check(settings))
+
+
+def retrain(settings: Settings) -> Summary | str:
+    """As `run`, unless what is published was made with the same base model, data and settings: then a sentence.
+
+    A gate that is off is `published` here: what publishes whatever comes is `run`.
+    """
+    if settings.eval.gate == "off":
+        settings = settings.model_copy(update={"eval": settings.eval.model_copy(update={"gate": "published"})})
     checked = preflight.check(settings)
+    if preflight.is_published(checked):
+        return f"nothing to do: base model, data and settings are those of what {checked.repo} has published"
+    preflight.refuse_again(checked)
+    return run_checked(checked)
+
+
+def run_checked(checked: Checked) -> Summary:
+    """The chapters."""
     settings, run = checked.settings, checked.run
     log.info("run: %s", run.path)
     if run.complete and (checked.repo is None or run.published):
@@ -32,7 +50,7 @@ def run(settings: Settings) -> Summary:
 
     # torch and transformers take seconds to import: not before all is checked that needs neither
     from job.device import Machine
-    from job.evaluate import gate
+    from job.gate import decide
     from job.merge import merge
 
     machine = Machine.resolve(settings.run.device, settings.train.precision)
@@ -42,20 +60,22 @@ def run(settings: Settings) -> Summary:
         log.info("run: it is trained and evaluated already")
     else:
         fine_tune(checked, machine)
-    gate(settings.eval, report.scores(run)["adapter"])
-    if settings.hub.merge and not run.sealed("merged"):
+    verdict = decide(run, settings, checked.repo, machine)
+    if verdict.passed and settings.hub.merge and not run.sealed("merged"):
         merge(run, settings, machine)
-    run.let_through()
+    run.judged(passed=verdict.passed)
+    report.save_report(run, "judged")
     return finish(run, settings, checked.repo, machine)
 
 
 def fine_tune(checked: Checked, machine: Machine) -> None:
     """Everything up to an adapter that is saved with what is known of it."""
     from job.data import encode, texts_to_tag
-    from job.evaluate import evaluate, most_common_tags
+    from job.evaluate import evaluate
     from job.freeze import freeze
     from job.lora import add_adapters, count_parameters, digest, save_adapter
     from job.quantize import load_model, load_tokenizer
+    from job.references import references
     from job.sample import Tagger
     from job.train import train
 
@@ -82,24 +102,38 @@ def fine_tune(checked: Checked, machine: Machine) -> None:
     after, predictions = report.kept_evaluation(run, "evaluate", digest(model), lambda: evaluate(tagger, held_out))
     log.info("evaluate: with the adapter, %s", after)
 
-    scores = {"most_common_tags": most_common_tags(examples.train, held_out), "base": before, "adapter": after}
+    scores = {**references(examples.train, held_out), "base": before, "adapter": after}
     report.save_metrics(run, scores, trained, predictions)
     report.save_samples(run, tagger.tag(texts_to_tag(settings.sample)))
     with run.folder("adapter") as folder:
         save_adapter(model, tokenizer, folder, settings.base)
         report.save_card(folder, settings, scores, run, licence=checked.licence)
     run.update(peak_memory=machine.peak_memory())
-    run.seal("metrics.json", "predictions.jsonl", "samples.jsonl", "adapter")
+    run.seal("metrics.json", "predictions.jsonl", "tags.jsonl", "samples.jsonl", "adapter")
 
 
 def finish(run: RunFolder, settings: Settings, repo: str | None, machine: Machine) -> Summary:
-    """Push a run whose adapter is saved, and tag the samples anew with what was pushed."""
-    from job.push import push
+    """Push a run whose adapter is judged, tag the samples anew with what was pushed, and promote it.
+
+    What the gate refused stays on its branch: raises GateFailed.
+    """
+    from job.gate import refuse
+    from job.promote import promote
+    from job.push import push, saved
     from job.sample import load_tagger
 
+    verdict = report.verdict(run)
+    assert verdict is not None
+    if not verdict.passed:
+        refuse(run, verdict, repo, settings.hub)
     with run.chapter("push"):
-        published = None if repo is None else push(run, repo, settings.hub)
+        published = None if repo is None else push(run, repo, settings.hub, verdict)
     with run.chapter("sample"):
         report.check_round_trip(run, lambda: load_tagger(settings, published or run.adapter, machine), settings)
+    if published is not None and verdict.parent is not None:
+        run.update(candidate=published.revision)
+        with run.chapter("promote"), saved(run):
+            published = promote(published.repo, published.revision, settings.hub, parent=verdict.parent)
+    report.save_report(run, "not pushed" if published is None else "published", published)
     run.finish(published)
     return report.summary(run)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from job import data, hub, push, quantize, report, run_folder
+from job import data, gate, hub, push, quantize, report, run_folder
 from job.locate import is_local
-from job.results import Examples, Refused, Resolved
+from job.results import Examples, GateFailed, Refused, Resolved
 from job.run_folder import RunFolder
 from job.settings import Settings
 
@@ -51,6 +51,7 @@ def check(settings: Settings) -> Checked:
     if not is_local(settings.data.dataset, data.FORMATS) and not hub.is_offline():
         dataset = attempt(hub.resolve, "dataset", settings.data.dataset, settings.data.revision)
     repo = attempt(push.prepare, settings)
+    attempt(gate.check_published, settings, repo)
     attempt(data.texts_to_tag, settings.sample)
     attempt(report.check_output, settings.sample.output, settings.sample.input, settings.data.dataset)
     if problems and not is_local(settings.data.dataset, data.FORMATS):
@@ -61,10 +62,56 @@ def check(settings: Settings) -> Checked:
     if examples is None:
         attempt(run_folder.try_to_write, settings.run.dir)
         raise Refused(*problems)
+    attempt(gate.check_split, settings, examples)
     run = attempt(RunFolder.open, settings, examples)
     if problems:
         raise Refused(*problems)
     return Checked(settings, examples, run, repo, base.licence if base else None)
+
+
+def is_published(checked: Checked) -> bool:
+    """Whether what is published was made with these revisions, data and settings, as its manifest has them.
+
+    Not while a run of them is here that has not come to its end: its promotion may still lack the tag.
+    """
+    begun = checked.run.begun and not checked.run.complete
+    return not begun and _made_alike(checked, checked.settings.hub.revision)
+
+
+def refuse_again(checked: Checked) -> None:
+    """Raise GateFailed when the same was trained elsewhere, compared with what is published now, and refused.
+
+    A schedule would otherwise train it again and again, on a machine that remembers nothing.
+    """
+    import httpx2
+
+    repo, settings = checked.repo, checked.settings
+    if repo is None or checked.run.begun:
+        return
+    try:
+        branch = push.candidate(checked.run, hub.head(repo, settings.hub.revision))
+        gate = (hub.published_json(repo, branch, "metrics.json") or {}).get("gate") or {}
+    except (httpx2.HTTPError, OSError, hub.Unreadable) as error:
+        raise hub.unreachable(error) from None
+    same = {"gate": settings.eval.gate, "min_f1": settings.eval.min_f1, "tolerance": settings.eval.tolerance}
+    if gate.get("verdict", "pass") != "pass" and same.items() <= gate.items() and _made_alike(checked, branch):
+        raise GateFailed(
+            f"{gate['verdict']}: {gate['reason']}: it is not published, and not trained again, for nothing has changed "
+            f"since; it is on the branch {branch}"
+        )
+
+
+def _made_alike(checked: Checked, revision: str | None) -> bool:
+    """Whether the manifest at a revision of the repo has these revisions, data and settings."""
+    if checked.repo is None:
+        return False
+    found = hub.manifest(checked.settings.hub.model_copy(update={"repo": checked.repo, "revision": revision}))
+    was, now = found.get("settings"), checked.settings.result_values()
+    return (
+        isinstance(was, dict)
+        and {name: was.get(name) for name in now} == now
+        and found.get("dataset", {}).get("fingerprint") == checked.examples.fingerprint
+    )
 
 
 def check_machine(checked: Checked) -> list[str]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import re
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job import hub, interruption
-from job.results import Published, PushFailed, Refused
+from job.results import Account, Published, Refused, Verdict
 from job.run_folder import RunFolder
 from job.settings import Hub, Settings
 from job.whole import file_digest
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, GitCommitInfo
 
 log = logging.getLogger(__name__)
 
@@ -27,65 +31,85 @@ def prepare(settings: Settings) -> str | None:
     Raises Refused, before anything is spent, for whatever would refuse the push afterwards.
     """
     wanted = settings.hub.push
+    lacking = [("a token (HF_TOKEN)", hub.token() is None), ("the network", hub.is_offline())]
+    if settings.eval.gate == "published" and (wanted == "never" or any(is_missing for _, is_missing in lacking)):
+        raise Refused(
+            "TAGGER_EVAL_GATE=published compares with what a Hub repo has and publishes there, and nothing can be "
+            "pushed: it needs HF_TOKEN, the network, and a TAGGER_HUB_PUSH other than never. Provide them, or set it "
+            "to floor or off"
+        )
     if wanted == "never":
         return None
-    for missing, is_missing in (("a token (HF_TOKEN)", hub.token() is None), ("the network", hub.is_offline())):
+    for missing, is_missing in lacking:
         if is_missing and wanted == "always":
             raise Refused(f"TAGGER_HUB_PUSH=always needs {missing} and there is none; provide it, or set it to never")
         if is_missing:
             log.info("push: nothing will be pushed, for there is not %s", missing)
             return None
     who = hub.account()
-    repo = settings.hub.repo or f"{who.user}/{Path(settings.base.model).stem}-tagger"
+    repo = repo_name(settings, who)
     hub.prepare_repo(repo, who, private=settings.hub.private)
     return repo
 
 
-def push(run: RunFolder, repo: str, settings: Hub) -> Published:
+def repo_name(settings: Settings, who: Account) -> str:
+    """The repo that is named, or else the one that is named for the base model."""
+    return settings.hub.repo or f"{who.user}/{Path(settings.base.model).stem}-tagger"
+
+
+def push(run: RunFolder, repo: str, settings: Hub, verdict: Verdict | None = None) -> Published:
     """Commit the run's adapter, metrics, manifest and pictures to the repo, all in one commit.
 
-    The commit's message names the run and a digest of its weights. That is looked for before each
-    attempt, so that a commit whose answer was lost is found and not made again, and that pushing the
-    same run twice makes one commit. Each attempt stands on the head that was looked at: a commit
-    that came in between makes it fail and be done again on the new head.
+    What was compared with a commit is pushed to a branch of its own that begins there: a candidate for
+    `promote`. The commit's message names the run, a digest of its weights and the verdict. That is looked for
+    before each attempt, so that a commit whose answer was lost is found and not made again, and that
+    pushing the same run twice makes one commit. Each attempt stands on the head that was looked at: a
+    commit that came in between makes it fail and be done again on the new head.
     Raises PushFailed when the Hub refuses, or could not be reached for TAGGER_HUB_RETRY_MINUTES.
     """
-    import httpx2
-
     client = hub.api()
-    identity = f"Run {run.path.name}, weights {file_digest(run.adapter / 'adapter_model.safetensors')[:16]}"
+    parent = None if verdict is None else verdict.parent
+    branch = settings.revision if parent is None else candidate(run, parent)
+    mark = f"Run {run.path.name}, weights {file_digest(run.adapter / 'adapter_model.safetensors')[:16]}"
+    if verdict is not None and parent is not None:
+        mark += f", gate: {verdict.verdict}"
 
     def attempt() -> Published:
-        head, done = _look(client, repo, settings.revision, identity)
-        if done is None:
+        commits = client.list_repo_commits(repo, revision=branch)
+        made = [commit.commit_id for commit in since(commits, parent) if mark in commit.message]
+        if not made:
             interruption.check()  # what was interrupted publishes nothing
-            done = client.create_commit(
+            commit = client.create_commit(
                 repo,
                 operations=_operations(run, merged=settings.merge),
                 commit_message=settings.commit_message,
-                commit_description=identity,
-                revision=settings.revision,
-                parent_commit=head,
-            ).oid
-        return Published(repo, done, f"{client.endpoint}/{repo}/commit/{done}")
+                commit_description=mark,
+                revision=branch,
+                parent_commit=commits[0].commit_id,
+            )
+            made = [commit.oid]
+        return Published(repo, made[0], f"{client.endpoint}/{repo}/commit/{made[0]}")
 
-    try:
-        if settings.revision is not None:
-            branch = settings.revision
-            hub.retrying(lambda: client.create_branch(repo, branch=branch, exist_ok=True), 60, "push")
+    with saved(run):
+        if branch is not None:
+            hub.make_branch(repo, branch, parent)
         return hub.retrying(attempt, 60 * settings.retry_minutes, "push")
-    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise PushFailed(
-            f"publishing failed ({hub.reason(error)}); everything is saved in {run.path}. "
-            f"Finish with: TAGGER_RUN_ID={run.path.name} tagger-job push"
-        ) from None
 
 
-def _look(client: HfApi, repo: str, revision: str | None, identity: str) -> tuple[str, str | None]:
-    """The head of the branch, and the commit on it that this run made already, if any."""
-    commits = client.list_repo_commits(repo, revision=revision)
-    made = next((commit.commit_id for commit in commits if identity in commit.message), None)
-    return commits[0].commit_id, made
+def candidate(run: RunFolder, parent: str) -> str:
+    """The branch for what a run would put in the place of this commit."""
+    return f"candidate-{re.sub(r'[^A-Za-z0-9_-]+', '-', run.path.name)}-{parent[:7]}"
+
+
+def since(commits: Iterable[GitCommitInfo], parent: str | None) -> list[GitCommitInfo]:
+    """Of a branch's commits, newest first, those that came after this one; all without one."""
+    return list(itertools.takewhile(lambda commit: commit.commit_id != parent, commits))
+
+
+def saved(run: RunFolder, command: str = "TAGGER_RUN_ID={run} tagger-job push") -> AbstractContextManager[None]:
+    """Within, what the Hub fails with becomes PushFailed, which says that nothing is lost."""
+    finish = command.format(run=run.path.name)
+    return hub.publishing("publishing failed", f"everything is saved in {run.path}. Finish with: {finish}")
 
 
 def _operations(run: RunFolder, *, merged: bool) -> list[CommitOperationAdd]:

@@ -8,11 +8,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from job.card import card
+from job import data, interruption
+from job.card import card, score_table
+from job.evaluate import score_tags
 from job.plots import loss_curve
-from job.results import Prediction, PushFailed, Refused, Scores, Summary, Tagged, Trained
+from job.results import Prediction, Published, PushFailed, Refused, Scores, Summary, Tagged, Trained, Verdict
 from job.run_folder import RunFolder, try_to_write
 from job.settings import Settings
 from job.whole import json_lines, write_whole
@@ -21,6 +23,9 @@ log = logging.getLogger(__name__)
 
 LONGEST_NAME = 200
 """Bytes; file systems take 255, and the name is longer while the file is being written."""
+
+TAGS_SHOWN = 15
+"""The most frequent ones; tags.jsonl has all."""
 
 if TYPE_CHECKING:
     from job.sample import Tagger
@@ -35,10 +40,7 @@ def kept_evaluation(
         if run.sealed(name):
             found = json.loads((run.path / name).read_text(encoding="utf-8"))
             if found["weights"] == weights:
-                return Scores(**found["scores"]), [
-                    Prediction(was["text"], tuple(was["gold"]), tuple(was["predicted"]), was["raw"])
-                    for was in found["predictions"]
-                ]
+                return Scores(**found["scores"]), [_prediction(was) for was in found["predictions"]]
         scores, predictions = evaluate()
         kept = {"weights": weights, "scores": asdict(scores), "predictions": list(map(asdict, predictions))}
         try:
@@ -55,12 +57,45 @@ def scores(run: RunFolder) -> dict[str, Scores]:
     return {name: Scores(**score) for name, score in metrics["scores"].items()}
 
 
+def predictions(run: RunFolder) -> list[Prediction]:
+    """The lines of predictions.jsonl."""
+    lines = (run.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [_prediction(json.loads(line)) for line in lines]
+
+
+def _prediction(was: dict[str, Any]) -> Prediction:
+    return Prediction(was["text"], tuple(was["gold"]), tuple(was["predicted"]), was["raw"])
+
+
+def verdict(run: RunFolder) -> Verdict | None:
+    """The gate's verdict in metrics.json, if there was one."""
+    found = json.loads((run.path / "metrics.json").read_text(encoding="utf-8")).get("gate")
+    return None if found is None else Verdict(**found)
+
+
+def save_verdict(run: RunFolder, verdict: Verdict, published: Scores | None) -> None:
+    """Add the verdict, and the scores of the adapter that was compared with, to metrics.json."""
+    metrics = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    metrics["scores"].pop("published", None)
+    metrics["scores"] |= {} if published is None else {"published": asdict(published)}
+    with interruption.deferred():
+        run.write("metrics.json", json.dumps(metrics | {"gate": asdict(verdict)}, indent=2) + "\n")
+        run.seal("metrics.json")
+
+
 def save_metrics(
     run: RunFolder, scores: Mapping[str, Scores], trained: Trained, predictions: Sequence[Prediction]
 ) -> None:
-    """Write metrics.json and predictions.jsonl."""
+    """Write metrics.json, predictions.jsonl and tags.jsonl."""
     run.write_lines("predictions.jsonl", map(asdict, predictions))
-    metrics = {"scores": {name: asdict(score) for name, score in scores.items()}, "training": asdict(trained)}
+    tags = score_tags([was.gold for was in predictions], [was.predicted for was in predictions])
+    run.write_lines("tags.jsonl", map(asdict, tags))
+    metrics = {
+        "schema_version": 1,
+        "split": {"examples": len(predictions), "sha256": data.split_digest(predictions)},
+        "scores": {name: asdict(score) for name, score in scores.items()},
+        "training": asdict(trained),
+    }
     run.write("metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
@@ -128,6 +163,57 @@ def check_output(output: Path | None, *inputs: str | Path | None) -> None:
     if any(output.resolve() == Path(other).resolve() for other in inputs if other):
         raise Refused(f"TAGGER_SAMPLE_OUTPUT={output} is also read by this job; name another file")
     try_to_write(output.parent, "the answers' folder", "TAGGER_SAMPLE_OUTPUT to a file in one")
+
+
+def save_report(run: RunFolder, outcome: str, published: Published | None = None) -> None:
+    """Write report.json (its schema is job/report.schema.json) and report.md: how the run went, in a page.
+
+    `outcome` is `judged` until more is known, then `published`, `not pushed` or `refused`; a run that
+    stays `judged` could not be published.
+    """
+    metrics = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    values, manifest = run.manifest["settings"], run.manifest
+    found = {
+        "schema_version": 1,
+        "run_id": run.path.name,
+        "outcome": outcome,
+        "adapter": str(run.adapter) if published is None else published.url,
+        "revision": None if published is None else published.revision,
+        "tag": None if published is None else published.tag,
+        "base": {name: values[f"TAGGER_BASE_{name.upper()}"] for name in ("model", "revision", "quantize")},
+        "data": {name: values[f"TAGGER_DATA_{name.upper()}"] for name in ("dataset", "revision")} | manifest["dataset"],
+        **{name: metrics[name] for name in ("split", "scores", "gate", "training")},
+        "seconds": manifest["timings"],
+    }
+    run.write("report.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    gate, data_ = metrics["gate"], found["data"]
+    lines = [
+        f"# {run.path.name}: {outcome}",
+        "",
+        f"**{gate['verdict']}** by TAGGER_EVAL_GATE={gate['gate']}: {gate['reason']}.",
+        "",
+        f"The adapter is at {found['adapter']}{f', tagged {published.tag}' if published and published.tag else ''}.",
+        "",
+        *score_table(scores(run)),
+        "",
+        f"On {metrics['split']['examples']} held-out examples (split `{metrics['split']['sha256'][:16]}`), after "
+        f"training on {data_['train']} of {data_['dataset']}. The interval is that of micro-F1.",
+        "",
+        "| tag | examples | predicted | precision | recall | F1 | 95% |",
+        "|---|---|---|---|---|---|---|",
+        *map(_tag_row, (run.path / "tags.jsonl").read_text(encoding="utf-8").splitlines()[:TAGS_SHOWN]),
+        "",
+        "Seconds: " + ", ".join(f"{chapter} {seconds:g}" for chapter, seconds in manifest["timings"].items()) + ".",
+    ]
+    run.write("report.md", "\n".join(lines) + "\n")
+
+
+def _tag_row(line: str) -> str:
+    tag = json.loads(line)
+    low, high = tag["f1_interval"]
+    figures = " | ".join(f"{tag[name]:.3f}" for name in ("precision", "recall", "f1"))
+    name = tag["tag"].replace("|", "\\|")
+    return f"| {name} | {tag['gold']} | {tag['predicted']} | {figures} | {low:.3f} to {high:.3f} |"
 
 
 def summary(run: RunFolder) -> Summary:

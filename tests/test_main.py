@@ -71,7 +71,7 @@ def test_a_run_goes_through_every_chapter_and_is_not_done_again(
     assert manifest["settings"]["TAGGER_BASE_QUANTIZE"] == "int8"
     assert set(manifest["timings"]) == {"load", "evaluate_base", "train", "evaluate", "push", "sample"}
     scores = json.loads((run / "metrics.json").read_text())["scores"]
-    assert set(scores) == {"most_common_tags", "base", "adapter"}
+    assert set(scores) == {"most_common_tags", "tfidf", "base", "adapter"}
     assert {score["n"] for score in scores.values()} == {8}
     assert [entry["step"] for entry in lines(run / "log.jsonl")] == [1, 2, 3]
     assert len(lines(run / "predictions.jsonl")) == 8
@@ -232,7 +232,9 @@ def test_check_says_what_it_looked_at_and_trains_nothing(
     out = capsys.readouterr().out
     base = published.models["tiny/llama"].branches["main"][-1].oid
     assert f"base model: tiny/llama at {base}" in out
-    assert "data: 52 examples to train on, 8 held out, 0 rows skipped" in out
+    assert (
+        "data: 52 examples to train on, 8 held out, 0 rows skipped, 0 near-duplicates of held-out ones left out" in out
+    )
     assert f"push: {REPO}" in out
     assert "longest example: " in out
     assert "memory: at least" in out
@@ -519,7 +521,7 @@ def test_every_command_is_in_the_help_and_in_the_readme(capsys: pytest.CaptureFi
         main(["--help"])
     shown = capsys.readouterr().out
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for command in ("run", "check", "push", "sample", "settings"):
+    for command in ("run", "check", "retrain", "evaluate", "push", "promote", "sample", "settings"):
         assert f"    {command} " in shown
         assert f"`tagger-job {command}" in readme
     for module in sorted((ROOT / "job").glob("*.py")):

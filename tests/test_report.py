@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from job.evaluate import score
 from job.report import kept_evaluation
 from job.results import Prediction, Scores
 from job.run_folder import RunFolder
 
-OUTCOME = (Scores(1, 0.5, 0.5, 0.5, 0.5, 1.0), [Prediction("a text", ("x", "y"), ("x",), "['x']")])
+OUTCOME = (score([["x", "y"]], [["x"]]), [Prediction("a text", ("x", "y"), ("x",), "['x']")])
 
 
 @pytest.fixture

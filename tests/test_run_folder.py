@@ -35,7 +35,8 @@ def test_nothing_is_written_before_the_run_begins(tmp_path: Path) -> None:
     run.begin("cpu")
     manifest = json.loads((run.path / "manifest.json").read_text())
     assert (manifest["schema_version"], manifest["status"], manifest["seed"]) == (1, "running", 42)
-    assert manifest["dataset"] == {"fingerprint": "f1", "train": 1, "held_out": 1, "skipped": 1}
+    data = {"fingerprint": "f1", "train": 1, "held_out": 1, "near_duplicates": 0, "skipped": 1}
+    assert manifest["dataset"] == data
     assert {"settings", "versions", "timings", "device", "started"} <= manifest.keys()
 
 
@@ -145,7 +146,7 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> N
 def test_the_second_owner_sees_what_the_first_has_done(tmp_path: Path) -> None:
     first = begun(tmp_path)
     second = RunFolder.open(settings(tmp_path), EXAMPLES)
-    first.let_through()
+    first.judged(passed=True)
     del first
     second.lock()
     assert second.publishable

@@ -52,6 +52,22 @@ def test_an_answer_does_not_depend_on_the_texts_beside_it(
     assert together == alone
 
 
+def test_a_batch_keeps_to_its_tokens(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tagger(make_settings(llama, tmp_path))
+    texts = [*(["rain"] * 9), "a much longer text about the rain and all that falls with it"]
+    batches: list[list[int]] = []
+    generate = made._generate
+    monkeypatch.setattr(made, "_generate", lambda ids: batches.append([len(i) for i in ids]) or generate(ids))
+    freely = made.tag(texts)
+    assert len(batches) == 1
+    budget = 4 * (min(map(min, batches)) + 12)
+    monkeypatch.setattr("job.sample.BATCH_TOKENS", budget)
+    batches.clear()
+    assert made.tag(texts) == freely
+    assert len(batches) > 2
+    assert all(len(batch) == 1 or len(batch) * (max(batch) + 12) <= budget for batch in batches)
+
+
 def test_generation_stops_at_the_end_of_the_list(llama: Path, tmp_path: Path) -> None:
     made = tagger(make_settings(llama, tmp_path))
     vocabulary = made._tokenizer.get_vocab()

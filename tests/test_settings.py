@@ -55,7 +55,7 @@ def test_every_problem_is_reported_at_once_with_name_value_and_what_is_allowed(m
         ("TAGGER_HUB_REPO", "no-owner", "match"),
         ("TAGGER_RUN_ID", "../elsewhere", "match"),
         ("TAGGER_SAMPLE_PROMPTS", '["", "x"]', "empty"),
-        ("TAGGER_EVAL_GATE", "published", "not there yet"),
+        ("TAGGER_EVAL_GATE", "better", "'off', 'floor' or 'published'"),
         ("tagger_lora_r", "8", "did you mean TAGGER_LORA_R?"),
     ],
 )

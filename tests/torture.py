@@ -41,6 +41,7 @@ SETTINGS = {
     "TAGGER_SAMPLE_MAX_NEW_TOKENS": "16",
     "TAGGER_RUN_DEVICE": "cpu",
     "TAGGER_RUN_ID": "run",
+    "TAGGER_EVAL_GATE": "floor",  # so that it is published by a candidate and its promotion
     "HF_TOKEN": WRITE_TOKEN,
 }
 SAME = (
@@ -154,13 +155,15 @@ def result(folder: Path, hub: Hub, repo: str) -> dict[str, object]:
     """All that must be equal: files, scores, samples, and what was published."""
     run = folder / "runs" / "run"
     metrics = json.loads((run / "metrics.json").read_text())
-    del metrics["training"]["seconds"]
+    del metrics["training"]["seconds"], metrics["gate"]["parent"]
     published = hub.models[repo]
     return {
         **{name: (run / name).read_bytes() for name in SAME},
         "metrics": metrics,
         "the published adapter": published.branches["main"][-1].files["adapter_model.safetensors"],
-        "the commits": published.titles,
+        "the commits": [title.split()[0] for title in published.titles],  # a promotion names what it promotes
+        "the tags": list(published.tags),
+        "what is tagged": [published.tags.get("v1") == published.branches["main"][-1].oid],
     }
 
 

@@ -1,0 +1,194 @@
+"""Whether an adapter is good enough to take the place of the published one."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from job import hub, promote, push, quantize, report
+from job.evaluate import f1_difference
+from job.results import Example, Examples, GateFailed, Prediction, PushFailed, Refused, Scores, Verdict
+from job.run_folder import RunFolder
+from job.settings import Eval, Hub, Settings
+
+if TYPE_CHECKING:
+    from job.device import Machine
+
+log = logging.getLogger(__name__)
+
+FEWEST = 30
+"""Held-out examples below which nothing is compared: bootstrap intervals of so few are too narrow."""
+AS_TRAINED = ("TAGGER_BASE_QUANTIZE", "TAGGER_DATA_SEPARATOR", "TAGGER_DATA_MAX_LENGTH")
+"""What an adapter is evaluated with as its own run had it."""
+SPLIT = ("TAGGER_DATA_DATASET", "TAGGER_DATA_SEED", "TAGGER_DATA_EVAL_SIZE")
+
+
+def check_published(settings: Settings, repo: str | None) -> None:
+    """Raise Refused, before anything is spent, when the new adapter could not be compared with the published one."""
+    if settings.eval.gate != "published" or repo is None:
+        return
+    away = f"Roll it back (`tagger-job promote --revision ...`), name another TAGGER_HUB_REPO, or {_OTHER_GATE}"
+    try:
+        config = hub.published_json(repo, settings.hub.revision, "adapter_config.json")
+    except hub.Unreadable as error:
+        raise Refused(
+            f"the adapter published in {repo} cannot be read ({error}), so none can be compared. {away}"
+        ) from None
+    if config is None:
+        return
+    base = config.get("base_model_name_or_path")
+    if base not in (settings.base.model, quantize.identity(settings.base)[0]):
+        raise Refused(
+            f"the adapter published in {repo} was trained on {base}, not on {settings.base.model}, so they are not "
+            f"compared. Set TAGGER_BASE_MODEL={base}, name another TAGGER_HUB_REPO, or {_OTHER_GATE}"
+        )
+
+
+def check_split(settings: Settings, examples: Examples) -> None:
+    """Raise Refused when too few examples are held out for any comparison."""
+    n = len(examples.held_out[: settings.eval.limit])
+    if settings.eval.gate == "published" and n < FEWEST:
+        raise Refused(
+            f"TAGGER_EVAL_GATE=published needs {FEWEST} held-out examples or more to tell two adapters apart, and has "
+            f"{n}; raise TAGGER_DATA_EVAL_SIZE (or TAGGER_EVAL_LIMIT), bring more data, or {_OTHER_GATE}"
+        )
+
+
+_OTHER_GATE = "set TAGGER_EVAL_GATE to floor or off"
+
+
+def decide(run: RunFolder, settings: Settings, repo: str | None, machine: Machine) -> Verdict:
+    """Judge the run's adapter, by TAGGER_EVAL_GATE against what the repo has now, and record the verdict.
+
+    A run that was promoted already keeps the verdict that it was promoted by.
+    """
+    scores, predictions = report.scores(run), report.predictions(run)
+    parent, adapter, published, broken = None, None, None, None
+    if settings.eval.gate != "off" and repo is not None:
+        try:
+            with push.saved(run, "the same command again"):
+                was = report.verdict(run)
+                if was is not None and was.parent is not None and promote.promoted(run, repo, settings.hub, was.parent):
+                    return was
+                parent = hub.head(repo, settings.hub.revision)
+                if settings.eval.gate == "published":
+                    adapter = _fetch(repo, parent, 60 * settings.hub.retry_minutes)
+            if adapter is not None:
+                published = _evaluate(run, settings, repo, parent, adapter, predictions, machine)
+        except Refused as refusal:
+            broken = f"the adapter published in {repo} at {str(parent)[:12]} no longer loads: {refusal}"
+    verdict = judge(settings.eval, scores["adapter"], predictions, published, parent=parent, broken=broken)
+    report.save_verdict(run, verdict, None if published is None else published[0])
+    log.info("gate: %s: %s", verdict.verdict, verdict.reason)
+    return verdict
+
+
+def judge(
+    settings: Eval,
+    scores: Scores,
+    predictions: list[Prediction],
+    published: tuple[Scores, list[Prediction]] | None,
+    *,
+    parent: str | None = None,
+    broken: str | None = None,
+) -> Verdict:
+    """The verdict on an adapter that has these scores and predictions.
+
+    It fails below TAGGER_EVAL_MIN_F1. Against a published one it passes when the whole 95% interval of
+    the difference is at -TAGGER_EVAL_TOLERANCE or above, and fails when the whole interval is below;
+    in between there is insufficient evidence, as with fewer than FEWEST examples, or when the
+    published one cannot be evaluated.
+    """
+    verdict = partial(Verdict, settings.gate, f1=scores.f1, min_f1=settings.min_f1, tolerance=settings.tolerance)
+    verdict = partial(verdict, parent=parent)
+    if settings.gate == "off":
+        return verdict("pass", "TAGGER_EVAL_GATE=off: nothing is asked of it")
+    ours = f"the adapter's micro-F1 is {scores.f1:.3f}"
+    if scores.f1 < settings.min_f1:
+        return verdict("fail", f"{ours}, below TAGGER_EVAL_MIN_F1={settings.min_f1:g}")
+    floor = f"{ours}, at least TAGGER_EVAL_MIN_F1={settings.min_f1:g}"
+    if settings.gate == "floor":
+        return verdict("pass", floor)
+    if broken is not None:
+        return verdict("insufficient evidence", f"{broken}, so nothing can be compared with it")
+    if published is None:
+        return verdict("pass", f"{floor}, and nothing is published yet")
+    if scores.n < FEWEST:
+        return verdict("insufficient evidence", f"{scores.n} held-out examples are too few to compare by")
+    theirs, their_predictions = published
+    gold, new = [was.gold for was in predictions], [was.predicted for was in predictions]
+    difference, interval = f1_difference(gold, new, [was.predicted for was in their_predictions])
+    verdict = partial(verdict, published_f1=theirs.f1, difference=difference, interval=interval)
+    low, high = interval
+    numbers = (
+        f"{ours} and the published one's {theirs.f1:.3f} on the same {scores.n} examples: {difference:+.3f} "
+        f"({low:+.3f} to {high:+.3f}, TAGGER_EVAL_TOLERANCE={settings.tolerance:g})"
+    )
+    if low >= -settings.tolerance:
+        return verdict("pass", numbers)
+    if high < -settings.tolerance:
+        return verdict("fail", f"{numbers}, so it is worse")
+    return verdict(
+        "insufficient evidence", f"{numbers}, which may be chance; hold out more examples, or allow more tolerance"
+    )
+
+
+def refuse(run: RunFolder, verdict: Verdict, repo: str | None, settings: Hub) -> NoReturn:
+    """Leave the adapter on a branch of its own, if there is a repo, and raise GateFailed with the verdict's reason."""
+    left, where = None, f"it is saved in {run.path}"
+    if repo is not None and verdict.parent is not None:
+        try:
+            with run.chapter("push"):
+                left = push.push(run, repo, settings.model_copy(update={"merge": False}), verdict)
+            run.update(candidate=left.revision)
+            where = f"it is at {left.url}, and `tagger-job promote --revision {left.revision}` would publish it"
+        except PushFailed as failure:
+            where += f" alone, for its branch could not be pushed: {failure}"
+    report.save_report(run, "refused", left)
+    raise GateFailed(f"{verdict.verdict}: {verdict.reason}: it is not published; {where}")
+
+
+def _fetch(repo: str, revision: str, seconds: float) -> Path | None:
+    """The folder with the adapter that a repo has at a revision; None if it has none.
+
+    Raises Refused when it has no weights; a Hub that cannot be reached raises the client's own errors.
+    """
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        folder = hub.retrying(lambda: hub.download(repo, revision, "adapter_config.json"), seconds, "gate").parent
+    except RemoteEntryNotFoundError:
+        return None
+    try:
+        hub.retrying(lambda: hub.download(repo, revision, "adapter_model.safetensors"), seconds, "gate")
+    except RemoteEntryNotFoundError:
+        raise Refused("it has no adapter_model.safetensors") from None
+    return folder
+
+
+def _evaluate(
+    run: RunFolder,
+    settings: Settings,
+    repo: str,
+    revision: str | None,
+    adapter: Path,
+    predictions: list[Prediction],
+    machine: Machine,
+) -> tuple[Scores, list[Prediction]]:
+    """Scores and predictions of a published adapter, on the texts of these; raises Refused when it does not load."""
+    from job.evaluate import evaluate
+    from job.sample import load_tagger
+
+    try:
+        trained = (hub.published_json(repo, revision, "manifest.json") or {}).get("settings", {})
+        as_trained = settings.with_result_values({name: trained[name] for name in AS_TRAINED if name in trained})
+    except (hub.Unreadable, TypeError, ValueError) as error:
+        raise Refused(f"its manifest.json cannot be read ({error})") from None
+    if any(name in trained and trained[name] != settings.values()[name] for name in SPLIT):
+        log.warning("gate: the published adapter was trained on another split and may know held-out texts")
+    examples = [Example(was.text, was.gold) for was in predictions]
+    return report.kept_evaluation(
+        run, "evaluate_published", str(revision), lambda: evaluate(load_tagger(as_trained, adapter, machine), examples)
+    )

@@ -1,0 +1,52 @@
+"""What CI runs passes the job's exit code on and says what it means."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCKER = """#!/bin/sh
+echo "$@" > "$SEEN"
+mkdir -p "$RUNS/tiny" && echo "| adapter | 0.5 |" > "$RUNS/tiny/report.md"
+exit $CODE
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 75])
+def test_the_script_of_the_workflows_tells_the_exit_codes_apart_and_shows_no_secret(tmp_path: Path, code: int) -> None:
+    docker = tmp_path / "bin" / "docker"
+    docker.parent.mkdir()
+    docker.write_text(DOCKER)
+    docker.chmod(0o755)
+    old = tmp_path / "runs" / "old" / "report.md"
+    old.parent.mkdir(parents=True)
+    old.write_text("of another run")
+    os.utime(old, (1, 1))
+    environ = {
+        "PATH": f"{docker.parent}:{os.environ['PATH']}",
+        "SEEN": str(tmp_path / "seen"),
+        "RUNS": str(tmp_path / "runs"),
+        "CODE": str(code),
+        "RETRAIN_IMAGE": "tagger-job",
+        "TAGGER_RUN_DIR": str(tmp_path / "runs"),
+        "HF_TOKEN": "hf_secret",
+        "TAGGER_HUB_REPO": "ada/tagger",
+        "GITHUB_ACTIONS": "true",
+        **{name: str(tmp_path / name) for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")},
+    }
+    done = subprocess.run([ROOT / ".ci" / "retrain"], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    summary = (tmp_path / "GITHUB_STEP_SUMMARY").read_text()
+    assert summary.startswith(f"**{code}**: ")
+    assert "| adapter | 0.5 |" in summary
+    assert "of another run" not in summary
+    assert f"title=retrain ended with {code}::" in done.stdout
+    assert (tmp_path / "GITHUB_OUTPUT").read_text() == f"code={code}\n"
+    seen = (tmp_path / "seen").read_text()
+    assert seen.endswith("tagger-job retrain\n")
+    assert "--env HF_TOKEN --env TAGGER_HUB_REPO" in seen
+    assert "hf_secret" not in seen + done.stdout + summary
