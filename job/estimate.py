@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from job import quantize
-from job.device import Machine
+from job.device import Machine, why_no_gpu
 from job.lora import add_adapters, count_parameters
 from job.results import Encoded
 from job.settings import Settings
@@ -18,12 +18,17 @@ from job.settings import Settings
 GIB = 2**30
 RESERVE = 0.5 * GIB
 """What a CUDA context and the allocator's fragments take, roughly."""
+CPU_PARAMETERS = 250_000_000
+"""The largest base model that `auto` trains on a CPU. On two cores a step of SmolLM2-135M takes about 5 s and the
+recipe a quarter of an hour, which grows with the size: beyond this, a GPU was meant to be there more often than not."""
 
 
 @dataclass(frozen=True)
 class Need:
     """Bytes that training takes at its largest micro-batch, and those that a run leaves on disk."""
 
+    parameters: int
+    """Of the base model."""
     weights: float
     adapters: float
     activations: float
@@ -69,12 +74,24 @@ def estimate(settings: Settings, machine: Machine, longest: Sequence[Encoded]) -
     layers = config.num_hidden_layers
     recomputed = layers * tokens * hidden * itemsize + layer
     return Need(
+        parameters=linear + rest,
         weights=linear * quantized + rest * itemsize,
         adapters=16.0 * trainable,
         activations=recomputed if settings.train.checkpointing != "off" else layers * layer,
         logits=12.0 * labels * config.vocab_size,
         disk=4.0 * trainable * (1 + 2 * 3) + 64 * 2**20,  # an adapter, two checkpoints with Adam's moments; the rest
     )
+
+
+def cpu_problems(need: Need, settings: Settings, machine: Machine) -> list[str]:
+    """What is wrong if the model is one for a GPU and there is none, unless the CPU was asked for."""
+    if settings.run.device != "auto" or machine.device.type != "cpu" or need.parameters <= CPU_PARAMETERS:
+        return []
+    return [
+        f"{settings.base.model} has {need.parameters / 1e6:.0f} million parameters, TAGGER_RUN_DEVICE=auto trains at "
+        f"most {CPU_PARAMETERS / 1e6:.0f} million on a CPU, and {why_no_gpu()}, or set TAGGER_RUN_DEVICE=cpu to train "
+        "on the CPU all the same"
+    ]
 
 
 def memory_problems(need: Need, machine: Machine) -> list[str]:
