@@ -228,6 +228,17 @@ def check_size(image: Image, work: Path) -> None:
     assert total <= BUDGET * (base + wheels), "over the size budget"
 
 
+def check_packages(image: Image, work: Path) -> None:
+    """What is installed is what `make sbom` writes down, and pip."""
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    locked = set(re.findall(r"^[\w.-]+==[^\s;]+", lock, re.MULTILINE))
+    listed = Started(image, work / "any", "python", "-m", "pip", "list", "--format=freeze").end(0)
+    packages = {line.lower().replace("_", "-") for line in listed.splitlines() if "==" in line}
+    more = {package.partition("==")[0] for package in packages - locked}
+    assert more == {"pip", "torch"}, f"beside the lock there are {more}"
+    shown("installed packages", f"{len(packages)}: the lock's, torch and pip")
+
+
 def check_runs(image: Image, work: Path) -> None:
     python = Started(image, work / "any", "python", "-c", "import job, sys; print(sys.prefix, job.__file__)")
     assert python.end(0) == "/opt/venv /app/job/__init__.py\n", "another program runs as it is"
@@ -235,7 +246,7 @@ def check_runs(image: Image, work: Path) -> None:
     assert "Read-only file system" in write.end(1)
     home = work / "whole"
     job = Started(image, home, user=ANYONE, **SMOLLM)
-    shown("start to the first log line", f"{job.wait_for(' run: /runs/run'):.1f} s")
+    shown("start to the first log line", f"{job.wait_for(':'):.1f} s")
     assert "not pushed; the adapter is in /runs/run/adapter" in job.end(0)
     shown("the whole job, shortened, as any user", f"{time.monotonic() - job.at:.0f} s, code 0")
     assert json.loads((home / "runs/run/manifest.json").read_text())["status"] == "complete"
@@ -299,6 +310,7 @@ def main() -> None:
         try:
             image = check_builds(context, work)
             check_size(image, work)
+            check_packages(image, work)
             check_runs(image, work)
             check_interruption(image, work)
             image.remove()
