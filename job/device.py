@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import platform
 import resource
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +19,12 @@ from job.results import Refused
 
 Precision = Literal["fp16", "bf16", "fp32"]
 DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DRIVER = Path("/proc/driver/nvidia/version")
+"""The kernel's NVIDIA driver: to be seen in every container, whether a GPU was given to it or not."""
+CONTROL = Path("/dev/nvidiactl")
+"""There only where a GPU is."""
+NEEDED_DRIVER = {"12": 525, "13": 580}
+"""The first driver for a major version of CUDA, by NVIDIA's table of minor version compatibility."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +43,10 @@ class Machine:
         `auto` is a GPU if PyTorch sees one, with bf16 where it has that and else fp16. A CPU computes in bf16 if it
         has matrix units for it (AMX), and else in fp32, which is faster there.
         """
-        if device == "cuda" and not torch.cuda.is_available():
-            raise Refused(
-                "TAGGER_RUN_DEVICE=cuda, but PyTorch sees no GPU; expected one. "
-                "Check nvidia-smi, `docker run --gpus all` and CUDA_VISIBLE_DEVICES, or set TAGGER_RUN_DEVICE=cpu"
-            )
-        if device == "cpu" or not torch.cuda.is_available():
+        lacking = None if device == "cpu" else why_no_gpu()
+        if device == "cuda" and lacking:
+            raise Refused(f"TAGGER_RUN_DEVICE=cuda, but {lacking}, or set TAGGER_RUN_DEVICE=cpu")
+        if device == "cpu" or lacking:
             if precision == "fp16":
                 raise Refused(
                     "TAGGER_TRAIN_PRECISION=fp16 needs a GPU and this run is on the CPU; use auto, fp32 or bf16"
@@ -98,3 +104,31 @@ def _left_of_limit(group: Path) -> float:
     except (OSError, ValueError):  # no such group, or no limit: "max"
         return math.inf
     return float(limit - used + int(stat.get("file", 0)))
+
+
+def why_no_gpu() -> str | None:
+    """Why PyTorch can use no GPU and what to do about it, as a clause; None if it can."""
+    with warnings.catch_warnings(action="ignore"):  # PyTorch's own words for a driver that is too old
+        if torch.cuda.is_available():
+            return None
+    cuda = torch.version.cuda
+    words = DRIVER.read_text(encoding="utf-8").split() if DRIVER.is_file() else []
+    driver = next((word for word in words if word.count(".") and word.replace(".", "").isdigit()), None)
+    needed = None if cuda is None else NEEDED_DRIVER.get(cuda.partition(".")[0])
+    if driver is None:
+        return "this machine has no NVIDIA driver; take a machine with a GPU, or install the driver"
+    if cuda is None:
+        return f"PyTorch {torch.__version__} is a build without CUDA; install the CUDA build, or take the image with it"
+    if needed is not None and int(driver.partition(".")[0]) < needed:
+        return (
+            f"the NVIDIA driver is {driver} and CUDA {cuda} needs {needed} or newer; update the driver of the machine"
+        )
+    for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
+        if os.environ.get(name) in ("", "-1", "none", "void", "NoDevFiles"):
+            return f"{name}={os.environ[name]} hides every GPU of this machine (driver {driver}); unset it"
+    if not CONTROL.exists():
+        return (
+            f"the machine has an NVIDIA driver ({driver}) but no GPU is given to this container; start it with "
+            "`docker run --gpus all`, or ask Kubernetes for nvidia.com/gpu"
+        )
+    return f"PyTorch sees no GPU although there is a driver ({driver}); see what nvidia-smi says of the GPU"

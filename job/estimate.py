@@ -12,7 +12,7 @@ import torch
 
 from job import quantize
 from job.batches import label_count
-from job.device import Machine
+from job.device import Machine, why_no_gpu
 from job.lora import add_adapters, count_parameters
 from job.results import Encoded
 from job.settings import Settings, Train
@@ -20,6 +20,9 @@ from job.settings import Settings, Train
 GIB = 2**30
 RESERVE = 0.5 * GIB
 """What a CUDA context and the allocator's fragments take, roughly."""
+CPU_PARAMETERS = 250_000_000
+"""The largest base model that `auto` trains on a CPU. On two cores a step of SmolLM2-135M takes about 5 s and the
+recipe a quarter of an hour, which grows with the size: beyond this, a GPU was meant to be there more often than not."""
 
 
 LOGIT_BYTES = 8.0
@@ -40,6 +43,8 @@ class Budget:
 class Need:
     """Bytes that training takes at its largest micro-batch, and those that a run leaves on disk."""
 
+    parameters: int
+    """Of the base model."""
     weights: float
     adapters: float
     activations: float
@@ -78,6 +83,7 @@ def estimate(settings: Settings, machine: Machine, longest: Sequence[Encoded]) -
     width = max(len(example.input_ids) for example in longest)
     tokens = len(longest) * width
     return Need(
+        parameters=linear + rest,
         weights=linear * quantized + rest * itemsize,
         adapters=16.0 * trainable,
         activations=tokens * _token_bytes(config, width, itemsize, recompute=settings.train.checkpointing != "off"),
@@ -115,6 +121,17 @@ def _token_bytes(config: Any, width: int, itemsize: int, *, recompute: bool) -> 
     layer = (34 * config.hidden_size + 5 * config.num_attention_heads * width) * itemsize / 2
     layers = config.num_hidden_layers
     return float(layers * config.hidden_size * itemsize + layer if recompute else layers * layer)
+
+
+def cpu_problems(need: Need, settings: Settings, machine: Machine) -> list[str]:
+    """What is wrong if the model is one for a GPU and there is none, unless the CPU was asked for."""
+    if settings.run.device != "auto" or machine.device.type != "cpu" or need.parameters <= CPU_PARAMETERS:
+        return []
+    return [
+        f"{settings.base.model} has {need.parameters / 1e6:.0f} million parameters, TAGGER_RUN_DEVICE=auto trains at "
+        f"most {CPU_PARAMETERS / 1e6:.0f} million on a CPU, and {why_no_gpu()}, or set TAGGER_RUN_DEVICE=cpu to train "
+        "on the CPU all the same"
+    ]
 
 
 def memory_problems(need: Need, machine: Machine) -> list[str]:

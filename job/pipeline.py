@@ -80,7 +80,8 @@ def fine_tune(checked: Checked, machine: Machine) -> None:
     from job.train import train
 
     settings, examples, run = checked.settings, checked.examples, checked.run
-    preflight.check_machine(checked)
+    device, *_ = preflight.check_machine(checked)
+    log.info(device)
     held_out = examples.held_out[: settings.eval.limit]
     with run.chapter("load"):
         tokenizer = load_tokenizer(settings.base)

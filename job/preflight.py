@@ -121,7 +121,7 @@ def check_machine(checked: Checked) -> list[str]:
     model's files if they are not there.
     """
     from job import estimate
-    from job.device import Machine
+    from job.device import Machine, why_no_gpu
 
     settings, examples = checked.settings, checked.examples
     machine = Machine.resolve(settings.run.device, settings.train.precision)
@@ -131,11 +131,16 @@ def check_machine(checked: Checked) -> list[str]:
     for example in encoded:
         assert example.labels[-1] == tokenizer.eos_token_id, "the end of sequence is a label"
     need = estimate.estimate(settings, machine, encoded)
-    problems = [*estimate.memory_problems(need, machine), *estimate.disk_problems(need, checked.run.path)]
+    problems = [
+        *estimate.cpu_problems(need, settings, machine),
+        *estimate.memory_problems(need, machine),
+        *estimate.disk_problems(need, checked.run.path),
+    ]
     if problems:
         raise Refused(*problems)
+    because = f", for {why_no_gpu()}" if settings.run.device == "auto" and machine.device.type == "cpu" else ""
     return [
-        f"device: {machine}",
+        f"device: {machine}{because}",
         f"longest example: {len(encoded[0].input_ids)} tokens",
         f"memory: at least {need}",
     ]

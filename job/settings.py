@@ -241,7 +241,9 @@ class Run(Group):
         None, description="Name of the run's folder; empty: base model, and a digest of settings and data."
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
-        "auto", description="Where to compute: auto takes a GPU if there is one."
+        "auto",
+        description="Where to compute: auto takes a GPU if there is one, and else the CPU for a base model of at most "
+        "250 million parameters.",
     )
     processes: int = Field(1, ge=1, le=1, description="Processes that train together, one a GPU; only 1 for now.")
 

@@ -28,11 +28,13 @@ def test_weights_and_adapters_are_what_a_loaded_model_holds(
 ) -> None:
     settings = make_settings(request.getfixturevalue(architecture), tmp_path, base={"quantize": quantize})
     model = load_model(settings.base, CPU)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     adapted = add_adapters(model, Lora(), seed=1)
     trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     need = estimate(settings, CPU, LONGEST)
     assert need.weights == held
+    assert need.parameters == parameters
     assert need.adapters == 16 * trainable
 
 
@@ -89,7 +91,7 @@ def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_too_small_is_said_to_be(tmp_path: Path) -> None:
-    need = Need(weights=0, adapters=0, activations=0, logits=0, disk=2.0**60)
+    need = Need(parameters=0, weights=0, adapters=0, activations=0, logits=0, disk=2.0**60)
     [problem] = disk_problems(need, tmp_path / "runs" / "one")
     assert "GiB free; make room, or set TAGGER_RUN_DIR" in problem
     assert disk_problems(dataclasses.replace(need, disk=1.0), tmp_path) == []

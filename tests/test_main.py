@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
+import re
 import shutil
 import signal
 import subprocess
@@ -163,6 +164,15 @@ def test_a_run_on_the_hub_pins_trains_offline_publishes_and_samples_what_was_pub
     assert f"GET /{REPO}/resolve/{head.oid}/adapter_model.safetensors" in asked[first_of_push:]
     for file in run.rglob("*"):
         assert not file.is_file() or WRITE_TOKEN.encode() not in file.read_bytes(), file
+
+
+def test_prefetch_downloads_what_a_run_reads_and_makes_nothing(published: Hub, tmp_path: Path) -> None:
+    assert main(["prefetch"]) == 0
+    asked = published.requests
+    for path in ("/tiny/llama/resolve/.*model.safetensors", "/datasets/tiny/sayings/resolve/.*train.jsonl"):
+        assert [request for request in asked if re.search(path, request)], path
+    assert REPO not in published.models
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_push_that_fails_ends_with_4_and_one_command_finishes_it(
@@ -475,6 +485,22 @@ def test_what_is_refused_ends_with_2_a_sentence_and_nothing_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_without_a_gpu_auto_says_so_and_refuses_a_model_for_one_before_anything_is_written(
+    tiny: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any, command: str
+) -> None:
+    tiny.setattr(torch.cuda, "is_available", lambda: False)
+    tiny.setattr("job.device.DRIVER", tmp_path / "absent")
+    tiny.setenv("TAGGER_RUN_DEVICE", "auto")
+    with tiny.context() as patch:
+        patch.setattr("job.estimate.CPU_PARAMETERS", 1000)
+        assert main([command]) == 2
+    assert "and this machine has no NVIDIA driver; take a machine with a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert main([command]) == 0
+    assert "in fp32, for this machine has no NVIDIA driver" in capsys.readouterr().out + caplog.text
+
+
 @pytest.mark.parametrize(
     "change",
     [{"model_type": "unheard-of"}, {"model_type": "t5"}, {"hidden_size": "big"}, {"num_hidden_layers": 9}, None],
@@ -521,7 +547,7 @@ def test_every_command_is_in_the_help_and_in_the_readme(capsys: pytest.CaptureFi
         main(["--help"])
     shown = capsys.readouterr().out
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for command in ("run", "check", "retrain", "evaluate", "push", "promote", "sample", "settings"):
+    for command in ("run", "check", "prefetch", "retrain", "evaluate", "push", "promote", "sample", "settings"):
         assert f"    {command} " in shown
         assert f"`tagger-job {command}" in readme
     for module in sorted((ROOT / "job").glob("*.py")):
