@@ -216,6 +216,12 @@ def resolve(kind: Kind, name: str, revision: str | None) -> Resolved:
         validate_repo_id(name)
         client.auth_check(name, repo_type=kind)
         info = client.repo_info(name, repo_type=kind, revision=revision)
+        files = [file.rfilename for file in getattr(info, "siblings", None) or []]
+        if kind == "model" and files and not any(file.endswith(".safetensors") for file in files):
+            raise Refused(
+                f"the base model {name} has no weights in safetensors, and pickles are not read because they can run "
+                "code; name another revision or model (TAGGER_BASE_MODEL)"
+            )
         return Resolved(str(info.sha), getattr(getattr(info, "card_data", None), "license", None))
 
     try:

@@ -64,7 +64,9 @@ def load_tokenizer(settings: Base) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source(settings), trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source(settings, weights=False), trust_remote_code=False
+        )
     except UNREADABLE as error:
         raise _unreadable("tokenizer", settings, error) from error
     if tokenizer.eos_token_id is None:
@@ -80,7 +82,7 @@ def empty_model(settings: Base) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(source(settings), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source(settings, weights=False), trust_remote_code=False)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except UNREADABLE as error:
@@ -152,11 +154,12 @@ def identity(settings: Base) -> tuple[str, str | None]:
     return settings.model, settings.revision
 
 
-def source(settings: Base) -> Path:
+def source(settings: Base, *, weights: bool = True) -> Path:
     """The folder that the base model is loaded from, downloaded or converted if it must be.
 
-    Only safetensors are downloaded, never pickles or code. Loading from a folder also keeps every
-    later step from asking the Hub for what is here already.
+    Without `weights` config and tokenizer are enough: a check downloads no gigabytes. Only safetensors
+    are downloaded, never pickles or code. Loading from a folder also keeps every later step from
+    asking the Hub for what is here already.
     """
     if is_local(settings.model, WEIGHTS):
         path = check_local(settings.model)
@@ -171,7 +174,7 @@ def source(settings: Base) -> Path:
     from huggingface_hub import snapshot_download
 
     def download() -> str:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
         return snapshot_download(
             settings.model,
             revision=settings.revision,
@@ -181,7 +184,8 @@ def source(settings: Base) -> Path:
         )
 
     try:
-        return check_local(hub.retrying(download, DOWNLOAD_SECONDS, "download"))
+        folder = hub.retrying(download, DOWNLOAD_SECONDS, "download")
+        return check_local(folder) if weights else Path(folder)
     except (httpx2.HTTPError, OSError, ValueError) as error:
         raise _unreadable("files", settings, error) from error
 

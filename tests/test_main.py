@@ -249,6 +249,17 @@ def test_check_says_what_it_looked_at_and_trains_nothing(
     assert "longest example: " in out
     assert "memory: at least" in out
     assert not (tmp_path / "runs").exists()
+    assert not [request for request in published.requests if "safetensors" in request], "a check downloads no weights"
+
+
+def test_a_model_on_the_hub_without_safetensors_is_refused_before_it_is_downloaded(
+    published: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repo = published.models["tiny/llama"] = Repo("tiny/llama")
+    repo.commit("main", "weights", {"config.json": b"{}", "pytorch_model.bin": b"never read"})
+    assert main([]) == 2
+    assert "tiny/llama has no weights in safetensors, and pickles are not read" in capsys.readouterr().err
+    assert not [request for request in published.requests if "/resolve/" in request]
 
 
 def test_check_lists_every_problem_at_once(
