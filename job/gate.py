@@ -104,7 +104,7 @@ def judge(
     verdict = partial(Verdict, settings.gate, f1=scores.f1, min_f1=settings.min_f1, tolerance=settings.tolerance)
     verdict = partial(verdict, parent=parent)
     if settings.gate == "off":
-        return verdict("pass", "TAGGER_EVAL_GATE=off: nothing is asked of it")
+        return verdict("pass", "nothing is asked of it")
     ours = f"the adapter's micro-F1 is {scores.f1:.3f}"
     if scores.f1 < settings.min_f1:
         return verdict("fail", f"{ours}, below TAGGER_EVAL_MIN_F1={settings.min_f1:g}")

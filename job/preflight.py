@@ -118,7 +118,7 @@ def check_machine(checked: Checked) -> list[str]:
     """Look at device, precision, memory, disk and the longest examples; returns a line for each.
 
     Raises Refused with every problem found. Imports torch and transformers, and downloads the base
-    model's files if they are not there.
+    model's config and tokenizer if they are not there.
     """
     from job import estimate
     from job.device import Machine, why_no_gpu
