@@ -50,6 +50,8 @@ def card(settings: Settings, scores: Mapping[str, Scores], versions: Mapping[str
             else ["Use it with `tagger-job sample`: its base model is not on the Hub."]
         ),
         "",
+        "`tagger-job sample` answers by `tagger.json`: which tags, from which confidence on. The scores are of that.",
+        "",
         "## Scores on held-out examples",
         "",
         *score_table(scores),
