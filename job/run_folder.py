@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
@@ -37,6 +37,8 @@ class RunFolder:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
+        self.on_saved: Callable[[RunFolder], None] = lambda run: None
+        """Called after each checkpoint and each change of the manifest, for a disk that has to be told to keep it."""
         self._locked = False
 
     @property
@@ -162,6 +164,7 @@ class RunFolder:
         """Add entries to the manifest and write it."""
         self.manifest.update(entries)
         self.write("manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+        self.on_saved(self)
 
     @contextmanager
     def chapter(self, name: str) -> Iterator[None]:
