@@ -30,6 +30,8 @@ app = modal.App("tagger-job")
 on_a_gpu: dict[str, Any] = {
     "image": image,
     "gpu": asked.modal.gpu.split(","),
+    "cpu": 2.0,
+    "memory": 4096,  # MiB at least; Modal gives more where there is more
     "volumes": {launch.RUNS: runs, launch.CACHE: cache},
     "timeout": round(asked.modal.timeout_hours * HOURS),
     "startup_timeout": HOURS // 2,

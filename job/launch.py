@@ -216,9 +216,12 @@ def wait(call: modal.FunctionCall[dict[str, Any]], asked: Request, runs: modal.V
         outcome = call.get()
         if asked.options.output is not None:
             write_whole(asked.options.output, json.dumps(outcome, indent=2, ensure_ascii=False) + "\n")
-        if asked.options.to is not None and "run_id" in outcome:
-            fetch(runs, outcome["run_id"], asked.options.to)
         print("\n".join(summary(outcome, asked.modal.gpu)))
+        if asked.options.to is not None and "run_id" in outcome:
+            try:
+                fetch(runs, outcome["run_id"], asked.options.to)
+            except Refused as refusal:
+                raise JobError(f"the call has ended as above, but {refusal}") from refusal
         raise_ended(outcome)
 
 

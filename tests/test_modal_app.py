@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -314,20 +315,36 @@ def test_without_a_token_modal_says_so_itself(tmp_path: Path) -> None:
     assert refused.stderr.startswith("Error: Token missing. Could not authenticate client.")
 
 
-def test_the_app_is_imported_without_token_network_or_torch(tmp_path: Path) -> None:
+def test_the_app_is_imported_without_token_network_or_more_than_its_lock_has(tmp_path: Path) -> None:
     """And what it declares by default can be read from it."""
     code = (
-        "import socket, sys\nsocket.socket.connect = None\nimport modal_app as app\n"
+        "import socket, sys\nsocket.socket.connect, before = None, set(sys.modules)\nimport modal_app as app\n"
         "info = app.perform.info()\n"
         "print(info.gpus, info.timeout, info.max_retries, info.single_use_containers, sorted(info.volumes))\n"
-        "print(app.scheduled.info().schedule, 'torch' in sys.modules)\n"
+        "print(app.scheduled.info().schedule)\n"
+        "print(*{name.partition('.')[0] for name in sys.modules.keys() - before})\n"
     )
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [
-        "[('L4', 1), ('A10', 1), ('T4', 1)] 21600 3 True ['/cache', '/runs']",
-        "Cron('23 4 * * 1', UTC) False",
-    ]
+    declared, schedule, imported = done.stdout.splitlines()
+    assert declared == "[('L4', 1), ('A10', 1), ('T4', 1)] 21600 3 True ['/cache', '/runs']"
+    assert schedule == "Cron('23 4 * * 1', UTC)"
+    locked = (ROOT / "requirements-modal.lock").read_text() + "\ntagger-job=="
+    distributions = metadata.packages_distributions()
+    needed = {name for package in imported.split() for name in distributions.get(package, [])}
+    assert [name for name in needed if f"\n{name.lower().replace('_', '-')}==" not in f"\n{locked}"] == []
+
+
+def test_the_image_of_the_job_has_no_modal() -> None:
+    assert "\nmodal==" not in (ROOT / "requirements.lock").read_text()
+
+
+def test_the_readme_has_every_command_and_option() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for command in launch.COMMANDS:
+        assert ("modal run modal_app.py" if command == "main" else f"modal run modal_app.py::{command}") in readme
+    for option in (*launch.OVERRIDES, "--recipe", "--output", "--to", "--text", "--input"):
+        assert f"`{option}" in readme or f" {option} " in readme, option
 
 
 class Volume:
