@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -246,26 +246,21 @@ def raise_ended(outcome: Mapping[str, Any]) -> None:
 
 def status(runs: modal.Volume, run_id: str | None) -> None:
     """Print how a run stands, or every run there is, by what was last committed to the volume."""
-    for name in [run_id] if run_id is not None else sorted(_folders(runs)):
-        print("\n".join(_standing(runs, name)))
-
-
-def _folders(runs: modal.Volume) -> Iterator[str]:
-    return (entry.path for entry in runs.iterdir("/", recursive=False) if not entry.path.startswith("."))
+    if run_id is not None:
+        print("\n".join(_standing(runs, run_id)))
+        return
+    for entry in runs.iterdir("/", recursive=False):
+        with suppress(Refused):  # a folder of something else
+            print("\n".join(_standing(runs, entry.path.strip("/"))))
 
 
 def _standing(runs: modal.Volume, run_id: str) -> list[str]:
     manifest = json.loads(_read(runs, run_id, "manifest.json"))
-    lines = [
-        f"{run_id}: {manifest['status']}, begun {manifest['started']} on {manifest.get('device', 'no device yet')}"
-    ]
-    try:
+    device, steps = manifest.get("device", "no device yet"), manifest["settings"]["TAGGER_TRAIN_MAX_STEPS"]
+    lines = [f"{run_id}: {manifest['status']}, begun {manifest['started']} on {device}"]
+    with suppress(Refused, IndexError):  # no step has been logged yet
         last = json.loads(_read(runs, run_id, "log.jsonl").splitlines()[-1])
-        lines.append(
-            f"  step {last['step']} of {manifest['settings']['TAGGER_TRAIN_MAX_STEPS']}, loss {last['loss']:.4f}"
-        )
-    except (Refused, IndexError):
-        lines.append("  no step has been logged yet")
+        lines.append(f"  step {last['step']} of {steps}, loss {last['loss']:.4f}")
     lines.append("  seconds: " + ", ".join(f"{name} {seconds:g}" for name, seconds in manifest["timings"].items()))
     if manifest.get("published"):
         lines.append(f"  the adapter is at {manifest['published']['url']}")

@@ -47,7 +47,7 @@ def retrain(settings: Settings, on_saved: Callable[[RunFolder], None] | None = N
 def run_checked(checked: Checked, on_saved: Callable[[RunFolder], None] | None = None) -> Summary:
     """The chapters."""
     settings, run = checked.settings, checked.run
-    run.on_saved = on_saved or run.on_saved
+    run.on_saved = on_saved
     log.info("run: %s", run.path)
     if run.complete and (checked.repo is None or run.published):
         log.info("run: it is complete already, so nothing is done again")

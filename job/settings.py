@@ -34,6 +34,7 @@ from job.results import Refused
 
 PREFIX = "TAGGER_"
 DOTENV = Path(".env")
+RUN_DIR = "TAGGER_RUN_DIR"
 NEVER = "never"
 MODAL_GPUS = {
     **dict.fromkeys(("T4", "L4", "L40S", "A100", "A100-40GB", "A100-80GB", "RTX-PRO-6000"), 8),
@@ -423,19 +424,22 @@ def load(recipe: Path | None = None) -> Settings:
 
 
 def given(recipe: Path | None = None) -> dict[str, str]:
-    """The variables that were given, as text: a machine with these in its environment loads the same settings."""
+    """The variables that were given, as text, but for where the runs are: that is another machine's own affair.
+
+    With them, that machine loads the same settings.
+    """
     values: dict[str, str | None] = {}
     for file in _files(recipe):
         values.update(_read(file))
     values.update(os.environ)
-    return {name.upper(): value for name, value in values.items() if value and _ours(name)}
+    return {name: value for name, value in values.items() if value and _ours(name) and name != RUN_DIR}
 
 
 def take_over(given: Mapping[str, str]) -> None:
     """Put what was given on another machine in the place of this one's variables, but for where the runs are."""
-    for name in [name for name in os.environ if _ours(name) and name != "TAGGER_RUN_DIR"]:
+    for name in [name for name in os.environ if _ours(name) and name != RUN_DIR]:
         del os.environ[name]
-    os.environ.update({name: value for name, value in given.items() if name != "TAGGER_RUN_DIR"})
+    os.environ.update(given)
 
 
 def sources(recipe: Path | None = None) -> dict[str, str]:

@@ -67,6 +67,7 @@ class Modal:
         """What the app's own secret holds: no secret, but the settings of a deployed app."""
         self.inputs: list[Input] = []
         self.losses: list[Loss] = []
+        self.has_gpus = True
         self.containers: list[tuple[str, subprocess.Popen[bytes]]] = []
         """Those that were started, each with its function."""
         self._ended, self._worker = asyncio.Event(), asyncio.Lock()
@@ -74,6 +75,7 @@ class Modal:
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         server = asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
         self.url = f"http://127.0.0.1:{server}"
+        self.token = {"MODAL_TOKEN_ID": "ak-test", "MODAL_TOKEN_SECRET": "as-test", "MODAL_SERVER_URL": self.url}
         files = ThreadingHTTPServer(("127.0.0.1", 0), type("Files", (_Files,), {"folder": folder}))
         threading.Thread(target=files.serve_forever, daemon=True).start()
         self.files_url = f"http://127.0.0.1:{files.server_address[1]}"
@@ -85,11 +87,10 @@ class Modal:
 
     def run(self, command: str, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """`modal run modal_app.py::COMMAND` or `modal deploy modal_app.py`, with these words and variables alone."""
-        token = {"MODAL_TOKEN_ID": "ak-test", "MODAL_TOKEN_SECRET": "as-test", "MODAL_SERVER_URL": self.url}
         self.requests.clear()
         app = str(self.checkout / "modal_app.py")
         start = ["deploy", app] if command == "deploy" else ["run", f"{app}::{command}" if command else app]
-        return caller(self.folder, *start, *words, **{**token, **environ})
+        return caller(self.folder, *start, *words, **{**self.token, **environ})
 
     def asked(self, name: str) -> list[Any]:
         """The requests with this name since the last command."""
@@ -208,7 +209,7 @@ class Modal:
     def _put(self, call: str, function: str, items: Any) -> list[Any]:
         new = [Input(f"in-{call}-{item.idx}", call, function, item.idx, item.input) for item in items]
         self.inputs += new
-        if new:
+        if new and self.has_gpus:
             self._task = self._loop.create_task(self._work(function))
         return [api.FunctionPutInputsResponseItem(idx=i.index, input_id=i.id, input_jwt=i.id) for i in new]
 

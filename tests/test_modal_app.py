@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 from conftest import SAYINGS, make_llama, make_llama_tokenizer, make_settings
 from hub import WRITE_TOKEN, Hub, Repo, Server
 from modal.exception import InputCancellation
-from modal_server import Loss, Modal, caller
+from modal_proto import api_pb2
+from modal_server import MODAL, Loss, Modal, caller
 
 from job import launch, pipeline, remote
 
@@ -186,6 +188,7 @@ def test_no_secret_of_the_caller_travels(world: World) -> None:
 def test_status_lists_the_runs_and_fetch_brings_one_whole(world: World) -> None:
     volume = {"TAGGER_MODAL_RUNS_VOLUME": "my-runs"}
     run_id = world.outcome["run_id"]
+    (world.modal.committed("vo-my-runs") / "data").mkdir()
     told = world.modal.run("status", **volume)
     assert told.returncode == 0, told.stderr
     assert f"{run_id}: complete, begun 20" in told.stdout
@@ -228,13 +231,14 @@ def test_a_refusal_of_the_container_is_the_exit_code_and_its_sentence_and_is_not
 
 
 def test_a_deployed_app_retrains_by_schedule_with_the_settings_of_its_deployment(world: World) -> None:
-    mine = {"TAGGER_TRAIN_MAX_STEPS": "6", "TAGGER_MODAL_CRON": "5 4 * * 0"}
+    mine = {"TAGGER_TRAIN_MAX_STEPS": "6", "TAGGER_MODAL_CRON": "5 4 * * 0", "TAGGER_RUN_DIR": "/home/ada/runs"}
     deployed = world.modal.run("deploy", **{**TINY, **mine})
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
     schedules = {
         request.function_data.function_name: request.function_data.schedule.cron.cron_string
         for request in world.modal.asked("FunctionCreate")
     }
+    assert "TAGGER_RUN_DIR" not in world.modal.given
     assert schedules == {"perform": "", "tag_texts": "", "scheduled": "5 4 * * 0"}
     outcome = world.modal.trigger("scheduled")
     assert outcome["exit_code"] == 0
@@ -296,6 +300,7 @@ def test_options_recipe_dotenv_and_environment_reach_the_container_as_text(monke
     Path("some.env").write_text("TAGGER_LORA_R=4\nTAGGER_TRAIN_LEARNING_RATE=0.000123456789\nHF_HOME=/elsewhere\n")
     Path(".env").write_text("TAGGER_LORA_R=8\nHF_TOKEN=hf_secret\n")
     monkeypatch.setenv("TAGGER_TRAIN_SEED", "7")
+    monkeypatch.setenv("TAGGER_RUN_DIR", "here")
     monkeypatch.setenv("TAGGER_TRAIN_MAX_STEPS", "50")
     words = ["modal", "run", "--detach", "-m", "modal_app", "--recipe", "some.env", "--max-steps", "20"]
     asked = launch.request(APP, words)
@@ -307,6 +312,25 @@ def test_options_recipe_dotenv_and_environment_reach_the_container_as_text(monke
         "TAGGER_TRAIN_MAX_STEPS": "20",
     }
     assert launch.request(APP, ["modal", "deploy", APP, "--name", "mine"]).command == "deploy"
+
+
+@pytest.mark.parametrize("detach", [[], ["--detach"]])
+def test_ctrl_c_here_is_not_taken_for_a_run_that_was_done(tmp_path: Path, detach: list[str]) -> None:
+    modal = Modal(tmp_path, {})
+    modal.has_gpus = False
+    words = [MODAL, "run", *detach, str(modal.checkout / "modal_app.py"), "--output", "outcome.json"]
+    environ = {**modal.token, "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    with subprocess.Popen(words, env=environ, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        while not modal.asked("FunctionGetOutputs"):
+            time.sleep(0.05)
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 75
+        assert process.stderr is not None
+        assert b"the same command goes on from what the volume holds" in process.stderr.read()
+    [app] = modal.asked("AppCreate")
+    assert app.app_state == (api_pb2.APP_STATE_DETACHED if detach else api_pb2.APP_STATE_EPHEMERAL)
+    assert not (tmp_path / "outcome.json").exists()
 
 
 def test_without_a_token_modal_says_so_itself(tmp_path: Path) -> None:
@@ -365,7 +389,7 @@ def here(loopback_hub: Hub, llama: Path, tmp_path: Path, monkeypatch: pytest.Mon
     fill(loopback_hub, llama)
     monkeypatch.setenv("TAGGER_RUN_DIR", str(tmp_path / "runs"))
     monkeypatch.setenv("TAGGER_LORA_R", "2")  # of the image, or of whatever: it is not what the caller was given
-    return {**TINY, "TAGGER_TRAIN_MAX_STEPS": "4", "TAGGER_HUB_PUSH": "never", "TAGGER_RUN_DIR": "/home/ada/runs"}
+    return {**TINY, "TAGGER_TRAIN_MAX_STEPS": "4", "TAGGER_HUB_PUSH": "never"}
 
 
 def test_a_call_keeps_to_its_run_though_the_data_set_moves_in_between(
