@@ -198,14 +198,18 @@ def read_texts(path: Path, column: str) -> tuple[str, ...]:
 def in_sentences() -> Iterator[None]:
     """Within, an error with a sentence of its own ends the process with it and its exit code, without a traceback.
 
-    Ctrl-C does too, with 75: Modal's own answer to it, 0, would pass for a run that was done.
+    So do, with 75, the end of the last attempt's time, and Ctrl-C: Modal's own answer to it, 0, would
+    pass for a run that was done.
     """
+    import modal
+
     try:
         yield
     except JobError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        print("interrupted here; the same command goes on from what the volume holds", file=sys.stderr)
+    except (KeyboardInterrupt, modal.exception.FunctionTimeoutError) as end:
+        why = "interrupted here" if isinstance(end, KeyboardInterrupt) else "the time of the last attempt is up"
+        print(f"{why}; the same command goes on from what the volume holds", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
 
 

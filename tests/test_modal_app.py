@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import SAYINGS, make_llama, make_llama_tokenizer, make_settings
 from hub import WRITE_TOKEN, Hub, Repo, Server
-from modal.exception import InputCancellation
+from modal.exception import FunctionTimeoutError, InputCancellation
 from modal_proto import api_pb2
 from modal_server import MODAL, Loss, Modal, caller
 
@@ -331,6 +331,13 @@ def test_ctrl_c_here_is_not_taken_for_a_run_that_was_done(tmp_path: Path, detach
     [app] = modal.asked("AppCreate")
     assert app.app_state == (api_pb2.APP_STATE_DETACHED if detach else api_pb2.APP_STATE_EPHEMERAL)
     assert not (tmp_path / "outcome.json").exists()
+
+
+def test_time_that_is_up_for_good_is_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, launch.in_sentences():
+        raise FunctionTimeoutError("Function execution timed out.")
+    assert ended.value.code == 75
+    assert "the time of the last attempt is up; the same command goes on" in capsys.readouterr().err
 
 
 def test_without_a_token_modal_says_so_itself(tmp_path: Path) -> None:
