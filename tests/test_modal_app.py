@@ -8,19 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import SAYINGS, make_llama, make_llama_tokenizer, make_settings
 from hub import WRITE_TOKEN, Hub, Repo, Server
 from modal.exception import FunctionTimeoutError, InputCancellation
+from modal.types import FileEntryType
 from modal_proto import api_pb2
 from modal_server import MODAL, Loss, Modal, caller
 
 from job import launch, pipeline, remote
+from job.results import Refused
 
 ROOT = Path(__file__).parents[1]
 APP = str(ROOT / "modal_app.py")
@@ -230,6 +234,12 @@ def test_a_refusal_of_the_container_is_the_exit_code_and_its_sentence_and_is_not
     assert json.loads((world.home / "no.json").read_text())["exit_code"] == 2
 
 
+def test_sample_without_an_adapter_is_refused_by_the_container(world: World) -> None:
+    refused = world.modal.run("sample", "--text", "a song", "--run-id", "none")
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "error: there is no trained adapter in" in refused.stderr
+
+
 def test_a_deployed_app_retrains_by_schedule_with_the_settings_of_its_deployment(world: World) -> None:
     mine = {"TAGGER_TRAIN_MAX_STEPS": "6", "TAGGER_MODAL_CRON": "5 4 * * 0", "TAGGER_RUN_DIR": "/home/ada/runs"}
     deployed = world.modal.run("deploy", **{**TINY, **mine})
@@ -379,14 +389,15 @@ def test_the_readme_has_every_command_and_option() -> None:
 
 
 class Volume:
-    """Counts commits; raises what it is told to at the one that has this checkpoint."""
+    """Counts commits; raises what it is told to, at commits that have this checkpoint, so many times."""
 
-    def __init__(self, runs: Path, at: str = "none", error: type[BaseException] | None = None) -> None:
-        self.runs, self.at, self.error, self.commits = runs, at, error, 0
+    def __init__(self, runs: Path, at: str = "none", error: type[BaseException] = OSError, times: int = 0) -> None:
+        self.runs, self.at, self.error, self.times, self.commits = runs, at, error, times, 0
 
     def commit(self) -> None:
         self.commits += 1
-        if self.error is not None and any(self.runs.glob(f"*/checkpoints/{self.at}")):
+        if self.times and any(self.runs.glob(f"*/checkpoints/{self.at}")):
+            self.times -= 1
             raise self.error("volume busy")
 
 
@@ -403,9 +414,10 @@ def test_a_call_keeps_to_its_run_though_the_data_set_moves_in_between(
     here: dict[str, str], loopback_hub: Hub, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
-    interrupted = Volume(runs, "checkpoint-2", InputCancellation)
+    interrupted = Volume(runs, "checkpoint-2", InputCancellation, times=1)
     with pytest.raises(InputCancellation):
         remote.perform("run", here, call="fc-1", commit=interrupted.commit)
+    assert interrupted.commits > 2, "at the beginning, after the checkpoint, and when it stops"
     [run] = [path for path in runs.iterdir() if not path.name.startswith(".")]
     assert [path.name for path in (run / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
     assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
@@ -425,7 +437,7 @@ def test_a_call_keeps_to_its_run_though_the_data_set_moves_in_between(
 def test_a_volume_that_keeps_nothing_is_said_and_at_the_end_is_an_error(
     here: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    volume = Volume(tmp_path / "runs", "*", OSError)
+    volume = Volume(tmp_path / "runs", "*", OSError, times=99)
     with pytest.raises(OSError, match="volume busy"):
         remote.perform("run", here, call="fc-1", commit=volume.commit)
     assert "modal: the volume keeps nothing of this yet (volume busy)" in caplog.text
@@ -470,3 +482,44 @@ def test_answers_that_are_not_those_for_the_texts_are_never_written() -> None:
     for wrong in ([outcome("a", "b")], [outcome("a", "b"), outcome("c", "c")], [outcome("c"), outcome("a", "b")]):
         with pytest.raises(RuntimeError, match="not those for the texts"):
             launch.collect(["a", "b", "c"], wrong)
+
+
+def test_answers_are_shown_as_the_job_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = {"text": "a", "prompt": "a ->:", "raw": "['b']", "tags": ("b",), "parsed": True}
+    launch.show_answers([whole, {**whole, "raw": "['b', 'c", "parsed": False}])
+    out = capsys.readouterr().out
+    assert out == "a ->: ['b']\na ->: ['b']   (not a whole list: \"['b', 'c\")\n"
+
+
+class Files:
+    """A volume with these files."""
+
+    def __init__(self, **files: bytes) -> None:
+        self.files = {f"tiny/{name}": content for name, content in files.items()}
+
+    def iterdir(self, path: str, *, recursive: bool) -> Iterator[Any]:
+        for name, content in self.files.items():
+            yield SimpleNamespace(path=name, type=FileEntryType.FILE, size=len(content))
+
+    def read_file(self, path: str) -> Iterator[bytes]:
+        if path not in self.files:
+            raise FileNotFoundError(path)
+        yield self.files[path]
+
+
+def test_what_changes_while_it_is_fetched_leaves_nothing_and_nothing_else_is_replaced(tmp_path: Path) -> None:
+    manifest = b'{"schema_version": 1, "settings": {}, "timings": {}, "status": "running", "versions": {}, '
+    manifest += b'"dataset": {"fingerprint": "f"}, "started": "%s"}'
+    volume = Files(**{"manifest.json": manifest % b"today", "log.jsonl": b"1"})
+    volume.read_file = lambda path: iter([b"longer"] if path == "tiny/log.jsonl" else [volume.files[path]])
+    with pytest.raises(Refused, match="tiny changed while it was fetched"):
+        launch.fetch(volume, "tiny", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    del volume.read_file
+    for log in (b"1", b"2"):  # it has got further, and replaces what was fetched before
+        volume.files["tiny/log.jsonl"] = log
+        assert (launch.fetch(volume, "tiny", tmp_path) / "log.jsonl").read_bytes() == log
+    other = Files(**{"manifest.json": manifest % b"yesterday"})
+    with pytest.raises(Refused, match="is there already and is not this run"):
+        launch.fetch(other, "tiny", tmp_path)
+    assert (tmp_path / "tiny" / "log.jsonl").read_bytes() == b"2"
