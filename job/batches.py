@@ -24,7 +24,7 @@ def examples_of_step(examples: Sequence[Encoded], step: int, *, per_step: int, s
         epoch, offset = divmod(position + len(chosen), len(examples))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(examples), generator=generator)[offset : offset + per_step - len(chosen)]
-        chosen += [examples[i] for i in order.tolist()]
+        chosen += [examples[i].in_epoch(epoch) for i in order.tolist()]
     return chosen
 
 

@@ -6,9 +6,12 @@ import ast
 import csv
 import hashlib
 import json
+import random
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,8 @@ SHARED_GRAMS = 0.6
 """Two texts are near-duplicates when they share this part of the shorter one's 5-grams."""
 WORTH_CACHING = 10_000
 """Texts; fewer are tokenized in the time that the cache takes."""
+ORDERS = 16
+"""Of shuffled tags; further epochs begin with the first again."""
 NO_LOSS = -100
 """The label that torch's cross entropy leaves out."""
 
@@ -56,7 +61,7 @@ def load(settings: Data) -> Examples:
     train, held_out = split(examples, settings)
     digest = hashlib.sha256(json.dumps([[(e.text, e.tags) for e in part] for part in (train, held_out)]).encode())
     near_duplicates = len(examples) - len(train) - len(held_out)
-    return Examples(tuple(train), tuple(held_out), skipped, digest.hexdigest(), near_duplicates)
+    return Examples(tuple(train), tuple(held_out), skipped, digest.hexdigest(), near_duplicates=near_duplicates)
 
 
 def _rows(settings: Data) -> Iterator[dict[str, Any]]:
@@ -217,6 +222,17 @@ def split(examples: Sequence[Example], settings: Data) -> tuple[list[Example], l
     return train, [example for i, example in enumerate(examples) if i in held_out]
 
 
+def set_aside(examples: Examples, settings: Data) -> Examples:
+    """The same, with some of the training examples set aside to choose the threshold with."""
+    apart = settings.model_copy(update={"eval_size": settings.calibration_size, "seed": settings.seed + 1})
+    try:
+        train, calibration = split(examples.train, apart)
+    except Refused as refusal:
+        text = str(refusal).replace("TAGGER_DATA_EVAL_SIZE", "TAGGER_DATA_CALIBRATION_SIZE")
+        raise Refused(text.replace("for evaluation", "for TAGGER_SAMPLE_THRESHOLD=auto")) from None
+    return replace(examples, train=tuple(train), calibration=tuple(calibration))
+
+
 def split_digest(held_out: Sequence[Example | Prediction]) -> str:
     """SHA-256 over the texts, in any order: two evaluations with the same one were on the same split."""
     return hashlib.sha256(json.dumps(sorted(example.text for example in held_out)).encode()).hexdigest()
@@ -344,16 +360,34 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], sett
     separator = settings.data.separator
     beginning, mark_ids = _around(tokenizer, separator)
     texts = _tokenized(tokenizer, [_bare(example.text, separator) for example in examples])
-    targets = _tokenized(tokenizer, [target(example.tags, separator) for example in examples])
-    encoded = []
-    for example, text_ids, target_ids in zip(examples, texts, targets, strict=True):
-        answer_ids = [*target_ids, tokenizer.eos_token_id]
-        room = max(len(answer_ids), settings.sample.max_new_tokens)
-        prompt_ids = _prompt_ids(beginning + text_ids, mark_ids, example.text, settings.data, room)
-        ids = prompt_ids + answer_ids
-        labels = ids if settings.train.loss_on == "all" else [NO_LOSS] * len(prompt_ids) + answer_ids
-        encoded.append(Encoded(ids, list(labels)))
-    return encoded
+    orders = []
+    for answers in _ordered(examples, settings):
+        targets = _tokenized(tokenizer, [target(tags, separator) for tags in answers])
+        encoded = []
+        for example, text_ids, target_ids in zip(examples, texts, targets, strict=True):
+            answer_ids = [*target_ids, tokenizer.eos_token_id]
+            room = max(len(answer_ids), settings.sample.max_new_tokens)
+            prompt_ids = _prompt_ids(beginning + text_ids, mark_ids, example.text, settings.data, room)
+            ids = prompt_ids + answer_ids
+            labels = ids if settings.train.loss_on == "all" else [NO_LOSS] * len(prompt_ids) + answer_ids
+            encoded.append(Encoded(ids, list(labels)))
+        orders.append(encoded)
+    return [replace(first, others=tuple(others)) for first, *others in zip(*orders, strict=True)]
+
+
+def _ordered(examples: Sequence[Example], settings: Settings) -> Iterator[list[tuple[str, ...]]]:
+    """The tags of all examples, in the order that is asked for; of shuffled ones as many orders as are needed."""
+    if settings.data.tag_order == "given":
+        yield [example.tags for example in examples]
+    elif settings.data.tag_order == "frequency":
+        counts = Counter(tag for example in examples for tag in example.tags)
+        yield [tuple(sorted(example.tags, key=lambda tag: -counts[tag])) for example in examples]
+    else:
+        train = settings.train
+        epochs = -(-train.max_steps * train.batch_size * train.accumulation // max(1, len(examples)))
+        for order in range(min(epochs, ORDERS)):
+            draw = random.Random(f"{train.seed}:{order}")
+            yield [tuple(draw.sample(example.tags, len(example.tags))) for example in examples]
 
 
 def _tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from job import hub, promote, push, quantize, report
+from job import decoding, hub, promote, push, quantize, report
 from job.evaluate import f1_difference
 from job.results import Example, Examples, GateFailed, Prediction, PushFailed, Refused, Scores, Verdict
 from job.run_folder import RunFolder
@@ -165,6 +166,8 @@ def _fetch(repo: str, revision: str, seconds: float) -> Path | None:
         hub.retrying(lambda: hub.download(repo, revision, "adapter_model.safetensors"), seconds, "gate")
     except RemoteEntryNotFoundError:
         raise Refused("it has no adapter_model.safetensors") from None
+    with suppress(RemoteEntryNotFoundError):  # older ones have none
+        hub.retrying(lambda: hub.download(repo, revision, decoding.FILE), seconds, "gate")
     return folder
 
 
@@ -184,6 +187,8 @@ def _evaluate(
     try:
         trained = (hub.published_json(repo, revision, "manifest.json") or {}).get("settings", {})
         as_trained = settings.with_result_values({name: trained[name] for name in AS_TRAINED if name in trained})
+        own = dict.fromkeys(("vocabulary", "decoding", "threshold", "max_tags"))  # as its file has them
+        as_trained = as_trained.model_copy(update={"sample": as_trained.sample.model_copy(update=own)})
     except (hub.Unreadable, TypeError, ValueError) as error:
         raise Refused(f"its manifest.json cannot be read ({error})") from None
     if any(name in trained and trained[name] != settings.values()[name] for name in SPLIT):

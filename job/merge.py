@@ -10,6 +10,7 @@ import peft
 
 from job import quantize
 from job.data import texts_to_tag
+from job.decoding import of_adapter
 from job.device import Machine
 from job.results import JobError
 from job.sample import Tagger
@@ -32,9 +33,10 @@ def merge(run: RunFolder, settings: Settings, machine: Machine) -> None:
     tokenizer = quantize.load_tokenizer(settings.base)
     texts = texts_to_tag(settings.sample)
     adapted = peft.PeftModel.from_pretrained(base, str(run.adapter))
-    expected = Tagger(adapted, tokenizer, settings, exact).tag(texts)
+    decoding = of_adapter(settings.sample, run.adapter)
+    expected = Tagger(adapted, tokenizer, settings, exact, decoding).tag(texts)
     merged = adapted.merge_and_unload()
-    if Tagger(merged, tokenizer, settings, exact).tag(texts) != expected:
+    if Tagger(merged, tokenizer, settings, exact, decoding).tag(texts) != expected:
         raise JobError("the merged model gives other tags than base and adapter: it is not saved, nothing is pushed")
     with run.folder("merged") as folder:
         merged.save_pretrained(folder)

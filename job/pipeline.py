@@ -76,7 +76,8 @@ def run_checked(checked: Checked, on_saved: Callable[[RunFolder], None] | None =
 def fine_tune(checked: Checked, machine: Machine) -> None:
     """Everything up to an adapter that is saved with what is known of it."""
     from job.data import encode, texts_to_tag
-    from job.evaluate import evaluate
+    from job.decoding import for_training
+    from job.evaluate import calibrate, evaluate
     from job.freeze import freeze
     from job.lora import add_adapters, count_parameters, digest, save_adapter
     from job.quantize import load_model, load_tokenizer
@@ -101,18 +102,21 @@ def fine_tune(checked: Checked, machine: Machine) -> None:
 
     with run.chapter("train"):
         trained = train(model, encoded, settings.train, tokenizer=tokenizer, machine=machine, run=run)
-    tagger = Tagger(model, tokenizer, settings, machine)
+    tagger = Tagger(model, tokenizer, settings, machine, for_training(settings.sample, examples.train))
+    if settings.sample.threshold == "auto":
+        calibrate(tagger, examples.calibration)
     with model.disable_adapter():
         before, _ = report.kept_evaluation(run, "evaluate_base", "none", lambda: evaluate(tagger, held_out))
     log.info("evaluate: the base model, %s", before)
     after, predictions = report.kept_evaluation(run, "evaluate", digest(model), lambda: evaluate(tagger, held_out))
     log.info("evaluate: with the adapter, %s", after)
 
-    scores = {**references(examples.train, held_out), "base": before, "adapter": after}
+    scores = {**references(examples.train + examples.calibration, held_out), "base": before, "adapter": after}
     report.save_metrics(run, scores, trained, predictions)
     report.save_samples(run, tagger.tag(texts_to_tag(settings.sample)))
     with run.folder("adapter") as folder:
         save_adapter(model, tokenizer, folder, settings.base)
+        tagger.decoding.save(folder)
         report.save_card(folder, settings, scores, run, licence=checked.licence)
     run.update(peak_memory=machine.peak_memory())
     run.seal("metrics.json", "predictions.jsonl", "tags.jsonl", "samples.jsonl", "adapter")

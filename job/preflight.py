@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from job import data, gate, hub, push, quantize, report, run_folder
+from job import data, decoding, gate, hub, push, quantize, report, run_folder
 from job.locate import is_local
 from job.results import Examples, GateFailed, Refused, Resolved
 from job.run_folder import RunFolder
@@ -53,6 +54,8 @@ def check(settings: Settings) -> Checked:
     repo = attempt(push.prepare, settings)
     attempt(gate.check_published, settings, repo)
     attempt(data.texts_to_tag, settings.sample)
+    if settings.sample.vocabulary not in (None, "open", "seen"):
+        attempt(decoding.listed_tags, Path(settings.sample.vocabulary))
     attempt(report.check_output, settings.sample.output, settings.sample.input, settings.data.dataset)
     if problems and not is_local(settings.data.dataset, data.FORMATS):
         raise Refused(*problems)  # before a data set is downloaded
@@ -63,6 +66,8 @@ def check(settings: Settings) -> Checked:
         attempt(run_folder.try_to_write, settings.run.dir)
         raise Refused(*problems)
     attempt(gate.check_split, settings, examples)
+    if settings.sample.threshold == "auto":
+        examples = attempt(data.set_aside, examples, settings.data) or examples
     run = attempt(RunFolder.open, settings, examples)
     if problems:
         raise Refused(*problems)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -60,6 +60,8 @@ class Examples:
     """Rows left out because they had no text or no tags."""
     fingerprint: str
     """SHA-256 over texts and tags of both parts, in order."""
+    calibration: tuple[Example, ...] = ()
+    """Set aside from `train`, to choose the threshold with."""
     near_duplicates: int = 0
     """Examples in neither part, because they are near-duplicates of a held-out one."""
 
@@ -70,6 +72,11 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
+    others: tuple[Encoded, ...] = ()
+    """The same with its tags in other orders: what the epochs after the first see, one after the other."""
+
+    def in_epoch(self, epoch: int) -> Encoded:
+        return (self, *self.others)[epoch % (1 + len(self.others))]
 
 
 @dataclass(frozen=True)
@@ -103,10 +110,12 @@ class Tagged:
     text: str
     prompt: str
     raw: str
-    """What the model wrote after the prompt, special tokens removed."""
+    """The list as it was written, with what the threshold leaves out, and with a tag that was not whole by its end."""
     tags: tuple[str, ...]
     parsed: bool
-    """Whether `raw` is a whole list; if not, `tags` are those that were closed."""
+    """Whether the list came to its end."""
+    confidences: tuple[float, ...] = field(compare=False)
+    """For each tag the probability that it is written, as the model gives it."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""Tag texts: generate answers in batches and read the tags out of them."""
+"""Tag texts: generate answers in batches, each a list of tags by construction."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,11 @@ import peft
 import torch
 
 from job import data, hub, quantize
+from job.decoding import LEAST, Decoding, of_adapter
 from job.device import Machine
 from job.freeze import freeze
+from job.grammar import Open, Vocabulary, enforce
+from job.likely import WAYS, likely_tags
 from job.results import Published, Refused, Tagged
 from job.settings import Data, Sample, Settings
 
@@ -24,8 +26,12 @@ BATCH_TOKENS = 8192
 """Most tokens of a batch, padding and answers included: what bounds its memory, however long the texts are."""
 
 
+_Answer = tuple[str, list[tuple[str, float]], bool]
+"""What was written, its whole tags with their confidences, and whether the list came to its end."""
+
+
 class Tagger:
-    """A model with its tokenizer and the settings that its texts are rendered with."""
+    """A model with its tokenizer, the settings that its texts are rendered with, and how its answers are decoded."""
 
     def __init__(
         self,
@@ -33,18 +39,23 @@ class Tagger:
         tokenizer: PreTrainedTokenizerBase,
         settings: Settings,
         machine: Machine,
+        decoding: Decoding,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._data: Data = settings.data
         self._sample: Sample = settings.sample
         self._machine = machine
-        # an answer ends at the end of sequence, or with the token that closes the list
-        closing = {i for token, i in tokenizer.get_vocab().items() if "]" in token}
-        self._stop_ids = [tokenizer.eos_token_id, *sorted(closing - {tokenizer.eos_token_id})]
+        self.decoding = decoding
+        space, most = data.target([], settings.data.separator).removesuffix("[]"), decoding.max_tags
+        self._grammar: Open | Vocabulary
+        if decoding.vocabulary == "open":
+            self._grammar = Open(tokenizer, space, most)
+        else:
+            self._grammar = Vocabulary(tokenizer, decoding.tags, space, most)
 
     def tag(self, texts: Sequence[str]) -> list[Tagged]:
-        """The answer for each text, in order: greedy, at most `max_new_tokens` tokens.
+        """The answer for each text, in order.
 
         Texts of like length share a batch, so that little is padded: at most `batch_size` of them, and
         BATCH_TOKENS tokens unless one text alone has more.
@@ -52,55 +63,76 @@ class Tagger:
         room = self._sample.max_new_tokens
         prompts = [data.encode_prompt(self._tokenizer, text, self._data, answer_room=room) for text in texts]
         by_length = sorted(range(len(texts)), key=lambda i: len(prompts[i]))
-        raw = [""] * len(texts)
+        answers: dict[int, Tagged] = {}
+        likely = self.decoding.decoding == "likely"
         self._model.eval()
         while by_length:
             # the longest first: memory that is not enough shows at once
-            rows = max(1, min(self._sample.batch_size, BATCH_TOKENS // (len(prompts[by_length[-1]]) + room)))
+            tokens = len(prompts[by_length[-1]]) * WAYS if likely else len(prompts[by_length[-1]]) + room
+            rows = max(1, min(self._sample.batch_size, BATCH_TOKENS // tokens))
             batch = by_length[-rows:]
             del by_length[-rows:]
-            for i, answer in zip(batch, self._generate([prompts[i] for i in batch]), strict=True):
-                raw[i] = answer
-        return [self._answer(text, answer) for text, answer in zip(texts, raw, strict=True)]
+            found = (self._likely if likely else self._lists)([prompts[i] for i in batch])
+            for i, answer in zip(batch, found, strict=True):
+                answers[i] = self._answer(texts[i], *answer)
+        return [answers[i] for i in range(len(texts))]
 
-    def _answer(self, text: str, raw: str) -> Tagged:
-        tags, parsed = parse(raw)
-        return Tagged(text, data.prompt(text, self._data.separator), raw, tags, parsed)
+    def _answer(self, text: str, raw: str, tags: list[tuple[str, float]], closed: bool) -> Tagged:
+        kept = [(tag, confidence) for tag, confidence in tags if confidence >= self.decoding.threshold]
+        return Tagged(
+            text,
+            data.prompt(text, self._data.separator),
+            raw,
+            tuple(tag for tag, _ in kept),
+            closed,
+            tuple(round(confidence, 4) for _, confidence in kept),
+        )
 
-    def _generate(self, prompts: list[list[int]]) -> list[str]:
-        from transformers import GenerationConfig
+    def _lists(self, prompts: list[list[int]]) -> list[_Answer]:
+        """The list that is written after each prompt, greedily."""
+        from transformers import GenerationConfig, LogitsProcessorList
 
-        device = self._machine.device
         generate: Any = self._model.generate
-        width = max(len(prompt) for prompt in prompts)
-        pad = self._tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        ids, mask = self._padded(prompts)
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=self._sample.max_new_tokens,
-            eos_token_id=self._stop_ids,
-            pad_token_id=pad,
+            eos_token_id=self._tokenizer.eos_token_id,
+            pad_token_id=self._tokenizer.pad_token_id,
             bos_token_id=self._tokenizer.bos_token_id,
         )
+        walks = [self._grammar.walk() for _ in prompts]
         with torch.inference_mode(), self._machine.autocast():
-            written = generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        answers: list[str] = self._tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
-        return [answer.strip() for answer in answers]
+            written = generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([lambda _, logits: enforce(walks, logits)]),
+                stopping_criteria=[lambda ids, _: torch.tensor([w.closed for w in walks], device=ids.device)],
+            )
+        texts = self._tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+        return [(text.strip(), walk.tags, walk.closed) for text, walk in zip(texts, walks, strict=True)]
 
+    def _likely(self, prompts: list[list[int]]) -> list[_Answer]:
+        """The tags that are likely enough after each prompt, the likeliest first."""
+        assert isinstance(self._grammar, Vocabulary)
+        ids, mask = self._padded(prompts)
+        threshold = max(self.decoding.threshold, LEAST)
+        with torch.inference_mode(), self._machine.autocast():
+            found = likely_tags(self._model, ids, mask, self._grammar.beginning(0), threshold)
+        answers: list[_Answer] = []
+        for tags in found:
+            ordered = sorted(tags.items(), key=lambda entry: (-entry[1], entry[0]))[: self.decoding.max_tags]
+            answers.append((str([tag for tag, _ in ordered]), ordered, True))
+        return answers
 
-def parse(raw: str) -> tuple[tuple[str, ...], bool]:
-    """The tags in an answer, each once, and whether it was one whole list of texts.
-
-    Of an answer that was cut off or is malformed, the items that were closed count.
-    """
-    value = data.parse_list(raw)
-    if value and all(isinstance(tag, str) for tag in value):
-        return tuple(dict.fromkeys(tag.strip() for tag in value if tag.strip())), True
-    if not raw.lstrip().startswith("["):
-        return (), False
-    closed = re.findall(r"'([^'\n]+)'|\"([^\"\n]+)\"", raw)
-    return tuple(dict.fromkeys(tag for pair in closed for tag in (part.strip() for part in pair) if tag)), False
+    def _padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask, int64 [prompts, width], padded on the left."""
+        width = max(len(prompt) for prompt in prompts)
+        pad, device = self._tokenizer.pad_token_id, self._machine.device
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        return ids, mask
 
 
 def load_tagger(settings: Settings, adapter: Published | Path | str, machine: Machine) -> Tagger:
@@ -123,6 +155,7 @@ def load_tagger(settings: Settings, adapter: Published | Path | str, machine: Ma
             f"the adapter in {place} was trained on {config.base_model_name_or_path}, not on {settings.base.model}; "
             f"set TAGGER_BASE_MODEL={config.base_model_name_or_path}"
         )
+    decoding = of_adapter(settings.sample, adapter if isinstance(adapter, Path) else place, revision)
     base = settings.base.model_copy(update={"revision": config.revision or settings.base.revision})
     model = quantize.load_model(base, machine)
     freeze(model)
@@ -132,7 +165,7 @@ def load_tagger(settings: Settings, adapter: Published | Path | str, machine: Ma
         raise Refused(
             f"the weights of the adapter in {place} cannot be read: {error}; train or fetch it again"
         ) from error
-    return Tagger(adapted, quantize.load_tokenizer(base), settings, machine)
+    return Tagger(adapted, quantize.load_tokenizer(base), settings, machine, decoding)
 
 
 def _adapter_config(adapter: str, revision: str | None) -> peft.PeftConfig:

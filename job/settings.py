@@ -125,6 +125,9 @@ TextList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_json_list)]
 NameList = Annotated[tuple[Identifier, ...], NoDecode, BeforeValidator(_comma_separated)]
 
 
+Threshold = Literal["auto"] | Annotated[float, Field(ge=0, lt=1)]
+
+
 class Group(BaseModel):
     """The knobs of one chapter."""
 
@@ -168,6 +171,17 @@ class Data(Group):
         gt=0,
         description="Examples held out for evaluation: a share below 1, or a whole number of them. Only with a share "
         "does new data leave every example on its side.",
+    )
+    calibration_size: Annotated[float, AfterValidator(_eval_size)] = Field(
+        0.1,
+        gt=0,
+        description="Training examples kept from training for TAGGER_SAMPLE_THRESHOLD=auto, and only then: a share "
+        "below 1, or a whole number of them.",
+    )
+    tag_order: Literal["given", "frequency", "shuffled"] = Field(
+        "given",
+        description="Order of an example's tags in training: as the data has them, the most frequent first, or another "
+        "one each epoch.",
     )
     limit: int | None = Field(None, ge=2, le=10**9, description="Use only the first examples of the data, this many.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the held-out split, apart from the training's seed.")
@@ -273,7 +287,29 @@ class Sample(Group):
     )
     input: Path | None = Field(None, description="File of further texts to tag, one a line.")
     output: Path | None = Field(None, description="File that also gets the answers, as JSON lines.")
-    max_new_tokens: int = Field(50, ge=1, le=4096, description="Most tokens of one answer.")
+    max_new_tokens: int = Field(
+        50, ge=1, le=4096, description="Most tokens of one answer; a tag that is not whole by then is left out."
+    )
+    vocabulary: Identifier | None = Field(
+        None,
+        description="Tags an answer may hold: open (any), seen (those of the training examples), or a file with one a "
+        "line; empty: as the adapter was published, and when training open.",
+    )
+    decoding: Literal["list", "likely"] | None = Field(
+        None,
+        description="list: the list that the model writes, each token the likeliest; likely: every tag of the "
+        "vocabulary that is likely enough to begin the list, for TAGGER_DATA_TAG_ORDER=shuffled; empty: as the "
+        "adapter was published, and when training list.",
+    )
+    threshold: Threshold | None = Field(
+        None,
+        description="Confidence (a tag's probability) below which a tag is left out; auto: the best one on "
+        "TAGGER_DATA_CALIBRATION_SIZE training examples that are not trained on; empty: as the adapter was published, "
+        "and when training 0.",
+    )
+    max_tags: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="Most tags of an answer; empty: as the adapter was published, and when training 20."
+    )
     batch_size: int = Field(16, ge=1, le=65536, description="Texts in one forward pass when tagging.")
 
 
@@ -343,6 +379,11 @@ class Settings(BaseSettings):
                 f"TAGGER_DATA_MAX_LENGTH={self.data.max_length} leaves no room for a text beside "
                 f"TAGGER_SAMPLE_MAX_NEW_TOKENS={self.sample.max_new_tokens}; make it at least 8 more"
             )
+        if self.sample.decoding == "likely" and self.sample.vocabulary == "open":
+            raise ValueError(
+                "TAGGER_SAMPLE_DECODING=likely asks how likely each tag of a vocabulary is, and "
+                "TAGGER_SAMPLE_VOCABULARY is open; set it to seen or to a file of tags"
+            )
         if self.run.device == "cpu" and self.train.precision == "fp16":
             raise ValueError(
                 "TAGGER_TRAIN_PRECISION=fp16 needs a GPU and TAGGER_RUN_DEVICE is cpu; use auto, fp32 or bf16"
@@ -390,8 +431,8 @@ def _knobs() -> Iterator[tuple[str, str, str]]:
 def _changes_result(name: str) -> bool:
     if name.removeprefix("TAGGER_TRAIN_") in ("LOGGING_STEPS", "SAVE_STEPS", "SAVE_MINUTES", "KEEP"):
         return False
-    if name in ("TAGGER_SAMPLE_MAX_NEW_TOKENS", "TAGGER_SAMPLE_BATCH_SIZE"):
-        return True
+    if name.startswith("TAGGER_SAMPLE_"):
+        return name.removeprefix("TAGGER_SAMPLE_") not in ("PROMPTS", "INPUT", "OUTPUT")
     return name.startswith(("TAGGER_BASE_", "TAGGER_DATA_", "TAGGER_LORA_", "TAGGER_TRAIN_", "TAGGER_EVAL_LIMIT"))
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
-from conftest import make_settings
+from conftest import SAYINGS, make_settings
 from pyarrow import parquet
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from job import data, locate
-from job.results import Example, Refused
+from job.results import Encoded, Example, Refused
 from job.settings import Data, Sample
 
 ROWS: list[dict[str, Any]] = [
@@ -327,3 +328,46 @@ def test_the_input_file_adds_a_text_a_line(tmp_path: Path) -> None:
     assert data.texts_to_tag(Sample(prompts=("first",), input=tmp_path / "texts.txt")) == ["first", "second", "third"]
     with pytest.raises(Refused, match="absent.txt cannot be read"):
         data.texts_to_tag(Sample(input=tmp_path / "absent.txt"))
+
+
+def answers(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> str:
+    return str(tokenizer.decode([label for label in encoded.labels if label != data.NO_LOSS][:-1]))
+
+
+def test_tags_can_come_by_frequency_or_in_another_order_each_epoch(
+    llama_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    examples = [
+        Example("one", ("rare", "common", "a", "b")),
+        Example("two", ("common", "less")),
+        Example("3", ("less",)),
+    ]
+
+    def encoded(order: str) -> list[Encoded]:
+        train = {"max_steps": 5, "warmup_steps": 1, "batch_size": 3, "accumulation": 1}
+        settings = make_settings(Path("unused"), tmp_path, data={"tag_order": order}, train=train)
+        return data.encode(llama_tokenizer, examples, settings)
+
+    assert answers(llama_tokenizer, encoded("given")[0]) == " ['rare', 'common', 'a', 'b']"
+    assert answers(llama_tokenizer, encoded("frequency")[0]) == " ['common', 'rare', 'a', 'b']"
+    shuffled = encoded("shuffled")
+    assert encoded("shuffled") == shuffled, "the same orders each time"
+    orders = {answers(llama_tokenizer, shuffled[0].in_epoch(epoch)) for epoch in range(5)}
+    assert len(orders) > 2
+    assert {frozenset(ast.literal_eval(order.strip())) for order in orders} == {frozenset(examples[0].tags)}
+    assert shuffled[0].in_epoch(5) == shuffled[0].in_epoch(0)
+    prompts = {tuple(e.input_ids[: e.labels.count(data.NO_LOSS)]) for e in (shuffled[0], *shuffled[0].others)}
+    assert len(prompts) == 1
+
+
+def test_what_is_set_aside_for_the_threshold_is_neither_trained_on_nor_held_out() -> None:
+    settings = Data(dataset=str(SAYINGS), calibration_size=40, eval_size=50)
+    before = data.load(settings)
+    after = data.set_aside(before, settings)
+    assert len(after.calibration) == 40
+    assert after.held_out == before.held_out
+    assert set(after.train) | set(after.calibration) <= set(before.train)
+    assert not set(after.train) & set(after.calibration)
+    assert data.set_aside(before, settings) == after
+    with pytest.raises(Refused, match="TAGGER_DATA_CALIBRATION_SIZE=9999 holds out everything"):
+        data.set_aside(before, settings.model_copy(update={"calibration_size": 9999}))

@@ -95,6 +95,40 @@ def test_a_run_goes_through_every_chapter_and_is_not_done_again(
     assert lines(Path("new/answers.jsonl")) == lines(run / "samples.jsonl")
 
 
+def test_an_adapter_is_used_with_the_tags_and_the_threshold_that_it_was_published_with(
+    tiny: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, loopback_hub: Hub
+) -> None:
+    tiny.setenv("HF_TOKEN", WRITE_TOKEN)
+    tiny.setenv("TAGGER_HUB_REPO", REPO)
+    chosen = {
+        "TAGGER_SAMPLE_DECODING": "likely",
+        "TAGGER_SAMPLE_THRESHOLD": "auto",
+        "TAGGER_DATA_TAG_ORDER": "shuffled",
+    }
+    for name, value in chosen.items():
+        tiny.setenv(name, value)
+    assert main([]) == 0
+    run = tmp_path / "runs" / "tiny"
+    [said] = re.findall(r"threshold ([\d.]+), micro-F1 [\d.]+ on (\d+) training examples set aside", caplog.text)
+    decoding = json.loads((run / "adapter" / "tagger.json").read_text())
+    dataset = json.loads((run / "manifest.json").read_text())["dataset"]
+    assert decoding["threshold"] == float(said[0])
+    assert (decoding["decoding"], decoding["vocabulary"]) == ("likely", "closed")
+    assert dataset["train"] + int(said[1]) + dataset["near_duplicates"] + dataset["held_out"] <= 60
+    for sample in lines(run / "samples.jsonl"):
+        assert set(sample["tags"]) <= set(decoding["tags"])
+        assert sample["confidences"] == sorted(sample["confidences"], reverse=True)
+        assert all(confidence >= decoding["threshold"] for confidence in sample["confidences"])
+    for name in chosen:
+        tiny.delenv(name)
+    tiny.setenv("TAGGER_SAMPLE_OUTPUT", "answers.jsonl")
+    assert main(["sample"]) == 0
+    assert lines(Path("answers.jsonl")) == lines(run / "samples.jsonl")
+    tiny.setenv("TAGGER_SAMPLE_THRESHOLD", "0.99")
+    assert main(["sample"]) == 0
+    assert all(sample["tags"] == [] for sample in lines(Path("answers.jsonl")))
+
+
 def test_a_gate_that_is_not_reached_ends_with_3_and_keeps_everything(
     tiny: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,37 +7,20 @@ from pathlib import Path
 import pytest
 from conftest import CPU, make_settings
 
+from job.decoding import for_training
 from job.freeze import freeze
 from job.lora import add_adapters, save_adapter
 from job.quantize import load_model, load_tokenizer
-from job.results import Refused
-from job.sample import Tagger, load_tagger, parse
+from job.results import Example, Refused
+from job.sample import Tagger, load_tagger
 from job.settings import Settings
 
-
-@pytest.mark.parametrize(
-    ("raw", "tags", "parsed"),
-    [
-        ("['life', 'love']", ("life", "love"), True),
-        ("[\"don't\", 'life']", ("don't", "life"), True),
-        (" ['life', 'life ']", ("life",), True),
-        ("['life', 'lo", ("life",), False),
-        ("['life', love]", ("life",), False),
-        ("['life', 3]", ("life",), False),
-        ("[]", (), False),
-        ("a list of 'life'", (), False),
-        ("", (), False),
-        ("[" * 9999, (), False),
-        (r"['a\dash']", (r"a\dash",), True),
-    ],
-)
-def test_tags_are_read_from_whole_and_broken_lists(raw: str, tags: tuple[str, ...], parsed: bool) -> None:
-    assert parse(raw) == (tags, parsed)
+KNOWN = [Example("a text", ("music", "rain", "don't", "the sea")), Example("another", ("rain", "rainfall", "a,b"))]
 
 
 def tagger(settings: Settings) -> Tagger:
     model = load_model(settings.base, CPU)
-    return Tagger(model, load_tokenizer(settings.base), settings, CPU)
+    return Tagger(model, load_tokenizer(settings.base), settings, CPU, for_training(settings.sample, KNOWN))
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "llama"])
@@ -56,8 +39,8 @@ def test_a_batch_keeps_to_its_tokens(llama: Path, tmp_path: Path, monkeypatch: p
     made = tagger(make_settings(llama, tmp_path))
     texts = [*(["rain"] * 9), "a much longer text about the rain and all that falls with it"]
     batches: list[list[int]] = []
-    generate = made._generate
-    monkeypatch.setattr(made, "_generate", lambda ids: batches.append([len(i) for i in ids]) or generate(ids))
+    lists = made._lists
+    monkeypatch.setattr(made, "_lists", lambda ids: batches.append([len(i) for i in ids]) or lists(ids))
     freely = made.tag(texts)
     assert len(batches) == 1
     budget = 4 * (min(map(min, batches)) + 12)
@@ -68,11 +51,19 @@ def test_a_batch_keeps_to_its_tokens(llama: Path, tmp_path: Path, monkeypatch: p
     assert all(len(batch) == 1 or len(batch) * (max(batch) + 12) <= budget for batch in batches)
 
 
-def test_generation_stops_at_the_end_of_the_list(llama: Path, tmp_path: Path) -> None:
-    made = tagger(make_settings(llama, tmp_path))
-    vocabulary = made._tokenizer.get_vocab()
-    assert {vocabulary["]"], made._tokenizer.eos_token_id} <= set(made._stop_ids)
-    assert all("]" in made._tokenizer.convert_ids_to_tokens(i) for i in made._stop_ids[1:])
+def test_generation_stops_when_all_lists_are_closed(llama: Path, tmp_path: Path) -> None:
+    sample = {"vocabulary": "seen", "max_tags": 1, "max_new_tokens": 100}
+    made = tagger(make_settings(llama, tmp_path, data={"max_length": 256}, sample=sample))
+    passes = 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    made._model.register_forward_hook(count)
+    answers = made.tag(["a song", "bread"])
+    assert all(answer.parsed and len(answer.tags) == 1 for answer in answers)
+    assert passes == max(len(made._tokenizer(f" [{answer.tags[0]!r}]").input_ids) for answer in answers)
 
 
 def test_an_adapter_of_another_base_model_is_refused(llama: Path, bloom: Path, tmp_path: Path) -> None:
