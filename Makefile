@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/offline.env
 BENCH ?=
+QUALITY ?=
 KILLS ?= 100
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",/\1/p' pyproject.toml)
 
-.PHONY: run test lint workflows-check hadolint manifests sbom audit image-check torture bench install lock clean
+.PHONY: run test lint workflows-check hadolint manifests sbom audit image-check torture bench quality install lock clean
 
 run: install  ## the whole job on this machine: embedded base model, shipped data, no Hub
 	$(BIN)/python -m job --recipe $(RECIPE) run
@@ -54,6 +55,9 @@ torture: install  ## kill so many processes of whole runs at random points; each
 # TRL, which the bench compares with, stays out of the job's environment but uses its torch and transformers.
 bench: install .bench-packages/installed  ## training throughput; BENCH="--rounds 5 --json bench.jsonl" gives it options
 	PYTHONPATH=.bench-packages $(BIN)/python -m bench.train $(BENCH)
+
+quality: install  ## how good the tags are, variant by variant; QUALITY="--data quotes.jsonl --steps 400" gives it options
+	$(BIN)/python -m bench.quality $(QUALITY)
 
 .bench-packages/installed: bench/requirements.txt
 	rm -rf .bench-packages

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from job.references import most_common_tags, references, tfidf
+from job.references import most_common_tags, references
 from job.results import Example
 
 
 def test_most_common_tags_answers_as_many_as_a_text_has() -> None:
     train = [Example("1", ("a", "b")), Example("2", ("a", "b")), Example("3", ("a", "c"))]
-    scores = most_common_tags(train, [Example("4", ("a", "b")), Example("5", ("c",))])
+    examples = [Example("4", ("a", "b")), Example("5", ("c",))]
+    assert most_common_tags(train, examples) == [["a", "b"]] * 2
+    scores = references(train, examples)["most_common_tags"]
     assert scores.precision == pytest.approx(2 / 4)
     assert scores.recall == pytest.approx(2 / 3)
 
@@ -21,8 +23,9 @@ def test_most_common_tags_answers_as_many_as_a_text_has() -> None:
 def test_tfidf_learns_which_words_go_with_a_tag(rows: list[dict[str, Any]]) -> None:
     words = ["rain", "bread", "sea"] * 200
     examples = [Example(f"{row['quote']} {word}", (word,)) for row, word in zip(rows, words, strict=True)]
-    assert tfidf(examples[:300], examples[300:]).recall > 0.95
-    assert tfidf(examples[:300], examples[300:]).f1 > most_common_tags(examples[:300], examples[300:]).f1 + 0.2
+    scores = references(examples[:300], examples[300:])
+    assert scores["tfidf"].recall > 0.95
+    assert scores["tfidf"].f1 > scores["most_common_tags"].f1 + 0.2
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 from hub import WRITE_TOKEN, Fault, Hub, Repo
 
+from job import data
 from job.__main__ import main
+from job.settings import Data
 
 ROOT = Path(__file__).parents[1]
 REPO = "ada/tiny-tagger"
@@ -148,6 +151,38 @@ def test_the_first_is_published_by_the_floor_a_better_one_promoted_and_a_worse_o
     env.setenv("TAGGER_EVAL_TOLERANCE", "1")
     assert publish(env, HARDLY) == 0, "another tolerance is another question"
     assert verdict(repo.branches["main"][-1].files["metrics.json"])["verdict"] == "pass"
+
+
+def test_a_candidate_that_learned_from_shuffled_tags_is_refused(
+    env: pytest.MonkeyPatch, loopback_hub: Hub, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    words = ["rain", "bread", "sea"]
+    texts = [
+        " ".join([word] * 4 + str(row["quote"]).split()[:3]) for row, word in zip(rows[:240], words * 80, strict=True)
+    ]
+    true = dict(zip(texts, words * 80, strict=True))
+
+    def published_data(tags: dict[str, str]) -> bytes:
+        return "".join(json.dumps({"quote": text, "tags": [tag]}) + "\n" for text, tag in tags.items()).encode()
+
+    (tmp_path / "data.jsonl").write_bytes(published_data(true))
+    known = data.load(Data(dataset=str(tmp_path / "data.jsonl"), eval_size=0.3)).train
+    mixed = random.Random(0).sample([true[example.text] for example in known], len(known))
+    shuffled = true | {example.text: tag for example, tag in zip(known, mixed, strict=True)}
+    sayings = loopback_hub.datasets["tiny/sayings"]
+    sayings.commit("main", "what is true", {"train.jsonl": published_data(true)})
+    env.setenv("TAGGER_SAMPLE_VOCABULARY", "seen")
+    assert publish(env, "40") == 0
+    repo = loopback_hub.models[REPO]
+    good = repo.branches["main"][-1]
+    assert json.loads(good.files["metrics.json"])["scores"]["adapter"]["f1"] > 0.8
+    sayings.commit("main", "tags of other texts", {"train.jsonl": published_data(shuffled)})
+    assert publish(env, "40") == 3
+    assert repo.branches["main"][-1] == good
+    judged = verdict(repo.branches[candidates(repo)[-1]][-1].files["metrics.json"])
+    assert judged["verdict"] == "fail"
+    assert judged["published_f1"] > 0.8
+    assert judged["interval"][1] < 0
 
 
 def test_nothing_is_done_when_nothing_has_changed_and_all_is_when_the_data_have(
