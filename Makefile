@@ -68,11 +68,11 @@ install: $(VENV)/installed
 
 # Everything but torch comes from the hash-checked locks, which list what each package needs. torch comes last, by
 # version alone: each kind of machine has a build of its own, and pip takes the one its indexes offer first.
-$(VENV)/installed: pyproject.toml requirements.lock requirements-dev.lock requirements-offline.lock
+$(VENV)/installed: pyproject.toml requirements.lock requirements-dev.lock requirements-offline.lock requirements-modal.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes \
-		-r requirements.lock -r requirements-dev.lock -r requirements-offline.lock
+		-r requirements.lock -r requirements-dev.lock -r requirements-offline.lock -r requirements-modal.lock
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
@@ -84,6 +84,7 @@ lock: install
 		| awk '/^[a-z]/ {keep = !/^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==/} keep' > requirements.lock
 	$(UV_COMPILE) --constraint requirements.lock --group dev > requirements-dev.lock
 	$(UV_COMPILE) --no-deps --group offline > requirements-offline.lock
+	$(UV_COMPILE) --constraint requirements.lock --constraint requirements-dev.lock --group modal > requirements-modal.lock
 
 .env.example: job/settings.py
 	$(BIN)/python -m job settings --env-example > $@

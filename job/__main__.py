@@ -15,7 +15,6 @@ from job import __version__, interruption, logs
 from job.results import JobError, Refused
 
 if TYPE_CHECKING:
-    from job.sample import Tagger
     from job.settings import Settings
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -219,47 +218,27 @@ def _promote(options: argparse.Namespace, chosen: Settings) -> None:
 
 
 def _sample(options: argparse.Namespace, chosen: Settings) -> None:
-    from job import data, report
+    from job import data, pipeline, report
     from job.settings import is_unicode
 
     if any(not text.strip() or not is_unicode(text) for text in options.texts):
         raise Refused("a TEXT to tag is empty or not readable text; expected some words")
     texts = options.texts or data.texts_to_tag(chosen.sample)
     report.check_output(chosen.sample.output, chosen.sample.input)
-    report.show_samples(_tagger(chosen, "BASE", "DATA").tag(texts), chosen.sample.output)
+    report.show_samples(pipeline.tagger(chosen, "BASE", "DATA").tag(texts), chosen.sample.output)
 
 
 def _evaluate(options: argparse.Namespace, chosen: Settings) -> None:
-    from job import card, data
+    from job import card, data, pipeline
 
     held_out = data.load(chosen.data).held_out[: chosen.eval.limit]
-    tagger = _tagger(chosen, "BASE", "DATA_SEPARATOR", "DATA_MAX_LENGTH")
+    tagger = pipeline.tagger(chosen, "BASE", "DATA_SEPARATOR", "DATA_MAX_LENGTH")
 
     from job.evaluate import evaluate
 
     scores, _ = evaluate(tagger, held_out)
     print(f"split: {len(held_out)} held-out examples, {data.split_digest(held_out)}")
     print("\n".join(card.score_table({"adapter": scores})))
-
-
-def _tagger(chosen: Settings, *as_trained: str) -> Tagger:
-    """The adapter of TAGGER_HUB_REPO or of a run, used as it was trained in what these groups or knobs say."""
-    from job import hub, run_folder
-
-    adapter: str | Path | None = chosen.hub.repo
-    if adapter is None:
-        run = run_folder.find(chosen.run)
-        adapter, manifest = run.adapter, run.manifest
-    else:
-        manifest = hub.manifest(chosen.hub)
-    trained = manifest.get("settings", {})
-    names = tuple(f"TAGGER_{name}" for name in as_trained)
-    chosen = chosen.with_result_values({name: value for name, value in trained.items() if name.startswith(names)})
-
-    from job.device import Machine
-    from job.sample import load_tagger
-
-    return load_tagger(chosen, adapter, Machine.resolve(chosen.run.device, chosen.train.precision))
 
 
 def _settings(options: argparse.Namespace, chosen: Settings) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job import preflight, report
+from job import hub, preflight, report, run_folder
 from job.preflight import Checked
 from job.results import Summary
 from job.run_folder import RunFolder
@@ -13,20 +15,22 @@ from job.settings import Settings
 
 if TYPE_CHECKING:
     from job.device import Machine
+    from job.sample import Tagger
 
 log = logging.getLogger(__name__)
 
 
-def run(settings: Settings) -> Summary:
+def run(settings: Settings, on_saved: Callable[[RunFolder], None] | None = None) -> Summary:
     """Quantize, freeze, LoRA, train, evaluate, push, sample; returns how it ended.
 
     What an attempt before has finished and sealed is not done again, up to a run that is complete.
+    `on_saved` is called whenever a resume could go on from further than before.
     Raises JobError for each end that has its own exit code.
     """
-    return run_checked(preflight.check(settings))
+    return run_checked(preflight.check(settings), on_saved)
 
 
-def retrain(settings: Settings) -> Summary | str:
+def retrain(settings: Settings, on_saved: Callable[[RunFolder], None] | None = None) -> Summary | str:
     """As `run`, unless what is published was made with the same base model, data and settings: then a sentence.
 
     A gate that is off is `published` here: what publishes whatever comes is `run`.
@@ -37,12 +41,13 @@ def retrain(settings: Settings) -> Summary | str:
     if preflight.is_published(checked):
         return f"nothing to do: base model, data and settings are those of what {checked.repo} has published"
     preflight.refuse_again(checked)
-    return run_checked(checked)
+    return run_checked(checked, on_saved)
 
 
-def run_checked(checked: Checked) -> Summary:
+def run_checked(checked: Checked, on_saved: Callable[[RunFolder], None] | None = None) -> Summary:
     """The chapters."""
     settings, run = checked.settings, checked.run
+    run.on_saved = on_saved
     log.info("run: %s", run.path)
     if run.complete and (checked.repo is None or run.published):
         log.info("run: it is complete already, so nothing is done again")
@@ -142,3 +147,21 @@ def finish(run: RunFolder, settings: Settings, repo: str | None, machine: Machin
     report.save_report(run, "not pushed" if published is None else "published", published)
     run.finish(published)
     return report.summary(run)
+
+
+def tagger(chosen: Settings, *as_trained: str) -> Tagger:
+    """The adapter of TAGGER_HUB_REPO or of a run, used as it was trained in what these groups or knobs say."""
+    adapter: str | Path | None = chosen.hub.repo
+    if adapter is None:
+        run = run_folder.find(chosen.run)
+        adapter, manifest = run.adapter, run.manifest
+    else:
+        manifest = hub.manifest(chosen.hub)
+    trained = manifest.get("settings", {})
+    names = tuple(f"TAGGER_{name}" for name in as_trained)
+    chosen = chosen.with_result_values({name: value for name, value in trained.items() if name.startswith(names)})
+
+    from job.device import Machine
+    from job.sample import load_tagger
+
+    return load_tagger(chosen, adapter, Machine.resolve(chosen.run.device, chosen.train.precision))

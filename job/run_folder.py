@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
@@ -37,6 +37,8 @@ class RunFolder:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
+        self.on_saved: Callable[[RunFolder], None] | None = None
+        """Called after each checkpoint and each change of the manifest, for a volume that has to be told to keep it."""
         self._locked = False
 
     @property
@@ -108,6 +110,13 @@ class RunFolder:
         """Take the run until this object or its process ends; raises Refused when another has it."""
         if self._locked:
             return
+        if self.on_saved is None:  # a volume's other machines do not see the lock, and an open file is in its way
+            self._take_lock()
+        self._locked = True
+        if self.begun:
+            self.manifest = read_manifest(self.path)  # the owner before may have got further since it was read
+
+    def _take_lock(self) -> None:
         file = os.open(self.path / "lock", os.O_WRONLY | os.O_CREAT, 0o666)
         weakref.finalize(self, os.close, file)
         try:
@@ -116,9 +125,6 @@ class RunFolder:
             raise Refused(
                 f"another process is at work on {self.path}; wait for it, or set TAGGER_RUN_ID to another name"
             ) from None
-        self._locked = True
-        if self.begun:
-            self.manifest = read_manifest(self.path)  # the owner before may have got further since it was read
 
     def seal(self, *names: str) -> None:
         """Record size and digest of files and folders that are done: what is sealed is not made again."""
@@ -162,6 +168,12 @@ class RunFolder:
         """Add entries to the manifest and write it."""
         self.manifest.update(entries)
         self.write("manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+        self.saved()
+
+    def saved(self) -> None:
+        """Say that a resume could go on from further than before."""
+        if self.on_saved is not None:
+            self.on_saved(self)
 
     @contextmanager
     def chapter(self, name: str) -> Iterator[None]:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +34,17 @@ from job.results import Refused
 
 PREFIX = "TAGGER_"
 DOTENV = Path(".env")
+RUN_DIR = "TAGGER_RUN_DIR"
+NEVER = "never"
+MODAL_GPUS = {
+    **dict.fromkeys(("T4", "L4", "L40S", "A100", "A100-40GB", "A100-80GB", "RTX-PRO-6000"), 8),
+    **dict.fromkeys(("H100", "H100!", "H200", "B200", "B200+"), 8),
+    **dict.fromkeys(("A10", "A10G"), 4),
+}
+"""The GPUs that Modal has and how many of each a container can get (modal.com/docs/guide/gpu, November 2026).
+
+A10G is the former name of A10; `!` asks for exactly this one, `+` for this or a newer one.
+"""
 
 
 def _comma_separated(value: object) -> object:
@@ -78,7 +90,37 @@ def _not_blank(value: str) -> str:
     return value
 
 
+def _gpus(value: str) -> str:
+    """Modal takes any text for a GPU and refuses it only once the image is built."""
+    wanted = [part.strip() for part in value.split(",") if part.strip()]
+    for gpu in wanted:
+        name, _, count = gpu.partition(":")
+        most = MODAL_GPUS.get(name.upper(), 0)
+        if not most or (":" in gpu and not (count.isascii() and count.isdigit() and 1 <= int(count) <= most)):
+            known = ", ".join(MODAL_GPUS)
+            raise ValueError(f"expected {known}, or one of them with a count such as L4:2 (up to 8; A10 up to 4)")
+    if not wanted:
+        raise ValueError("expected the name of a GPU, such as L4")
+    return ",".join(gpu.upper() for gpu in wanted)
+
+
+def _cron(value: str) -> str:
+    fields, ranges = value.split(), ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
+    if value != NEVER and not (len(fields) == 5 and all(map(_is_cron_field, fields, ranges))):
+        raise ValueError("expected minute, hour, day of the month, month, day of the week, for example 23 4 * * 1")
+    return " ".join(fields)
+
+
+def _is_cron_field(field: str, limits: tuple[int, int]) -> bool:
+    parts = [re.fullmatch(r"(?:\*|(\d{1,2})(?:-(\d{1,2}))?)(?:/([1-9]\d?))?", part) for part in field.split(",")]
+    return all(
+        part is not None and all(limits[0] <= int(number) <= limits[1] for number in part.group(1, 2) if number)
+        for part in parts
+    )
+
+
 Identifier = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_not_blank)]
+ModalName = Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=63)]
 TextList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_json_list)]
 NameList = Annotated[tuple[Identifier, ...], NoDecode, BeforeValidator(_comma_separated)]
 
@@ -285,11 +327,26 @@ class Run(Group):
 
 
 class Modal(Group):
-    gpu: Identifier = Field("L4", description="GPU asked for on Modal; a comma-separated list gives fallbacks.")
-    timeout_hours: float = Field(6, gt=0, le=24, description="Longest time of one attempt on Modal.")
-    secret: Identifier = Field("huggingface", description="Modal secret that holds HF_TOKEN.")
-    runs_volume: Identifier = Field("tagger-runs", description="Modal volume for the runs.")
-    cache_volume: Identifier = Field("tagger-cache", description="Modal volume for the Hugging Face cache.")
+    gpu: Annotated[str, AfterValidator(_gpus)] = Field(
+        "L4,A10,T4", description="GPU asked for on Modal; a comma-separated list gives fallbacks."
+    )
+    timeout_hours: float = Field(
+        6, ge=0.01, le=24, description="Longest time of one attempt on Modal; the next one goes on from there."
+    )
+    secret: ModalName = Field("huggingface", description="Modal secret that holds HF_TOKEN.")
+    runs_volume: ModalName = Field("tagger-runs", description="Modal volume for the runs.")
+    cache_volume: ModalName = Field("tagger-cache", description="Modal volume for the Hugging Face cache.")
+    cron: Annotated[str, AfterValidator(_cron)] = Field(
+        "23 4 * * 1", description="When a deployed app retrains, as five cron fields in UTC; never: not by itself."
+    )
+
+    @model_validator(mode="after")
+    def _two_volumes(self) -> Modal:
+        if self.runs_volume == self.cache_volume:
+            raise ValueError(
+                f"TAGGER_MODAL_RUNS_VOLUME and TAGGER_MODAL_CACHE_VOLUME are both {self.runs_volume}; name two volumes"
+            )
+        return self
 
 
 class Settings(BaseSettings):
@@ -405,6 +462,25 @@ def load(recipe: Path | None = None) -> Settings:
         if not problems:
             return settings
     raise Refused(*problems)
+
+
+def given(recipe: Path | None = None) -> dict[str, str]:
+    """The variables that were given, as text, but for where the runs are: that is another machine's own affair.
+
+    With them, that machine loads the same settings.
+    """
+    values: dict[str, str | None] = {}
+    for file in _files(recipe):
+        values.update(_read(file))
+    values.update(os.environ)
+    return {name: value for name, value in values.items() if value and _ours(name) and name != RUN_DIR}
+
+
+def take_over(given: Mapping[str, str]) -> None:
+    """Put what was given on another machine in the place of this one's variables, but for where the runs are."""
+    for name in [name for name in os.environ if _ours(name) and name != RUN_DIR]:
+        del os.environ[name]
+    os.environ.update(given)
 
 
 def sources(recipe: Path | None = None) -> dict[str, str]:

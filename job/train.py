@@ -292,6 +292,7 @@ class _Training:
             lambda: checkpoint.save(self._run.checkpoints, tensors, self.progress, keep=self._settings.keep)
         ):
             self._saved = self.progress.step
+            self._run.saved()
 
     def _written(self, write: Callable[[], None]) -> bool:
         """Whether something could be written; a disk that is full or read-only does not end training."""

@@ -50,3 +50,35 @@ def test_the_script_of_the_workflows_tells_the_exit_codes_apart_and_shows_no_sec
     assert seen.endswith("tagger-job retrain\n")
     assert "--env HF_TOKEN --env TAGGER_HUB_REPO" in seen
     assert "hf_secret" not in seen + done.stdout + summary
+
+
+PYTHON = """#!/bin/sh
+echo "$@" >> "$SEEN"
+case "$2" in
+venv) mkdir "$3/bin" && cp "$0" "$3/bin/python" ;;
+modal) mkdir -p "$RUNS/tiny" && echo "| adapter | 0.5 |" > "$RUNS/tiny/report.md" && exit $CODE ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 75])
+def test_on_modal_the_script_needs_only_modals_client_and_passes_its_exit_code_on(tmp_path: Path, code: int) -> None:
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    runs = tmp_path / "runs"
+    environ = {"PATH": f"{python.parent}:{os.environ['PATH']}", "SEEN": str(tmp_path / "seen"), "RUNS": str(runs)}
+    environ |= {
+        "CODE": str(code),
+        "RETRAIN_ON": "modal",
+        "TAGGER_RUN_DIR": str(runs),
+        "MODAL_TOKEN_SECRET": "as-secret",
+    }
+    done = subprocess.run([ROOT / ".ci" / "retrain"], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.startswith(f"**{code}**: ")
+    assert "| adapter | 0.5 |" in done.stdout
+    _, install, retrain = (tmp_path / "seen").read_text().splitlines()
+    assert install == "-m pip install --quiet --no-deps --require-hashes -r requirements-modal.lock"
+    assert retrain == f"-m modal run modal_app.py::retrain --to {runs}"

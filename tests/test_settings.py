@@ -56,6 +56,15 @@ def test_every_problem_is_reported_at_once_with_name_value_and_what_is_allowed(m
         ("TAGGER_RUN_ID", "../elsewhere", "match"),
         ("TAGGER_SAMPLE_PROMPTS", '["", "x"]', "empty"),
         ("TAGGER_EVAL_GATE", "better", "'off', 'floor' or 'published'"),
+        ("TAGGER_MODAL_GPU", "L4,V100", "expected T4, L4, "),
+        ("TAGGER_MODAL_GPU", "A10:5", "such as L4:2 (up to 8; A10 up to 4)"),
+        ("TAGGER_MODAL_GPU", "L4:", "such as L4:2"),
+        ("TAGGER_MODAL_GPU", ",", "expected the name of a GPU"),
+        ("TAGGER_MODAL_TIMEOUT_HOURS", "24.5", "less than or equal to 24"),
+        ("TAGGER_MODAL_SECRET", "my secret", "match"),
+        ("TAGGER_MODAL_CRON", "weekly", "expected minute, hour, day of the month, month, day of the week"),
+        ("TAGGER_MODAL_CRON", "0 24 * * *", "expected minute, hour"),
+        ("TAGGER_MODAL_CRON", "*/0 4 * * 1", "expected minute, hour"),
         ("tagger_lora_r", "8", "did you mean TAGGER_LORA_R?"),
     ],
 )
@@ -65,6 +74,14 @@ def test_a_bad_value_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: s
         settings.load()
     assert name in str(refusal.value)
     assert said in str(refusal.value)
+
+
+def test_what_modal_knows_is_let_through_as_it_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAGGER_MODAL_GPU", "h100!:8, a10g,B200+,RTX-PRO-6000")
+    for cron in ("never", "*/5 0-6,18-23 1,15 * 1-5/2"):
+        monkeypatch.setenv("TAGGER_MODAL_CRON", cron)
+        assert settings.load().modal.cron == cron
+    assert settings.load().modal.gpu == "H100!:8,A10G,B200+,RTX-PRO-6000"
 
 
 def test_a_group_without_a_knob_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +99,10 @@ def test_settings_that_do_not_fit_together_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setenv("TAGGER_DATA_LIMIT", "100")
     monkeypatch.setenv("TAGGER_DATA_EVAL_SIZE", "100")
     with pytest.raises(Refused, match="holds out all of TAGGER_DATA_LIMIT=100"):
+        settings.load()
+    monkeypatch.delenv("TAGGER_DATA_LIMIT")
+    monkeypatch.setenv("TAGGER_MODAL_CACHE_VOLUME", "tagger-runs")
+    with pytest.raises(Refused, match="are both tagger-runs; name two volumes"):
         settings.load()
 
 

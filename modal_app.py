@@ -1,0 +1,100 @@
+"""The job on Modal: image, GPU, secret, volumes, retries, schedule. What is done with them is in `job`.
+
+The container imports this file too, without the caller's environment: how many secrets and volumes
+there are depends on nothing; their names, GPU and times are only asked of Modal by the caller.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import modal
+
+from job import launch
+
+HOURS = 60 * 60
+ROOT = Path(__file__).parent
+
+asked = launch.request(__file__) if modal.is_local() else launch.Request()
+
+# root, as Modal expects: this file comes to lie in /root, and the volumes are root's
+image = (
+    modal.Image.from_dockerfile(ROOT / "Dockerfile", context_dir=ROOT).dockerfile_commands("USER root").entrypoint([])
+)
+token = modal.Secret.from_name(asked.modal.secret, required_keys=["HF_TOKEN"])
+runs = modal.Volume.from_name(asked.modal.runs_volume, create_if_missing=True)
+cache = modal.Volume.from_name(asked.modal.cache_volume, create_if_missing=True)
+app = modal.App("tagger-job")
+
+on_a_gpu: dict[str, Any] = {
+    "image": image,
+    "gpu": asked.modal.gpu.split(","),
+    "cpu": 2.0,
+    "memory": 4096,  # MiB at least; Modal gives more where there is more
+    "volumes": {launch.RUNS: runs, launch.CACHE: cache},
+    "timeout": round(asked.modal.timeout_hours * HOURS),
+    "startup_timeout": HOURS // 2,
+    # a preemption is not counted; a retry goes on from the newest checkpoint
+    "retries": modal.Retries(max_retries=3, initial_delay=10.0, backoff_coefficient=2.0),
+}
+
+
+@app.function(**on_a_gpu, secrets=[token], single_use_containers=True)
+def perform(command: str, given: dict[str, str]) -> dict[str, Any]:
+    from job import remote
+
+    return remote.perform(command, given, call=_call(), commit=runs.commit)
+
+
+@app.function(
+    **on_a_gpu,
+    secrets=[token, modal.Secret.from_dict({**asked.given})],  # the settings are those of `modal deploy`
+    schedule=None if asked.modal.cron == "never" else modal.Cron(asked.modal.cron),
+    single_use_containers=True,
+)
+def scheduled() -> dict[str, Any]:
+    from job import remote, settings
+
+    outcome = remote.perform("retrain", settings.given(), call=_call(), commit=runs.commit)
+    if outcome["exit_code"]:
+        raise RuntimeError(outcome["said"])  # there is no caller who would look at the exit code
+    return outcome
+
+
+def _call() -> str:
+    """What stays the same over all attempts of a call, and is no other call's."""
+    call = modal.current_function_call_id()
+    assert call is not None, "only called in a container"
+    return call
+
+
+@app.function(**on_a_gpu, secrets=[token], max_containers=10)
+def tag_texts(texts: list[str], given: dict[str, str]) -> dict[str, Any]:
+    from job import remote
+
+    return remote.tag(given, texts)
+
+
+@app.local_entrypoint()
+def main(*arguments: str) -> None:
+    """Do what was asked for. The arguments are in `asked` already."""
+    given, texts = asked.given, asked.texts
+    with launch.in_sentences():
+        match asked.command:
+            case "main":
+                launch.wait(perform.spawn("run", given), asked, runs)
+            case "retrain":
+                launch.wait(perform.spawn("retrain", given), asked, runs)
+            case "status":
+                launch.status(runs, given.get("TAGGER_RUN_ID"))
+            case "fetch":
+                print(launch.fetch(runs, given["TAGGER_RUN_ID"], asked.options.to))
+            case "sample":
+                launch.show_answers(launch.collect(texts, [tag_texts.spawn(list(texts), given).get()]))
+            case "tag":
+                outcomes = tag_texts.map(launch.shards(texts), kwargs={"given": given})
+                launch.save_answers(launch.collect(texts, outcomes), asked.options.output)
+
+
+retrain = status = fetch = sample = tag = main  # the commands after `::`; with one entry point none need be named
