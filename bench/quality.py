@@ -57,7 +57,7 @@ def trainings(steps: int) -> dict[str, Groups]:
     """Settings of each training, apart from data and base model; `steps` optimizer steps of 16 texts."""
     learned: Groups = {
         "lora": {"targets": ("all-linear",)},
-        "data": {"tag_order": "shuffled", "max_length": 192},
+        "data": {"tag_order": "shuffled", "max_length": 256},
         "train": {"learning_rate": 1e-3, "warmup_steps": 20},
     }
 
@@ -65,7 +65,7 @@ def trainings(steps: int) -> dict[str, Groups]:
         return {name: learned.get(name, {}) | groups.get(name, {}) for name in {**learned, **groups}}
 
     found = {
-        "recipe": {"train": {"warmup_steps": min(100, steps // 2)}, "data": {"max_length": 192}},
+        "recipe": {"train": {"warmup_steps": min(100, steps // 2)}, "data": {"max_length": 256}},
         "learned": learned,
         "given order": but(data={"tag_order": "given"}),
         "by frequency": but(data={"tag_order": "frequency"}),

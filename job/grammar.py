@@ -22,7 +22,10 @@ class Walk(Protocol):
     tags: list[tuple[str, float]]
     """Each tag that is closed, with its confidence: the probability of its tokens, as the model gives it."""
     closed: bool
-    """Whether the list is at its end."""
+    """Whether the list is at its end: by its bracket, by its number of tags, or where a tag would come again.
+
+    A model that begins to repeat itself has said what it knows: other tags in that place are mostly wrong.
+    """
 
     def take(self, logits: torch.Tensor, log_total: torch.Tensor) -> int:
         """Go on with the likeliest token that is allowed, and return it.
@@ -83,24 +86,15 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tags: Iterable[str], space: str, most: int) -> None:
-        self.tags = tuple(dict.fromkeys(tags))
-        self.most = min(most, len(self.tags))
+        self.most = most
         self.end: int = tokenizer.eos_token_id
-        self._tries: dict[tuple[bool, bool], Node] = {}
-        for first in (True, False):
-            before = f"{space}[" if first else " "
-            written = [[f"{before}{tag!r}{after}" for tag in self.tags] for after in ",]"]
-            more, last = (tokenizer(texts, add_special_tokens=False).input_ids if texts else [] for texts in written)
-            both, final = Node(), Node()
-            for tag, more_ids, last_ids in zip(self.tags, more, last, strict=True):
-                both.add(more_ids, tag, last=False)
-                both.add(last_ids, tag, last=True)
-                final.add(last_ids, tag, last=True)
-            self._tries |= {(first, False): both, (first, True): final}
-
-    def beginning(self, written: int) -> Node:
-        """Where a tag begins, after so many others."""
-        return self._tries[written == 0, written + 1 >= self.most]
+        known = list(dict.fromkeys(tags))
+        self.first, self.further = Node(), Node()
+        for node, before in ((self.first, f"{space}["), (self.further, " ")):
+            for after in ",]":
+                written = [f"{before}{tag!r}{after}" for tag in known]
+                for tag, ids in zip(known, tokenizer(written, add_special_tokens=False).input_ids, strict=True):
+                    node.add(ids, tag, last=after == "]")
 
     def walk(self) -> VocabularyWalk:
         return VocabularyWalk(self)
@@ -111,8 +105,7 @@ class VocabularyWalk:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._node = vocabulary.beginning(0)
-        self._used: set[str] = set()
+        self._node = vocabulary.first
         self._confidence = 1.0
         self._decided = False
         self.tags: list[tuple[str, float]] = []
@@ -123,28 +116,24 @@ class VocabularyWalk:
             return self._vocabulary.end
         node = self._node
         values = logits[node.index.to(logits.device)].float()
-        used = [n for n, child in enumerate(node.children.values()) if self._used and child.tags <= self._used]
-        if used:
-            values[used] = -torch.inf
         chosen = int(values.argmax())
         child = node.children[node.ids[chosen]]
+        if child.tags <= {tag for tag, _ in self.tags}:
+            self.closed = True
+            return self._vocabulary.end
         if not self._decided:
-            same = [n for n, other in enumerate(node.children.values()) if other.tags == child.tags]
-            self._decided = child.only is not None
-            self._confidence *= float((values[same if self._decided else [chosen]] - log_total).exp().sum())
-        self._go(child)
-        return node.ids[chosen]
-
-    def _go(self, child: Node) -> None:
+            same = [chosen]
+            if child.only is not None:
+                self._decided = True
+                same = [n for n, other in enumerate(node.children.values()) if other.only == child.only]
+            self._confidence *= float((values[same] - log_total).exp().sum())
         self._node = child
-        if child.children:
-            return
-        (tag,) = child.tags
-        self.tags.append((tag, self._confidence))
-        self._used.add(tag)
-        self.closed = child.last
-        self._node = self._vocabulary.beginning(len(self.tags))
-        self._confidence, self._decided = 1.0, False
+        if not child.children:
+            (tag,) = child.tags
+            self.tags.append((tag, self._confidence))
+            self.closed = child.last or len(self.tags) == self._vocabulary.most
+            self._node, self._confidence, self._decided = self._vocabulary.further, 1.0, False
+        return node.ids[chosen]
 
 
 class Open:
@@ -223,18 +212,14 @@ class OpenWalk:
             return grammar.end
         allowed = grammar.allowed(self._written).to(logits.device)
         values = logits[: len(allowed)].float().masked_fill(~allowed, -torch.inf)
-        while True:
-            chosen = int(values.argmax())
-            if values[chosen] == -torch.inf:  # a tokenizer that cannot write a list
-                self.closed = True
-                return grammar.end
-            [written] = grammar.decode([[*self._ids, chosen]])
-            found = grammar.tags_in(written)
-            tags = [written[start + 1 : end - 1].strip() for start, end in found]
-            full = len(tags) == grammar.most and written.endswith((",", " "))
-            if len(set(tags)) == len(tags) and not full:
-                break
-            values[chosen] = -torch.inf
+        chosen = int(values.argmax())
+        [written] = grammar.decode([[*self._ids, chosen]])
+        found = grammar.tags_in(written)
+        tags = [written[start + 1 : end - 1].strip() for start, end in found]
+        # the last: of a tokenizer that cannot write a list
+        if len(set(tags)) < len(tags) or values[chosen] == -torch.inf:
+            self.closed = True
+            return grammar.end
         if len(tags) == len(self.tags):
             self._confidence *= float((values[chosen] - log_total).exp())
         else:  # what comes after the tag's quote, a comma or a bracket, is not the tag's
@@ -243,5 +228,5 @@ class OpenWalk:
             self._confidence = 1.0
         self._ids.append(chosen)
         self._written = written
-        self.closed = grammar.list.fullmatch(written) is not None
+        self.closed = len(tags) == grammar.most or grammar.list.fullmatch(written) is not None
         return chosen

@@ -111,7 +111,10 @@ class Tagger:
                 stopping_criteria=[lambda ids, _: torch.tensor([w.closed for w in walks], device=ids.device)],
             )
         texts = self._tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
-        return [(text.strip(), walk.tags, walk.closed) for text, walk in zip(texts, walks, strict=True)]
+        return [
+            (str([tag for tag, _ in walk.tags]) if walk.closed else text.strip(), walk.tags, walk.closed)
+            for text, walk in zip(texts, walks, strict=True)
+        ]
 
     def _likely(self, prompts: list[list[int]]) -> list[_Answer]:
         """The tags that are likely enough after each prompt, the likeliest first."""
@@ -119,7 +122,7 @@ class Tagger:
         ids, mask = self._padded(prompts)
         threshold = max(self.decoding.threshold, LEAST)
         with torch.inference_mode(), self._machine.autocast():
-            found = likely_tags(self._model, ids, mask, self._grammar.beginning(0), threshold)
+            found = likely_tags(self._model, ids, mask, self._grammar.first, threshold)
         answers: list[_Answer] = []
         for tags in found:
             ordered = sorted(tags.items(), key=lambda entry: (-entry[1], entry[0]))[: self.decoding.max_tags]

@@ -66,22 +66,49 @@ def test_whatever_the_logits_only_known_tags_are_written_and_none_twice(
         assert walk.closed
         assert 1 <= len(set(tags)) == len(tags) <= MOST
         assert set(tags) <= set(TAGS)
-        assert ids == tokenizer(f"{space}{tags}", add_special_tokens=False).input_ids
+        if ids[-1] == tokenizer.eos_token_id:
+            assert tokenizer.decode(ids[:-1]).startswith(f"{space}{str(tags)[:-1]},"), "ended by a tag that came again"
+        elif len(tags) < MOST:
+            assert ids == tokenizer(f"{space}{tags}", add_special_tokens=False).input_ids
+        else:
+            assert tokenizer.decode(ids)[:-1] == f"{space}{tags}"[:-1]
 
 
 def test_whatever_the_logits_an_open_list_parses_and_holds_no_tag_twice(tokenizer: PreTrainedTokenizerFast) -> None:
     grammar = Open(tokenizer, " ", MOST)
-    closed = 0
+    by_bracket = 0
     for seed in range(60):
         walk = grammar.walk()
         ids = written(walk, any_logits(tokenizer, seed))
         tags = [tag for tag, _ in walk.tags]
         assert len(set(tags)) == len(tags) <= MOST
         assert all(tags)
-        if walk.closed:
-            closed += 1
-            assert [tag.strip() for tag in ast.literal_eval(tokenizer.decode(ids).strip())] == tags
-    assert closed > 10
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        assert grammar.list.fullmatch(text, partial=True)
+        if grammar.list.fullmatch(text):
+            by_bracket += 1
+            assert [tag.strip() for tag in ast.literal_eval(text.strip())] == tags
+    assert by_bracket > 5
+
+
+def test_a_tag_that_would_come_again_ends_the_list(llama_tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = llama_tokenizer(" ['life', 'love', 'life', 'lovely']", add_special_tokens=False).input_ids
+    logits = [torch.full((len(llama_tokenizer),), -3.0).index_fill_(0, torch.tensor([i]), 6.0) for i in ids]
+    for grammar in (Vocabulary(llama_tokenizer, TAGS, " ", MOST), Open(llama_tokenizer, " ", MOST)):
+        walk = grammar.walk()
+        assert written(walk, logits)[-1] == llama_tokenizer.eos_token_id
+        assert [tag for tag, _ in walk.tags] == ["life", "love"]
+        assert walk.closed
+
+
+def test_a_list_ends_with_the_most_tags_it_may_have(llama_tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = llama_tokenizer(" ['life', 'love', 'lovely', 'été']", add_special_tokens=False).input_ids
+    logits = [torch.full((len(llama_tokenizer),), -3.0).index_fill_(0, torch.tensor([i]), 6.0) for i in ids]
+    for grammar in (Vocabulary(llama_tokenizer, TAGS, " ", 2), Open(llama_tokenizer, " ", 2)):
+        walk = grammar.walk()
+        written(walk, logits)
+        assert [tag for tag, _ in walk.tags] == ["life", "love"]
+        assert walk.closed
 
 
 @pytest.mark.parametrize(
@@ -110,15 +137,6 @@ def test_a_tag_is_as_confident_as_its_tokens_are_likely(llama_tokenizer: PreTrai
         written(walk, logits)
         [(_, confidence)] = walk.tags
         assert one ** len(ids) <= confidence <= one ** (len(ids) - 1) * (one + len(closing) * (1 - one))
-
-
-def test_a_list_of_all_tags_ends(llama_tokenizer: PreTrainedTokenizerFast) -> None:
-    walk = Vocabulary(llama_tokenizer, ("life", "love"), " ", 9).walk()
-    comma = torch.zeros(len(llama_tokenizer))
-    comma[llama_tokenizer("',").input_ids] = 9.0
-    written(walk, [comma] * 30)
-    assert {tag for tag, _ in walk.tags} == {"life", "love"}
-    assert walk.closed
 
 
 def test_each_answer_of_a_batch_goes_its_own_way(llama_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -27,7 +27,7 @@ def test_a_tag_is_as_likely_as_its_ways_of_being_written(
     width = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    start = Vocabulary(tokenizer, TAGS, " ", 9).beginning(0)
+    start = Vocabulary(tokenizer, TAGS, " ", 9).first
 
     def alone(prompt: list[int], tag: str) -> float:
         """Summed over the tokens up to where no other tag is left."""
