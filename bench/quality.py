@@ -133,11 +133,23 @@ def folds(dataset: str, fold: int | str) -> tuple[tuple[Example, ...], tuple[Exa
     return tuple(train), tuple(development)
 
 
+def _settings(options: argparse.Namespace, variant: Variant) -> Settings:
+    groups = trainings(options.steps)[variant.training]
+    chosen: Any = {
+        **groups,
+        "base": {"model": model_setting(options.base), "quantize": "none"} | groups.get("base", {}),
+        "data": {"dataset": options.data} | groups.get("data", {}),
+        "sample": {"max_new_tokens": 40, "batch_size": 32} | variant.sample,
+    }
+    return Settings(**chosen)
+
+
 def _kept(options: argparse.Namespace, fold: int | str, name: str, measure: Callable[[], Record]) -> Record:
-    """The record of a measurement: the one that is in the work folder, or else made now."""
+    """The record of a measurement: the one that is in the work folder for the same settings, or else made now."""
     from job.whole import write_whole
 
-    file = options.work / "records" / f"{name}, {options.steps} steps, {fold}.json"
+    settings = Settings(data=Data(dataset=options.data)) if name in REFERENCES else _settings(options, VARIANTS[name])
+    file = options.work / "records" / f"{name}, {fold}, {settings.digest()}.json"
     if not file.is_file():
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_whole(file, json.dumps({"variant": name, "fold": fold, "when": started} | measure()))
@@ -176,18 +188,12 @@ def _measure(
     from job.evaluate import calibrate
 
     variant = VARIANTS[name]
-    groups = trainings(options.steps)[variant.training]
-    chosen: Any = {
-        **groups,
-        "base": {"model": model_setting(options.base), "quantize": "none"} | groups.get("base", {}),
-        "data": {"dataset": options.data} | groups.get("data", {}),
-        "sample": {"max_new_tokens": 40, "batch_size": 32} | variant.sample,
-    }
-    settings = Settings(**chosen)
+    settings = _settings(options, variant)
     # the same texts are set aside for every variant, so that those of one training can share it
     parts = data.set_aside(Examples(tuple(train), tuple(held_out), 0, ""), settings.data)
     machine = Machine.resolve("auto", "auto")
-    folder = options.work / "trained" / f"{variant.training}, {options.steps} steps, {fold}"
+    untold = settings.decoded_as_published()  # adapters are the same however they are decoded
+    folder = options.work / "trained" / f"{variant.training}, {fold}, {untold.digest()}"
     model, tokenizer, seconds = _trained(folder, settings, parts.train, machine)
     decoding = for_training(settings.sample, parts.train)
     tagger = (_free_tagger() if variant.free else _tagger())(model, tokenizer, settings, machine, decoding)

@@ -162,8 +162,9 @@ def _check(options: argparse.Namespace, chosen: Settings) -> None:
     checked = preflight.check(chosen)
     examples, run = checked.examples, checked.run
     print(f"base model: {checked.settings.base.model} at {checked.settings.base.revision or 'this machine'}")
+    aside = f"{len(examples.calibration)} set aside for the threshold, " if examples.calibration else ""
     print(
-        f"data: {len(examples.train)} examples to train on, {len(examples.held_out)} held out, "
+        f"data: {len(examples.train)} examples to train on, {aside}{len(examples.held_out)} held out, "
         f"{examples.skipped} rows skipped, {examples.near_duplicates} near-duplicates of held-out ones left out"
     )
     print(f"run: {run.path}{', complete already' if run.complete else ''}")

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from job import data, quantize
-from job.locate import is_local
+from job.locate import FORMATS, WEIGHTS, is_local
 from job.results import Scores
 from job.settings import Settings, show
 
@@ -20,8 +20,8 @@ def card(settings: Settings, scores: Mapping[str, Scores], versions: Mapping[str
     cards that name a local path.
     """
     base, revision = quantize.identity(settings.base)
-    on_hub = not is_local(base, quantize.WEIGHTS)
-    data_on_hub = not is_local(settings.data.dataset, data.FORMATS)
+    on_hub = not is_local(base, WEIGHTS)
+    data_on_hub = not is_local(settings.data.dataset, FORMATS)
     metadata: dict[str, Any] = {
         "library_name": "peft",
         "pipeline_tag": "text-generation",

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job import hub
-from job.locate import is_local, local_path
+from job.locate import FORMATS, is_local, local_path
 from job.results import Encoded, Example, Examples, Prediction, Refused
 from job.settings import Data, Sample, Settings, is_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMATS = (".jsonl", ".csv", ".parquet")
 SHARED_GRAMS = 0.6
 """Two texts are near-duplicates when they share this part of the shorter one's 5-grams."""
 WORTH_CACHING = 10_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,8 @@ from typing import Any, Literal
 from job import hub
 from job.results import Example, Refused
 from job.settings import Sample
+
+log = logging.getLogger(__name__)
 
 FILE = "tagger.json"
 SCHEMA_VERSION = 1
@@ -54,13 +57,13 @@ def of_adapter(settings: Sample, adapter: Path | str, revision: str | None = Non
     """
     own = Decoding("list", "open", (), 0.0, MOST)
     try:
-        found = _read(adapter) if isinstance(adapter, Path) else hub.published_json(adapter, revision, FILE)
+        found = _read(adapter) if isinstance(adapter, Path) else _published(adapter, revision)
         if found is not None:
             if found["schema_version"] != SCHEMA_VERSION:
                 raise ValueError(f"its schema version is {found['schema_version']}, and this job's {SCHEMA_VERSION}")
             Sample(**{name: found[name] for name in ("decoding", "threshold", "max_tags")})  # which looks at them
             own = Decoding(**{name: found[name] for name in Decoding.__annotations__} | {"tags": tuple(found["tags"])})
-            texts = all(isinstance(tag, str) for tag in own.tags)
+            texts = isinstance(found["tags"], list) and all(isinstance(tag, str) for tag in own.tags)
             if own.vocabulary not in ("open", "closed") or found["threshold"] == "auto" or not texts:
                 raise ValueError("its vocabulary is not open or closed, its threshold no number, or a tag no text")
     except (hub.Unreadable, OSError, KeyError, TypeError, ValueError) as error:
@@ -75,7 +78,22 @@ def of_adapter(settings: Sample, adapter: Path | str, revision: str | None = Non
             f"the adapter in {adapter} has no {FILE} with the tags it was trained on; "
             "set TAGGER_SAMPLE_VOCABULARY to a file with one tag a line, or to open"
         )
+    if chosen.decoding == "likely" and chosen.vocabulary == "open":
+        raise Refused(
+            f"the adapter in {adapter} is decoded by how likely each tag is, of a vocabulary that is open here; "
+            "set TAGGER_SAMPLE_VOCABULARY to seen or to a file of tags, or TAGGER_SAMPLE_DECODING=list"
+        )
     return chosen
+
+
+def _published(repo: str, revision: str | None) -> dict[str, Any] | None:
+    try:
+        return hub.published_json(repo, revision, FILE)
+    except hub.Unreadable:
+        if not hub.is_offline():
+            raise
+        log.warning("sample: %s of %s is not in the cache, so its answers are lists of any tags", FILE, repo)
+        return None
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
@@ -92,15 +110,17 @@ def _chosen(settings: Sample, otherwise: Decoding) -> Decoding:
     }
     if settings.vocabulary is not None:
         given["vocabulary"] = "open" if settings.vocabulary == "open" else "closed"
-        if settings.vocabulary not in ("open", "seen"):
-            given["tags"] = listed_tags(Path(settings.vocabulary))
+        given["tags"] = listed(settings)
     elif settings.decoding == "likely":
         given["vocabulary"] = "closed"
     return replace(otherwise, **{name: value for name, value in given.items() if value is not None})
 
 
-def listed_tags(file: Path) -> tuple[str, ...]:
-    """The lines of a vocabulary file, each once; raises Refused when there are none."""
+def listed(settings: Sample) -> tuple[str, ...] | None:
+    """The tags of a vocabulary file, one a line, each once; None without a file, raises Refused when it has none."""
+    if settings.vocabulary in (None, "open", "seen"):
+        return None
+    file = Path(settings.vocabulary)
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

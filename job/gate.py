@@ -21,7 +21,9 @@ log = logging.getLogger(__name__)
 
 FEWEST = 30
 """Held-out examples below which nothing is compared: bootstrap intervals of so few are too narrow."""
-AS_TRAINED = ("TAGGER_BASE_QUANTIZE", "TAGGER_DATA_SEPARATOR", "TAGGER_DATA_MAX_LENGTH")
+AS_TRAINED = (
+    *("TAGGER_BASE_QUANTIZE", "TAGGER_DATA_SEPARATOR", "TAGGER_DATA_MAX_LENGTH", "TAGGER_SAMPLE_MAX_NEW_TOKENS"),
+)
 """What an adapter is evaluated with as its own run had it."""
 SPLIT = ("TAGGER_DATA_DATASET", "TAGGER_DATA_SEED", "TAGGER_DATA_EVAL_SIZE")
 
@@ -187,8 +189,7 @@ def _evaluate(
     try:
         trained = (hub.published_json(repo, revision, "manifest.json") or {}).get("settings", {})
         as_trained = settings.with_result_values({name: trained[name] for name in AS_TRAINED if name in trained})
-        own = dict.fromkeys(("vocabulary", "decoding", "threshold", "max_tags"))  # as its file has them
-        as_trained = as_trained.model_copy(update={"sample": as_trained.sample.model_copy(update=own)})
+        as_trained = as_trained.decoded_as_published()
     except (hub.Unreadable, TypeError, ValueError) as error:
         raise Refused(f"its manifest.json cannot be read ({error})") from None
     if any(name in trained and trained[name] != settings.values()[name] for name in SPLIT):

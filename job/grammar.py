@@ -88,12 +88,13 @@ class Vocabulary:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tags: Iterable[str], space: str, most: int) -> None:
         self.most = most
         self.end: int = tokenizer.eos_token_id
-        known = list(dict.fromkeys(tags))
         self.first, self.further = Node(), Node()
+        known = {str(tokenizer(f" {tag!r}]", add_special_tokens=False).input_ids): tag for tag in reversed(list(tags))}
+        names = list(known.values())  # of tags that a tokenizer writes alike the first
         for node, before in ((self.first, f"{space}["), (self.further, " ")):
             for after in ",]":
-                written = [f"{before}{tag!r}{after}" for tag in known]
-                for tag, ids in zip(known, tokenizer(written, add_special_tokens=False).input_ids, strict=True):
+                written = [f"{before}{tag!r}{after}" for tag in names]
+                for tag, ids in zip(names, tokenizer(written, add_special_tokens=False).input_ids, strict=True):
                     node.add(ids, tag, last=after == "]")
 
     def walk(self) -> VocabularyWalk:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from job import settings
 from job.interruption import EXIT_CODE as INTERRUPTED
-from job.locate import PACKAGE
+from job.locate import FORMATS, PACKAGE, WEIGHTS, is_local
 from job.results import JobError, Refused
 from job.run_folder import read_manifest, try_to_write
 from job.settings import Modal, Settings, is_unicode
@@ -130,6 +130,7 @@ def _override(options: argparse.Namespace) -> None:
 def _checked(command: str, options: argparse.Namespace, chosen: Settings) -> tuple[str, ...]:
     """Raise Refused for what this command could not do in a container; returns the texts to tag, if it is to."""
     problems = _only_here(chosen) if command in ("main", "retrain", "deploy") else []
+    problems += [] if command in ("status", "fetch") else _vocabulary_here(chosen)
     output, to = getattr(options, "output", None), getattr(options, "to", None)
     if output is not None and (output.is_dir() or not output.name):
         problems.append(f"--output {output} is a folder; expected the path of a file")
@@ -149,6 +150,16 @@ def _checked(command: str, options: argparse.Namespace, chosen: Settings) -> tup
     return texts
 
 
+def _vocabulary_here(chosen: Settings) -> list[str]:
+    tags = chosen.sample.vocabulary
+    if tags in (None, "open", "seen") or tags.startswith((f"{RUNS}/", f"{CACHE}/")):
+        return []
+    return [
+        f"TAGGER_SAMPLE_VOCABULARY={tags} is not in Modal's container; expected open, seen, or a path on a volume "
+        f"({RUNS}/..., {CACHE}/...)"
+    ]
+
+
 def _only_here(chosen: Settings) -> list[str]:
     """A sentence for each file that is on this machine, or in a package, and not in the container."""
     named = {"TAGGER_BASE_MODEL": chosen.base.model, "TAGGER_DATA_DATASET": chosen.data.dataset}
@@ -157,14 +168,8 @@ def _only_here(chosen: Settings) -> list[str]:
         f"(package:job/...), or a path on a volume ({RUNS}/..., {CACHE}/...)"
         for variable, name in named.items()
         if not name.startswith((f"{PACKAGE}job/", f"{RUNS}/", f"{CACHE}/"))
-        and (name.startswith((PACKAGE, ".", "/", "~")) or Path(name).exists())
+        and (name.startswith((PACKAGE, "~")) or is_local(name, (*FORMATS, *WEIGHTS)))
     ]
-    tags = chosen.sample.vocabulary
-    if tags not in (None, "open", "seen") and not tags.startswith((f"{RUNS}/", f"{CACHE}/")):
-        problems.append(
-            f"TAGGER_SAMPLE_VOCABULARY={tags} is not in Modal's container; expected open, seen, or a path on a volume "
-            f"({RUNS}/..., {CACHE}/...)"
-        )
     for variable, file in {"INPUT": chosen.sample.input, "OUTPUT": chosen.sample.output}.items():
         if file is not None:
             problems.append(
@@ -201,11 +206,11 @@ def read_texts(path: Path, column: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def in_sentences() -> Iterator[None]:
+def in_sentences(goes_on: str = "the same command begins anew") -> Iterator[None]:
     """Within, an error with a sentence of its own ends the process with it and its exit code, without a traceback.
 
     So do, with 75, the end of the last attempt's time, and Ctrl-C: Modal's own answer to it, 0, would
-    pass for a run that was done.
+    pass for a run that was done. `goes_on` says what the same command would do then.
     """
     import modal
 
@@ -215,13 +220,13 @@ def in_sentences() -> Iterator[None]:
         _fail(error)
     except (KeyboardInterrupt, modal.exception.FunctionTimeoutError) as end:
         why = "interrupted here" if isinstance(end, KeyboardInterrupt) else "the time of the last attempt is up"
-        print(f"{why}; the same command goes on from what the volume holds", file=sys.stderr)
+        print(f"{why}; {goes_on}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
 
 
 def wait(call: modal.FunctionCall[dict[str, Any]], asked: Request, runs: modal.Volume) -> None:
     """Wait for the job's end, show it, save and fetch what is asked for, and end with the job's exit code."""
-    with in_sentences():
+    with in_sentences("the same command goes on from what the volume holds"):
         print(f"call {call.object_id}; `modal run modal_app.py::status` tells how it stands", file=sys.stderr)
         outcome = call.get()
         if asked.options.output is not None:

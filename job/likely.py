@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from job.grammar import Node
 
 WAYS = 8
-"""Of one text that are followed at once, on the whole: what a batch has room for."""
+"""For each text of a batch, the ways that are followed at once; further ones come after them."""
 
 
 def likely_tags(
@@ -26,32 +27,41 @@ def likely_tags(
     orders the tags by how likely the text has them, and the threshold can be set for the best F1; the
     likeliest list as a whole is too sure of its tags. `ids` and `mask` are int64 [texts, width], padded
     on the left; probabilities are the model's own, over all tokens. A way is left where it is less
-    likely than half the threshold (a tag may have two), so that there are few of them.
+    likely than half the threshold, so that there are few of them: a tag that the tokenizer writes in two
+    ways, last and before another, is counted in full where one of them reaches that.
     """
     base: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     positioned = "position_ids" in inspect.signature(base.forward).parameters
     found: list[dict[str, float]] = [{} for _ in ids]
-    ways = [(text, start, 1.0) for text in range(len(ids))]
-    cache: Any = None
-    while ways:
+    most = len(ids) * WAYS
+    ahead = [(ids, mask, None, [(text, start, 1.0) for text in range(len(ids))])]
+    while ahead:
+        ids, mask, cache, ways = ahead.pop()
         places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if positioned else {}
         output = model(
             input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **places
         )
-        cache = output.past_key_values
         probabilities = output.logits[:, -1].float().softmax(-1)
-        further: list[tuple[int, int, int, Node, float]] = []
+        further: list[tuple[int, int, tuple[int, Node, float]]] = []
         for row, (text, node, likely) in enumerate(ways):
             values = (probabilities[row, node.index.to(ids.device)] * likely).tolist()
             for i, child, value in zip(node.ids, node.children.values(), values, strict=True):
                 if (tag := child.only) is not None:
                     found[text][tag] = found[text].get(tag, 0.0) + value
                 elif value >= threshold / 2:
-                    further.append((row, text, i, child, value))
-        ways = [(text, child, value) for _, text, _, child, value in further]
-        if ways:
-            rows = torch.tensor([row for row, *_ in further], device=ids.device)
-            cache.batch_select_indices(rows)
-            mask = torch.nn.functional.pad(mask[rows], (0, 1), value=1)
-            ids = torch.tensor([[i] for _, _, i, _, _ in further], device=ids.device)
+                    further.append((row, i, (text, child, value)))
+        for first in range(0, len(further), most):
+            rows, tokens, onward = zip(*further[first : first + most], strict=True)
+            at = torch.tensor(rows, device=ids.device)
+            longer = torch.nn.functional.pad(mask[at], (0, 1), value=1)
+            part = _rows(output.past_key_values, at)
+            ahead.append((torch.tensor(tokens, device=ids.device)[:, None], longer, part, list(onward)))
     return [{tag: value for tag, value in tags.items() if value >= threshold} for tags in found]
+
+
+def _rows(cache: Any, rows: torch.Tensor) -> Any:
+    """A cache with these rows of another one, which stays as it is."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen.batch_select_indices(rows)
+    return chosen

@@ -10,6 +10,9 @@ from pathlib import Path
 from job.results import Refused
 
 PACKAGE = "package:"
+WEIGHTS = (".gguf",)
+FORMATS = (".jsonl", ".csv", ".parquet")
+"""Files of a base model, and of data: a name that ends so is no Hub id."""
 
 
 def hub_snapshot(path: Path) -> tuple[str, str] | None:

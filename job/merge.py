@@ -33,7 +33,7 @@ def merge(run: RunFolder, settings: Settings, machine: Machine) -> None:
     tokenizer = quantize.load_tokenizer(settings.base)
     texts = texts_to_tag(settings.sample)
     adapted = peft.PeftModel.from_pretrained(base, str(run.adapter))
-    decoding = of_adapter(settings.sample, run.adapter)
+    decoding = of_adapter(settings.decoded_as_published().sample, run.adapter)
     expected = Tagger(adapted, tokenizer, settings, exact, decoding).tag(texts)
     merged = adapted.merge_and_unload()
     if Tagger(merged, tokenizer, settings, exact, decoding).tag(texts) != expected:

@@ -103,12 +103,14 @@ def fine_tune(checked: Checked, machine: Machine) -> None:
     with run.chapter("train"):
         trained = train(model, encoded, settings.train, tokenizer=tokenizer, machine=machine, run=run)
     tagger = Tagger(model, tokenizer, settings, machine, for_training(settings.sample, examples.train))
+    weights = digest(model)
     if settings.sample.threshold == "auto":
-        calibrate(tagger, examples.calibration)
+        report.kept_threshold(run, weights, tagger, lambda: calibrate(tagger, examples.calibration))
+    at = f"threshold {tagger.decoding.threshold}"
     with model.disable_adapter():
-        before, _ = report.kept_evaluation(run, "evaluate_base", "none", lambda: evaluate(tagger, held_out))
+        before, _ = report.kept_evaluation(run, "evaluate_base", f"none, {at}", lambda: evaluate(tagger, held_out))
     log.info("evaluate: the base model, %s", before)
-    after, predictions = report.kept_evaluation(run, "evaluate", digest(model), lambda: evaluate(tagger, held_out))
+    after, predictions = report.kept_evaluation(run, "evaluate", f"{weights}, {at}", lambda: evaluate(tagger, held_out))
     log.info("evaluate: with the adapter, %s", after)
 
     scores = {**references(examples.train + examples.calibration, held_out), "base": before, "adapter": after}
@@ -138,8 +140,9 @@ def finish(run: RunFolder, settings: Settings, repo: str | None, machine: Machin
         refuse(run, verdict, repo, settings.hub)
     with run.chapter("push"):
         published = None if repo is None else push(run, repo, settings.hub, verdict)
+    as_published = settings.decoded_as_published()
     with run.chapter("sample"):
-        report.check_round_trip(run, lambda: load_tagger(settings, published or run.adapter, machine), settings)
+        report.check_round_trip(run, lambda: load_tagger(as_published, published or run.adapter, machine), settings)
     if published is not None and verdict.parent is not None:
         run.update(candidate=published.revision)
         with run.chapter("promote"), saved(run):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from job import data, decoding, gate, hub, push, quantize, report, run_folder
-from job.locate import is_local
+from job.locate import FORMATS, WEIGHTS, is_local
 from job.results import Examples, GateFailed, Refused, Resolved
 from job.run_folder import RunFolder
 from job.settings import Settings
@@ -45,19 +45,18 @@ def check(settings: Settings) -> Checked:
     settings = run_folder.as_begun(settings)
     base: Resolved | None = None
     dataset: Resolved | None = None
-    if is_local(settings.base.model, quantize.WEIGHTS):
+    if is_local(settings.base.model, WEIGHTS):
         attempt(quantize.check_local, settings.base.model)
     elif not hub.is_offline():
         base = attempt(hub.resolve, "model", settings.base.model, settings.base.revision)
-    if not is_local(settings.data.dataset, data.FORMATS) and not hub.is_offline():
+    if not is_local(settings.data.dataset, FORMATS) and not hub.is_offline():
         dataset = attempt(hub.resolve, "dataset", settings.data.dataset, settings.data.revision)
     repo = attempt(push.prepare, settings)
     attempt(gate.check_published, settings, repo)
     attempt(data.texts_to_tag, settings.sample)
-    if settings.sample.vocabulary not in (None, "open", "seen"):
-        attempt(decoding.listed_tags, Path(settings.sample.vocabulary))
+    listed = attempt(decoding.listed, settings.sample)
     attempt(report.check_output, settings.sample.output, settings.sample.input, settings.data.dataset)
-    if problems and not is_local(settings.data.dataset, data.FORMATS):
+    if problems and not is_local(settings.data.dataset, FORMATS):
         raise Refused(*problems)  # before a data set is downloaded
 
     settings = settings.pinned(base=base.commit if base else None, data=dataset.commit if dataset else None)
@@ -68,6 +67,9 @@ def check(settings: Settings) -> Checked:
     attempt(gate.check_split, settings, examples)
     if settings.sample.threshold == "auto":
         examples = attempt(data.set_aside, examples, settings.data) or examples
+    if listed:  # the file's name alone would not tell another content
+        both = hashlib.sha256(repr((examples.fingerprint, listed)).encode()).hexdigest()
+        examples = replace(examples, fingerprint=both)
     run = attempt(RunFolder.open, settings, examples)
     if problems:
         raise Refused(*problems)

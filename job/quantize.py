@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from job import hub
-from job.locate import hub_snapshot, is_local, local_path
+from job.locate import WEIGHTS, hub_snapshot, is_local, local_path
 from job.results import Refused
 from job.settings import Base
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = (".gguf",)
 UNREADABLE = (
     *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError),
     *(SafetensorError, StrictDataclassError),

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job import card, logs, pipeline, report, settings
+from job import card, hub, logs, pipeline, report, settings
 from job.results import JobError, Summary
 from job.run_folder import RunFolder, read_manifest
 from job.whole import write_whole
@@ -35,7 +35,11 @@ def perform(command: str, given: Mapping[str, str], *, call: str, commit: Callab
     """
     logs.configure()
     settings.take_over(given)
-    attempt = _Attempt(settings.load().run.dir / CALLS / call, commit)
+    try:
+        chosen = settings.load()
+    except JobError as error:  # as it cannot be, for the caller has looked; an exception would be tried again
+        return {"exit_code": error.exit_code, "said": str(error), "gpu_seconds": 0.0}
+    attempt = _Attempt(chosen.run.dir / CALLS / call, commit)
     try:
         outcome = attempt.perform(command)
     except BaseException:
@@ -100,16 +104,23 @@ def describe(run: Path) -> dict[str, Any]:
 
 
 def tag(given: Mapping[str, str], texts: Sequence[str]) -> dict[str, Any]:
-    """The answers for some texts, in order, as JSON; the model stays loaded for the next call in this container."""
+    """The answers for some texts, in order, as JSON; the model stays loaded for the next call in this container.
+
+    Until the repo has another adapter.
+    """
     logs.configure()
     settings.take_over(given)
     try:
-        answers = _tagger(tuple(sorted(given.items()))).tag(texts)
+        chosen = settings.load().hub
+        head = None if chosen.repo is None else hub.resolve("model", chosen.repo, chosen.revision).commit
+        answers = _tagger(tuple(sorted(given.items())), head).tag(texts)
     except JobError as error:
         return {"exit_code": error.exit_code, "said": str(error), "answers": []}
     return {"exit_code": 0, "said": "", "answers": [asdict(answer) for answer in answers]}
 
 
 @functools.lru_cache(maxsize=1)
-def _tagger(given: tuple[tuple[str, str], ...]) -> Tagger:
-    return pipeline.tagger(settings.load(), "BASE", "DATA")
+def _tagger(given: tuple[tuple[str, str], ...], commit: str | None) -> Tagger:
+    chosen = settings.load()
+    at_commit = chosen.hub.model_copy(update={"revision": commit})
+    return pipeline.tagger(chosen.model_copy(update={"hub": at_commit}), "BASE", "DATA")

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 LONGEST_NAME = 200
 """Bytes; file systems take 255, and the name is longer while the file is being written."""
+
+ROUNDING = 0.01
+"""Of a probability, on another device or in another precision."""
 
 TAGS_SHOWN = 15
 """The most frequent ones; tags.jsonl has all."""
@@ -49,6 +52,17 @@ def kept_evaluation(
         except OSError as error:
             log.warning("%s: not kept in case of an interruption (%s)", chapter, error.strerror or error)
     return scores, predictions
+
+
+def kept_threshold(run: RunFolder, weights: str, tagger: Tagger, calibrate: Callable[[], None]) -> None:
+    """Give a tagger the threshold that an attempt before found for these weights, or find and note it now."""
+    with run.chapter("calibrate"):
+        kept = run.manifest.get("threshold")
+        if kept is not None and kept["weights"] == weights:
+            tagger.decoding = replace(tagger.decoding, threshold=kept["value"])
+            return
+        calibrate()
+        run.update(threshold={"weights": weights, "value": tagger.decoding.threshold})
 
 
 def scores(run: RunFolder) -> dict[str, Scores]:
@@ -121,7 +135,8 @@ def check_round_trip(run: RunFolder, load: Callable[[], Tagger], settings: Setti
     """
     before = [json.loads(line) for line in (run.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     try:
-        samples = load().tag([sample["text"] for sample in before])
+        tagger = load()
+        samples = tagger.tag([sample["text"] for sample in before])
     except Refused as refusal:
         raise PushFailed(
             f"what was saved cannot be loaded back: {refusal} "
@@ -129,11 +144,22 @@ def check_round_trip(run: RunFolder, load: Callable[[], Tagger], settings: Setti
         ) from refusal
     show_samples(samples, settings.sample.output)
     for old, new in zip(before, samples, strict=True):
-        if old["raw"] != new.raw:
+        if old["raw"] != new.raw and not (tagger.decoding.decoding == "likely" and _nearly(old, new)):
             raise PushFailed(
                 f"loaded anew, the adapter answers {new.raw!r} to {new.text!r}, and answered {old['raw']!r} after "
                 f"training: what was saved is not what was trained; look at {run.path} before using it"
             )
+
+
+def _nearly(old: Mapping[str, Any], new: Tagged) -> bool:
+    """Whether the tags are as likely as they were, but for what another machine rounds otherwise.
+
+    One that only one side has may have been at the threshold, which the least likely ones are nearest to.
+    """
+    was = dict(zip(old["tags"], old["confidences"], strict=True))
+    now = dict(zip(new.tags, new.confidences, strict=True))
+    least = min([*was.values(), *now.values()], default=0.0)
+    return all(abs(was.get(tag, least) - now.get(tag, least)) <= ROUNDING for tag in was | now)
 
 
 def show_samples(samples: Sequence[Tagged], output: Path | None) -> None:

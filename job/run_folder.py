@@ -91,7 +91,9 @@ class RunFolder:
             if before.get(name) != now[name]
         ]
         if not differences and self.manifest["dataset"]["fingerprint"] != examples.fingerprint:
-            differences = [f"the contents of {settings.data.dataset} have changed"]
+            tags = settings.sample.vocabulary
+            files = settings.data.dataset if tags in (None, "open", "seen") else f"{settings.data.dataset} or {tags}"
+            differences = [f"the contents of {files} have changed"]
         if differences:
             raise Refused(
                 f"the run {self.path} was made with something else: {'; '.join(differences)}. "
@@ -274,6 +276,7 @@ def _new_manifest(run_id: str, settings: Settings, examples: Examples) -> dict[s
         "dataset": {
             "fingerprint": examples.fingerprint,
             "train": len(examples.train),
+            "calibration": len(examples.calibration),
             "held_out": len(examples.held_out),
             "near_duplicates": examples.near_duplicates,
             "skipped": examples.skipped,

@@ -413,7 +413,18 @@ class Settings(BaseSettings):
         for name, group, knob in _knobs():
             if _changes_result(name) and name in values:
                 groups[group][knob] = values[name]
-        return Settings.model_validate(groups)
+        try:
+            return Settings.model_validate(groups)
+        except ValidationError as error:
+            problems = [_describe(detail, {}) for detail in error.errors(include_url=False)]
+            raise Refused(
+                *(f"with the settings of the run that trained it: {problem}" for problem in problems)
+            ) from None
+
+    def decoded_as_published(self) -> Settings:
+        """These settings without those that would have an adapter decoded otherwise than it says itself."""
+        own = dict.fromkeys(("vocabulary", "decoding", "threshold", "max_tags"))
+        return self.model_copy(update={"sample": self.sample.model_copy(update=own)})
 
     def digest(self, *more: str) -> str:
         """Eight hexadecimal digits that identify `result_values` and whatever else is given."""

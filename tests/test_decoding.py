@@ -56,6 +56,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, text: str) -> Non
         ("decoding", "beam"),
         ("vocabulary", "all"),
         ("tags", [1]),
+        ("tags", "abc"),
     ],
 )
 def test_a_file_with_values_that_none_could_set_is_refused(tmp_path: Path, name: str, value: object) -> None:
@@ -64,6 +65,13 @@ def test_a_file_with_values_that_none_could_set_is_refused(tmp_path: Path, name:
     (tmp_path / FILE).write_text(json.dumps(found | {name: value}))
     with pytest.raises(Refused, match="tagger.json of the adapter in .* cannot be read"):
         of_adapter(Sample(), tmp_path)
+
+
+def test_likely_tags_of_an_open_vocabulary_are_refused(tmp_path: Path) -> None:
+    for_training(Sample(decoding="likely"), TRAIN).save(tmp_path)
+    with pytest.raises(Refused, match="set TAGGER_SAMPLE_VOCABULARY to seen or to a file"):
+        of_adapter(Sample(vocabulary="open"), tmp_path)
+    assert of_adapter(Sample(vocabulary="open", decoding="list"), tmp_path).decoding == "list"
 
 
 def test_a_vocabulary_file_that_lists_nothing_is_refused(tmp_path: Path) -> None:

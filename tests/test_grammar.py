@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Sequence
 
 import pytest
 import torch
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from job.grammar import Open, Vocabulary, Walk, enforce
@@ -137,6 +139,17 @@ def test_a_tag_is_as_confident_as_its_tokens_are_likely(llama_tokenizer: PreTrai
         written(walk, logits)
         [(_, confidence)] = walk.tags
         assert one ** len(ids) <= confidence <= one ** (len(ids) - 1) * (one + len(closing) * (1 - one))
+
+
+def test_of_tags_that_are_written_alike_one_is_known(llama_tokenizer: PreTrainedTokenizerFast) -> None:
+    llama_tokenizer = copy.deepcopy(llama_tokenizer)
+    llama_tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    grammar = Vocabulary(llama_tokenizer, ["cafe\u0301", "caf\u00e9", "life"], " ", MOST)
+    assert grammar.first.tags == {"cafe\u0301", "life"}
+    for seed in range(8):
+        walk = grammar.walk()
+        written(walk, any_logits(llama_tokenizer, seed))
+        assert walk.closed
 
 
 def test_each_answer_of_a_batch_goes_its_own_way(llama_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -129,6 +129,25 @@ def test_an_adapter_is_used_with_the_tags_and_the_threshold_that_it_was_publishe
     assert all(sample["tags"] == [] for sample in lines(Path("answers.jsonl")))
 
 
+def test_a_vocabulary_file_that_changed_is_another_run(
+    tiny: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tags = tmp_path / "tags.txt"
+    tags.write_text("rain\nsea\n")
+    tiny.setenv("TAGGER_SAMPLE_VOCABULARY", str(tags))
+    assert main([]) == 0
+    run = tmp_path / "runs" / "tiny"
+    assert json.loads((run / "adapter" / "tagger.json").read_text())["tags"] == ["rain", "sea"]
+    assert {tag for sample in lines(run / "samples.jsonl") for tag in sample["tags"]} <= {"rain", "sea"}
+    tags.write_text("rain\nwind\n")
+    capsys.readouterr()
+    assert main([]) == 2
+    assert f"the contents of {SAYINGS} or {tags} have changed" in capsys.readouterr().err
+    tags.unlink()
+    assert main([]) == 2
+    assert f"TAGGER_SAMPLE_VOCABULARY={tags} cannot be read" in capsys.readouterr().err
+
+
 def test_a_gate_that_is_not_reached_ends_with_3_and_keeps_everything(
     tiny: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

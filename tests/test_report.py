@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from job.decoding import Decoding
 from job.evaluate import score
-from job.report import kept_evaluation
-from job.results import Prediction, Scores
+from job.report import check_round_trip, kept_evaluation, kept_threshold, save_samples
+from job.results import Prediction, PushFailed, Scores, Tagged
 from job.run_folder import RunFolder
+from job.settings import Settings
 
 OUTCOME = (score([["x", "y"]], [["x"]]), [Prediction("a text", ("x", "y"), ("x",), "['x']")])
 
@@ -41,3 +45,47 @@ def test_an_evaluation_that_cannot_be_kept_is_not_lost(run: RunFolder, caplog: p
     run.checkpoints.symlink_to("/proc/self", target_is_directory=True)
     assert kept_evaluation(run, "evaluate", "weights", lambda: OUTCOME) == OUTCOME
     assert "evaluate: not kept in case of an interruption" in caplog.text
+
+
+class Answering:
+    """A tagger that gives one answer."""
+
+    def __init__(self, decoding: str, **tags: float) -> None:
+        self.decoding = Decoding(decoding, "closed", tuple(tags), 0.05, 9)  # type: ignore[arg-type]
+        self._tags = tags
+
+    def tag(self, texts: list[str]) -> list[Tagged]:
+        tags = tuple(self._tags)
+        return [Tagged(text, "?", str(list(tags)), tags, True, tuple(self._tags.values())) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("again", "alike"),
+    [
+        (Answering("likely", rain=0.301, sea=0.0501), True),
+        (Answering("likely", rain=0.301), True),
+        (Answering("likely", rain=0.4), False),
+        (Answering("likely", sea=0.0502), False),
+        (Answering("list", rain=0.3), False),
+    ],
+)
+def test_likely_tags_may_be_rounded_otherwise_and_lists_may_not(run: RunFolder, again: Any, alike: bool) -> None:
+    save_samples(run, Answering("likely", rain=0.3, sea=0.0502).tag(["a text"]))
+    if alike:
+        check_round_trip(run, lambda: again, Settings())
+    else:
+        with pytest.raises(PushFailed, match="what was saved is not what was trained"):
+            check_round_trip(run, lambda: again, Settings())
+
+
+def test_the_threshold_is_kept_for_the_weights_that_it_was_found_for(run: RunFolder) -> None:
+    tagger: Any = Answering("likely", rain=0.3)
+    found = iter([0.2, 0.1])
+
+    def calibrate() -> None:
+        tagger.decoding = replace(tagger.decoding, threshold=next(found))
+
+    for weights, expected in (("these", 0.2), ("these", 0.2), ("others", 0.1)):
+        tagger.decoding = replace(tagger.decoding, threshold=0.0)
+        kept_threshold(run, weights, tagger, calibrate)
+        assert tagger.decoding.threshold == expected
