@@ -355,7 +355,7 @@ def test_ctrl_c_here_is_not_taken_for_a_run_that_was_done(tmp_path: Path, detach
 
 
 def test_time_that_is_up_for_good_is_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended, launch.in_sentences():
+    with pytest.raises(SystemExit) as ended, launch.in_sentences("the same command goes on"):
         raise FunctionTimeoutError("Function execution timed out.")
     assert ended.value.code == 75
     assert "the time of the last attempt is up; the same command goes on" in capsys.readouterr().err
