@@ -35,7 +35,7 @@ def test_nothing_is_written_before_the_run_begins(tmp_path: Path) -> None:
     run.begin("cpu")
     manifest = json.loads((run.path / "manifest.json").read_text())
     assert (manifest["schema_version"], manifest["status"], manifest["seed"]) == (1, "running", 42)
-    data = {"fingerprint": "f1", "train": 1, "held_out": 1, "near_duplicates": 0, "skipped": 1}
+    data = {"fingerprint": "f1", "train": 1, "calibration": 0, "held_out": 1, "near_duplicates": 0, "skipped": 1}
     assert manifest["dataset"] == data
     assert {"settings", "versions", "timings", "device", "started"} <= manifest.keys()
 
