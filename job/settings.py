@@ -84,6 +84,15 @@ def _eval_size(value: float) -> float:
     return value
 
 
+def _threshold(value: object) -> object:
+    try:
+        if value == "auto" or 0 <= float(str(value)) < 1:
+            return value
+    except ValueError:
+        pass
+    raise ValueError("expected auto, or a number from 0 to below 1")
+
+
 def _not_blank(value: str) -> str:
     if not value.strip():
         raise ValueError("expected a name, not only white space")
@@ -125,7 +134,7 @@ TextList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_json_list)]
 NameList = Annotated[tuple[Identifier, ...], NoDecode, BeforeValidator(_comma_separated)]
 
 
-Threshold = Literal["auto"] | Annotated[float, Field(ge=0, lt=1)]
+Threshold = Annotated[float | Literal["auto"], BeforeValidator(_threshold)]
 
 
 class Group(BaseModel):

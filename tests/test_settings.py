@@ -198,3 +198,13 @@ def test_the_settings_command_imports_nothing_heavy_and_masks_the_token() -> Non
     assert "TAGGER_LORA_ALPHA=32   # default" in done.stdout
     assert "HF_TOKEN=***" in done.stdout
     assert "hf_do_not_show" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("value", ["2", "-0.1", "high", "1", "nan"])
+def test_a_threshold_is_auto_or_a_number_in_one_sentence(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("TAGGER_SAMPLE_THRESHOLD", value)
+    with pytest.raises(Refused) as refused:
+        settings.load()
+    assert refused.value.problems == (
+        f"TAGGER_SAMPLE_THRESHOLD={value}: expected auto, or a number from 0 to below 1.",
+    )
