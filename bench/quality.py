@@ -9,7 +9,6 @@ killed night of runs goes on where it was.
 from __future__ import annotations
 
 import argparse
-import ast
 import datetime
 import json
 import re
@@ -30,8 +29,9 @@ if TYPE_CHECKING:
     from job.device import Machine
     from job.sample import Tagger
 
-TEST_SIZE, TEST_SEED = 300, 2026
-DEVELOPMENT_SIZE = 250
+TEST_SHARE, TEST_SEED = 0.15, 2026
+DEVELOPMENT_SHARE = 0.15
+"""Of what the test leaves."""
 REFERENCES = ("most_common_tags", "tfidf")
 TEST = "test"
 COLUMNS = (
@@ -126,10 +126,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def folds(dataset: str, fold: int | str) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Training and held-out examples of a fold, or of the test."""
-    apart = data.load(Data(dataset=dataset, eval_size=TEST_SIZE, seed=TEST_SEED))
+    apart = data.load(Data(dataset=dataset, eval_size=TEST_SHARE, seed=TEST_SEED))
     if fold == TEST:
         return apart.train, apart.held_out
-    train, development = data.split(apart.train, Data(eval_size=DEVELOPMENT_SIZE, seed=int(fold)))
+    train, development = data.split(apart.train, Data(eval_size=DEVELOPMENT_SHARE, seed=int(fold)))
     return tuple(train), tuple(development)
 
 
@@ -269,12 +269,9 @@ def _free_tagger() -> type[Tagger]:
 
 def _read(text: str) -> tuple[list[str], bool]:
     """The tags of an answer that were closed, and whether it was one whole list."""
-    try:
-        whole = ast.literal_eval(text.strip())
-        if isinstance(whole, list) and whole and all(isinstance(tag, str) for tag in whole):
-            return list(dict.fromkeys(whole)), True
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        pass
+    whole = data.parse_list(text)
+    if whole and all(isinstance(tag, str) for tag in whole):
+        return list(dict.fromkeys(whole)), True
     closed = re.findall(r"'([^'\n]+)'|\"([^\"\n]+)\"", text) if text.strip().startswith("[") else []
     return list(dict.fromkeys(one or other for one, other in closed)), False
 

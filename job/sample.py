@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 8192
 """Most tokens of a batch, padding and answers included: what bounds its memory, however long the texts are."""
 
-
 _Answer = tuple[str, list[tuple[str, float]], bool]
 """What was written, its whole tags with their confidences, and whether the list came to its end."""
 

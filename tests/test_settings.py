@@ -200,6 +200,11 @@ def test_the_settings_command_imports_nothing_heavy_and_masks_the_token() -> Non
     assert "hf_do_not_show" not in done.stdout + done.stderr
 
 
+def test_settings_of_a_run_that_do_not_fit_these_are_refused_in_a_sentence() -> None:
+    with pytest.raises(Refused, match="with the settings of the run that trained it: TAGGER_DATA_MAX_LENGTH=40 leaves"):
+        Settings().with_result_values({"TAGGER_DATA_MAX_LENGTH": 40})
+
+
 @pytest.mark.parametrize("value", ["2", "-0.1", "high", "1", "nan"])
 def test_a_threshold_is_auto_or_a_number_in_one_sentence(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("TAGGER_SAMPLE_THRESHOLD", value)
