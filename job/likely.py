@@ -27,8 +27,8 @@ def likely_tags(
     orders the tags by how likely the text has them, and the threshold can be set for the best F1; the
     likeliest list as a whole is too sure of its tags. `ids` and `mask` are int64 [texts, width], padded
     on the left; probabilities are the model's own, over all tokens. A way is left where it is less
-    likely than half the threshold, so that there are few of them: a tag that the tokenizer writes in two
-    ways, last and before another, is counted in full where one of them reaches that.
+    likely than half the threshold, so that there are few of them; where the two ways of a tag, last and before
+    another, part before the tag is the only one left, the less likely one may go uncounted.
     """
     base: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     positioned = "position_ids" in inspect.signature(base.forward).parameters

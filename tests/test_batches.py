@@ -17,13 +17,13 @@ def numbered(n: int) -> list[Encoded]:
     return [Encoded([i] * (1 + i % 7), [i] * (1 + i % 7)) for i in range(n)]
 
 
-@pytest.mark.parametrize(("n", "per_step"), [(10, 4), (3, 8), (16, 16), (7, 1)])
 def test_each_epoch_sees_the_tags_in_its_own_order() -> None:
     examples = [Encoded([i], [i], (Encoded([10 + i], [i]), Encoded([20 + i], [i]))) for i in range(4)]
     seen = [examples_of_step(examples, step, per_step=4, seed=1) for step in range(4)]
     assert [sorted(example.input_ids[0] // 10 for example in step) for step in seen] == [[n] * 4 for n in (0, 1, 2, 0)]
 
 
+@pytest.mark.parametrize(("n", "per_step"), [(10, 4), (3, 8), (16, 16), (7, 1)])
 def test_every_example_comes_once_an_epoch_and_every_step_is_full(n: int, per_step: int) -> None:
     examples = numbered(n)
     steps = [examples_of_step(examples, step, per_step=per_step, seed=1) for step in range(n)]

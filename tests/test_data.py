@@ -369,5 +369,8 @@ def test_what_is_set_aside_for_the_threshold_is_neither_trained_on_nor_held_out(
     assert set(after.train) | set(after.calibration) <= set(before.train)
     assert not set(after.train) & set(after.calibration)
     assert data.set_aside(before, settings) == after
+    shares = settings.model_copy(update={"eval_size": 0.2, "calibration_size": 0.2})
+    share = data.set_aside(data.load(shares), shares)
+    assert 0.1 < len(share.calibration) / len(share.train) < 0.4, "not those whose place is in what is held out"
     with pytest.raises(Refused, match="TAGGER_DATA_CALIBRATION_SIZE=9999 holds out everything"):
         data.set_aside(before, settings.model_copy(update={"calibration_size": 9999}))

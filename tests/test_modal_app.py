@@ -24,7 +24,8 @@ from modal_proto import api_pb2
 from modal_server import MODAL, Loss, Modal, caller
 
 from job import launch, pipeline, remote
-from job.results import Refused, Tagged
+from job.results import Refused, Resolved, Tagged
+from job.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 APP = str(ROOT / "modal_app.py")
@@ -352,6 +353,24 @@ def test_ctrl_c_here_is_not_taken_for_a_run_that_was_done(tmp_path: Path, detach
     [app] = modal.asked("AppCreate")
     assert app.app_state == (api_pb2.APP_STATE_DETACHED if detach else api_pb2.APP_STATE_EPHEMERAL)
     assert not (tmp_path / "outcome.json").exists()
+
+
+def test_a_warm_container_tags_with_the_adapter_that_the_repo_has_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, loaded = iter(["first", "first", "second"]), []
+
+    class Silent:
+        def tag(self, texts: list[str]) -> list[Tagged]:
+            return []
+
+    def load(chosen: Settings, *_: str) -> Silent:
+        loaded.append(chosen.hub.revision)
+        return Silent()
+
+    monkeypatch.setattr("job.hub.resolve", lambda *_: Resolved(next(heads), None))
+    monkeypatch.setattr("job.pipeline.tagger", load)
+    for _ in range(3):
+        assert remote.tag({"TAGGER_HUB_REPO": REPO}, ["a text"])["exit_code"] == 0
+    assert loaded == ["first", "second"]
 
 
 def test_time_that_is_up_for_good_is_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,6 +183,11 @@ def test_a_candidate_that_learned_from_shuffled_tags_is_refused(
     assert judged["verdict"] == "fail"
     assert judged["published_f1"] > 0.8
     assert judged["interval"][1] < 0
+    env.setenv("TAGGER_SAMPLE_THRESHOLD", "0.99")  # is for the new one: the published one keeps to its own
+    assert publish(env, "40") == 3
+    assert (
+        verdict(repo.branches[candidates(repo)[-1]][-1].files["metrics.json"])["published_f1"] == judged["published_f1"]
+    )
 
 
 def test_nothing_is_done_when_nothing_has_changed_and_all_is_when_the_data_have(

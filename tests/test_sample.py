@@ -66,6 +66,15 @@ def test_generation_stops_when_all_lists_are_closed(llama: Path, tmp_path: Path)
     assert passes == max(len(made._tokenizer(f" [{answer.tags[0]!r}]").input_ids) for answer in answers)
 
 
+def test_tags_below_the_threshold_are_left_out(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tagger(make_settings(llama, tmp_path, sample={"threshold": 0.5}))
+    written = ("['rain', 'sea']", [("rain", 0.2), ("sea", 0.5)], True)
+    monkeypatch.setattr(made, "_lists", lambda prompts: [written for _ in prompts])
+    [answer] = made.tag(["a song"])
+    assert (answer.tags, answer.confidences) == (("sea",), (0.5,))
+    assert answer.raw == "['rain', 'sea']"
+
+
 def test_an_adapter_of_another_base_model_is_refused(llama: Path, bloom: Path, tmp_path: Path) -> None:
     settings = make_settings(llama, tmp_path)
     model = load_model(settings.base, CPU)
