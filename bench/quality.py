@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
+import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.bases import SMOLLM2, model_setting
 from job import data
+from job.decoding import LEAST
 from job.results import Example, Examples
 from job.settings import Data, Settings
 
@@ -34,10 +37,14 @@ DEVELOPMENT_SHARE = 0.15
 """Of what the test leaves."""
 REFERENCES = ("most_common_tags", "tfidf")
 TEST = "test"
-COLUMNS = (
-    *("variant", "folds", "micro-F1", "95%", "macro-F1", "precision", "recall", "parsed", "invented"),
-    *("training, s", "tagging, s", "less TF-IDF", "95%"),
-)
+FIGURES = {
+    "micro-F1": "f1",
+    "macro-F1": "macro_f1",
+    "precision": "precision",
+    "recall": "recall",
+    "whole": "parse_rate",
+}
+SECONDS = {"training, s": "training_seconds", "tagging, s": "tagging_seconds"}
 
 Record = dict[str, Any]
 Groups = dict[str, dict[str, Any]]
@@ -51,14 +58,19 @@ class Variant:
     sample: dict[str, Any] = field(default_factory=dict)
     free: bool = False
     """Whether the model may write anything, of which the list is read."""
+    texts: float = 1.0
+    """The share of the training texts that is trained on, for as many steps."""
+    rare: float = 1.0
+    """The share that is kept of tags that the training texts have once, where a text has others too."""
 
 
 def trainings(steps: int) -> dict[str, Groups]:
     """Settings of each training, apart from data and base model; `steps` optimizer steps of 16 texts."""
+    warm_up = max(4, steps // 16)
     learned: Groups = {
         "lora": {"targets": ("all-linear",)},
         "data": {"tag_order": "shuffled", "max_length": 256},
-        "train": {"learning_rate": 1e-3, "warmup_steps": 20},
+        "train": {"learning_rate": 1e-3, "warmup_steps": warm_up},
     }
 
     def but(**groups: dict[str, Any]) -> Groups:
@@ -71,21 +83,31 @@ def trainings(steps: int) -> dict[str, Groups]:
         "by frequency": but(data={"tag_order": "frequency"}),
         "rate 2e-4": but(train={"learning_rate": 2e-4}),
         "rate 2e-3": but(train={"learning_rate": 2e-3}),
+        "warm-up of a third": but(train={"warmup_steps": steps // 3}),
         "attention only": but(lora={"targets": None}),
         "rank 64": but(lora={"r": 64, "alpha": 128}),
         "no dropout": but(lora={"dropout": 0.0}),
-        "8 texts a step": but(train={"batch_size": 8, "accumulation": 1, "max_steps": 2 * steps, "warmup_steps": 40}),
-        "half the steps": but(train={"max_steps": steps // 2, "warmup_steps": 10}),
+        # Adam's steps do not follow the scale of gradients, so that k times the rate for the matrix B (LoRA+) is an
+        # alpha k times as large, but for the clipping; so is alpha / sqrt(r) (rsLoRA), with k = 4 for r = 16
+        "rsLoRA, or LoRA+ with 4": but(lora={"alpha": 128}),
+        "LoRA+ with 16, rate 2.5e-4": but(lora={"alpha": 512}, train={"learning_rate": 2.5e-4}),
+        "8 texts a step": but(
+            train={"batch_size": 8, "accumulation": 1, "max_steps": 2 * steps, "warmup_steps": 2 * warm_up}
+        ),
+        "half the steps": but(train={"max_steps": steps // 2, "warmup_steps": warm_up // 2}),
         "loss on all": but(train={"loss_on": "all"}),
         "int8": but(base={"quantize": "int8"}),
         "nf4": but(base={"quantize": "nf4"}),
         "another prompt": but(data={"separator": "\nTags: "}),
+        "together": but(lora={"alpha": 128, "dropout": 0.0}),
     }
     common = {"batch_size": 4, "accumulation": 4, "max_steps": steps, "micro_tokens": 1024}
     return {name: groups | {"train": common | groups.get("train", {})} for name, groups in found.items()}
 
 
 LIKELY = {"decoding": "likely", "threshold": "auto"}
+EVERY = {"decoding": "likely", "threshold": LEAST}
+"""Every tag that any threshold may keep, so that one can be chosen on the folds; no texts are set aside."""
 VARIANTS = {
     "recipe, free": Variant("recipe", free=True),
     "recipe, open list": Variant("recipe"),
@@ -97,6 +119,10 @@ VARIANTS = {
     "by frequency, free": Variant("by frequency", free=True),
     "by frequency, list of seen tags": Variant("by frequency", {"vocabulary": "seen"}),
     **{f"{name}, likely": Variant(name, LIKELY) for name in trainings(1) if name not in ("recipe", "learned")},
+    "a third of the texts, likely": Variant("learned", LIKELY, texts=1 / 3),
+    "half of the rare tags, likely": Variant("learned", LIKELY, rare=0.5),
+    "no rare tags, likely": Variant("learned", LIKELY, rare=0.0),
+    **{f"{name}, every tag": Variant(name, EVERY) for name in ("together", "no dropout")},
 }
 
 
@@ -106,10 +132,11 @@ def main() -> None:
     for fold in [TEST] if options.test else options.folds:
         train, held_out = folds(options.data, fold)
         for name in REFERENCES:
-            records.append(_kept(options, fold, name, partial(_reference, name, train, held_out)))
+            records.append(_kept(options, fold, name, Examples(train, held_out, 0, "")))
         for name in [options.test] if options.test else options.variants:
-            records.append(_kept(options, fold, name, partial(_measure, options, name, fold, train, held_out)))
-    print(report(records))
+            records.append(_kept(options, fold, name, Examples(train, held_out, 0, "")))
+    print(report(records, options.against))
+    print(*by_threshold(records), sep="\n", end="")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--test", choices=list(VARIANTS), metavar="VARIANT", help="score this one on the test split")
+    parser.add_argument("--against", default="tfidf", metavar="VARIANT", help="what the last column compares with")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="what is done is kept here")
     return parser
 
@@ -144,25 +172,30 @@ def _settings(options: argparse.Namespace, variant: Variant) -> Settings:
     return Settings(**chosen)
 
 
-def _kept(options: argparse.Namespace, fold: int | str, name: str, measure: Callable[[], Record]) -> Record:
-    """The record of a measurement: the one that is in the work folder for the same settings, or else made now."""
+def _kept(options: argparse.Namespace, fold: int | str, name: str, examples: Examples) -> Record:
+    """The record of a measurement: that of the work folder for the same settings and data, or else made now."""
     from job.whole import write_whole
 
-    settings = Settings(data=Data(dataset=options.data)) if name in REFERENCES else _settings(options, VARIANTS[name])
-    file = options.work / "records" / f"{name}, {fold}, {settings.digest()}.json"
+    settings = Settings() if name in REFERENCES else _settings(options, VARIANTS[name])
+    file = options.work / "records" / f"{name}, {fold}, {settings.digest(_digest(examples))}.json"
     if not file.is_file():
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_whole(file, json.dumps({"variant": name, "fold": fold, "when": started} | measure()))
-    record: Record = json.loads(file.read_text(encoding="utf-8"))
-    print(_row(name, [record], []), file=sys.stderr, flush=True)
-    return record
+        record = _reference(name, examples) if name in REFERENCES else _measure(options, name, fold, examples)
+        write_whole(file, json.dumps({"variant": name, "fold": fold, "when": started} | record))
+    found: Record = json.loads(file.read_text(encoding="utf-8"))
+    print(_row(name, [found], []), file=sys.stderr, flush=True)
+    return found
 
 
-def _reference(name: str, train: Sequence[Example], held_out: Sequence[Example]) -> Record:
+def _digest(examples: Examples | Sequence[Example]) -> str:
+    return hashlib.sha256(repr(examples).encode()).hexdigest()[:8]
+
+
+def _reference(name: str, examples: Examples) -> Record:
     from job import references
 
-    answers = getattr(references, name)(train, held_out)
-    return _record(train, held_out, answers, [True] * len(held_out))
+    answers = getattr(references, name)(examples.train, examples.held_out)
+    return _record(examples.train, examples.held_out, answers, [True] * len(examples.held_out))
 
 
 def _record(
@@ -180,33 +213,43 @@ def _record(
 # ---- one measurement -----------------------------------------------------------------------------------------------
 
 
-def _measure(
-    options: argparse.Namespace, name: str, fold: int | str, train: Sequence[Example], held_out: Sequence[Example]
-) -> Record:
+def _measure(options: argparse.Namespace, name: str, fold: int | str, examples: Examples) -> Record:
     from job.decoding import for_training
     from job.device import Machine
     from job.evaluate import calibrate
 
     variant = VARIANTS[name]
     settings = _settings(options, variant)
-    # the same texts are set aside for every variant, so that those of one training can share it
-    parts = data.set_aside(Examples(tuple(train), tuple(held_out), 0, ""), settings.data)
+    # the same texts are set aside for all variants without a threshold of their own, so that they can share a training
+    parts = examples if isinstance(settings.sample.threshold, float) else data.set_aside(examples, settings.data)
     machine = Machine.resolve("auto", "auto")
-    untold = settings.decoded_as_published()  # adapters are the same however they are decoded
-    folder = options.work / "trained" / f"{variant.training}, {fold}, {untold.digest()}"
-    model, tokenizer, seconds = _trained(folder, settings, parts.train, machine)
-    decoding = for_training(settings.sample, parts.train)
+    chosen = _fewer(parts.train, variant)
+    # adapters are the same however they are decoded
+    folder = options.work / "trained" / f"{fold}, {settings.decoded_as_published().digest(_digest(chosen))}"
+    model, tokenizer, seconds = _trained(folder, settings, chosen, machine)
+    decoding = for_training(settings.sample, chosen)
     tagger = (_free_tagger() if variant.free else _tagger())(model, tokenizer, settings, machine, decoding)
     if settings.sample.threshold == "auto":
         calibrate(tagger, parts.calibration)
     started = time.monotonic()
-    answers = tagger.tag([example.text for example in held_out])
-    record = _record(parts.train, held_out, [a.tags for a in answers], [a.parsed for a in answers])
+    answers = tagger.tag([example.text for example in parts.held_out])
+    record = _record(parts.train, parts.held_out, [a.tags for a in answers], [a.parsed for a in answers])
     return record | {
+        "confidences": [a.confidences for a in answers],
         "training_seconds": seconds,
         "tagging_seconds": time.monotonic() - started,
         "threshold": tagger.decoding.threshold,
     }
+
+
+def _fewer(train: Sequence[Example], variant: Variant) -> list[Example]:
+    """The texts and tags that a variant trains on."""
+    draw = random.Random(0)
+    texts = [example for example in train if draw.random() < variant.texts]
+    counts = Counter(tag for example in texts for tag in example.tags)
+    lasting = {tag for tag in sorted(counts) if counts[tag] > 1 or draw.random() < variant.rare}
+    tags = [tuple(tag for tag in example.tags if tag in lasting) for example in texts]
+    return [replace(example, tags=kept or example.tags) for example, kept in zip(texts, tags, strict=True)]
 
 
 def _trained(folder: Path, settings: Settings, train: Sequence[Example], machine: Machine) -> tuple[Any, Any, float]:
@@ -279,35 +322,58 @@ def _read(text: str) -> tuple[list[str], bool]:
 # ---- the report ----------------------------------------------------------------------------------------------------
 
 
-def report(records: Sequence[Record]) -> str:
-    """A Markdown table: for each variant its folds' texts together, and its difference to TF-IDF on the same."""
+def report(records: Sequence[Record], against: str) -> str:
+    """A Markdown table: for each variant its folds' texts together, and its difference in micro-F1 to one of them.
+
+    Behind each figure stands its 95% interval, by a bootstrap of the texts; behind a time the least and
+    the most of the folds.
+    """
     by_name: dict[str, list[Record]] = {}
     for record in records:
         by_name.setdefault(record["variant"], []).append(record)
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    lines += [_row(name, found, by_name["tfidf"]) for name, found in by_name.items()]
+    columns = ["variant", "folds", *FIGURES, "invented", *SECONDS, f"less {against}"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [_row(name, found, by_name.get(against, [])) for name, found in by_name.items()]
     return "\n".join(lines)
 
 
-def _row(name: str, records: Sequence[Record], tfidf: Sequence[Record]) -> str:
-    from job.evaluate import f1_difference, score
+def _row(name: str, records: Sequence[Record], against: Sequence[Record]) -> str:
+    from job.evaluate import f1_difference, interval, resamples, score
 
     gold, predicted, parsed = (list(_joined(records, what)) for what in ("gold", "predicted", "parsed"))
     scores = score(gold, predicted, parsed)
-    invented = sum(_joined(records, "invented")) / max(1, sum(map(len, predicted)))
-    cells = [name, str(len(records)), f"{scores.f1:.3f}", _interval(scores.intervals["f1"])]
-    cells += [f"{x:.3f}" for x in (scores.macro_f1, scores.precision, scores.recall)]
-    cells += [f"{scores.parse_rate:.0%}", f"{invented:.0%}"]
-    for what in ("training_seconds", "tagging_seconds"):
-        cells.append(f"{sum(r[what] for r in records) / len(records):.0f}" if what in records[0] else "")
-    if tfidf and name not in REFERENCES:
-        folds_ = {record["fold"] for record in records}
-        theirs = list(_joined([record for record in tfidf if record["fold"] in folds_], "predicted"))
-        difference, interval = f1_difference(gold, predicted, theirs)
-        cells += [f"{difference:+.3f}", _interval(interval)]
+    cells = [name, str(len(records))]
+    cells += [_figure(getattr(scores, what), scores.intervals[what]) for what in FIGURES.values()]
+    invented, answers = list(_joined(records, "invented")), list(map(len, predicted))
+    drawn = resamples(len(gold))
+    rates = (drawn @ invented) / (drawn @ answers).clip(min=1)
+    cells.append(_figure(sum(invented) / max(1, sum(answers)), interval(rates)))
+    for what in SECONDS.values():
+        seconds = [record[what] for record in records if what in record]
+        mean = f"{sum(seconds) / len(seconds):.0f}" if seconds else ""
+        cells.append(f"{mean} ({min(seconds):.0f} to {max(seconds):.0f})" if len(seconds) > 1 else mean)
+    folds_ = {record["fold"] for record in records}
+    theirs = [record for record in against if record["fold"] in folds_ and record["variant"] != name]
+    if theirs:
+        difference, ends = f1_difference(gold, predicted, list(_joined(theirs, "predicted")))
+        cells.append(f"{difference:+.3f} ({ends[0]:+.3f} to {ends[1]:+.3f})")
     else:
-        cells += ["", ""]
+        cells.append("")
     return f"| {' | '.join(cells)} |"
+
+
+def by_threshold(records: Sequence[Record]) -> Iterator[str]:
+    """For each variant of every tag, the micro-F1 of its folds' texts together at each threshold up to a tenth."""
+    from job.evaluate import f1_by_threshold
+    from job.results import Tagged
+
+    for name in dict.fromkeys(record["variant"] for record in records):
+        if name in VARIANTS and VARIANTS[name].sample.get("threshold") == LEAST:
+            own = [record for record in records if record["variant"] == name]
+            found = zip(_joined(own, "predicted"), _joined(own, "confidences"), strict=True)
+            answers = [Tagged("", "", "", tuple(tags), True, tuple(confidences)) for tags, confidences in found]
+            scores = f1_by_threshold(list(_joined(own, "gold")), answers).items()
+            yield f"\n{name}: " + ", ".join(f"{f1:.3f} from {t:g} on" for t, f1 in scores if LEAST <= t <= 0.1) + "\n"
 
 
 def _joined(records: Sequence[Record], what: str) -> Iterator[Any]:
@@ -315,8 +381,8 @@ def _joined(records: Sequence[Record], what: str) -> Iterator[Any]:
         yield from record[what]
 
 
-def _interval(ends: Sequence[float]) -> str:
-    return f"{ends[0]:.3f} to {ends[1]:.3f}"
+def _figure(value: float, ends: Sequence[float]) -> str:
+    return f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def score(
 
     counted = _Counted.of(gold, predicted)
     whole = np.ones(len(gold)) if parsed is None else np.array(parsed, float)
-    drawn = _resamples(len(gold))
+    drawn = resamples(len(gold))
     # the first row is the examples themselves, the others are the samples drawn of them
     weights = np.vstack([np.ones(len(gold)), drawn])
     union = counted.gold + counted.predicted - counted.hits
@@ -64,7 +64,7 @@ def score(
     figures = dict(zip(("precision", "recall", "f1"), counted.micro(weights), strict=True))
     figures |= dict(zip(("macro_precision", "macro_recall", "macro_f1"), counted.macro(weights), strict=True))
     figures |= {name: weights @ values / len(gold) for name, values in a_text.items()}
-    intervals = {name: _interval(values[1:]) for name, values in figures.items()}
+    intervals = {name: interval(values[1:]) for name, values in figures.items()}
     return Scores(n=len(gold), **{name: float(values[0]) for name, values in figures.items()}, intervals=intervals)
 
 
@@ -73,13 +73,13 @@ def score_tags(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
     import numpy as np
 
     counted = _Counted.of(gold, predicted)
-    weights = np.vstack([np.ones(len(gold)), _resamples(len(gold))])
+    weights = np.vstack([np.ones(len(gold)), resamples(len(gold))])
     found: list[TagScores] = []
     for start, (hits, answers, truth) in counted.by_tag(weights):
         precision, recall, f1 = _ratio(hits, answers), _ratio(hits, truth), _ratio(2 * hits, answers + truth)
         for i, tag in enumerate(counted.tags[start : start + len(hits)]):
             p, r, f = (round(float(figure[i, 0]), 4) for figure in (precision, recall, f1))
-            found.append(TagScores(tag, int(truth[i, 0]), int(answers[i, 0]), p, r, f, _interval(f1[i, 1:])))
+            found.append(TagScores(tag, int(truth[i, 0]), int(answers[i, 0]), p, r, f, interval(f1[i, 1:])))
     return sorted(found, key=lambda score: (-score.gold, score.tag))
 
 
@@ -92,10 +92,10 @@ def f1_difference(
     """
     import numpy as np
 
-    weights = np.vstack([np.ones(len(gold)), _resamples(len(gold))])
+    weights = np.vstack([np.ones(len(gold)), resamples(len(gold))])
     f1 = [_Counted.of(gold, predicted).micro(weights)[2] for predicted in (new, old)]
     difference = f1[0] - f1[1]
-    return float(difference[0]), _interval(difference[1:])
+    return float(difference[0]), interval(difference[1:])
 
 
 def calibrate(tagger: Tagger, examples: Sequence[Example]) -> None:
@@ -112,6 +112,13 @@ def best_threshold(gold: Sequence[Sequence[str]], answers: Sequence[Tagged]) -> 
 
     Of several that are as good, the lowest.
     """
+    found = f1_by_threshold(gold, answers)
+    best = max(found, key=lambda threshold: found[threshold])
+    return best, found[best]
+
+
+def f1_by_threshold(gold: Sequence[Sequence[str]], answers: Sequence[Tagged]) -> dict[float, float]:
+    """The micro-F1 that is left when tags below a confidence are left out, for each one up to 1 in steps of LEAST."""
     pairs = []
     for tags, answer in zip(gold, answers, strict=True):
         true = {normalise_tag(tag) for tag in tags}
@@ -120,14 +127,11 @@ def best_threshold(gold: Sequence[Sequence[str]], answers: Sequence[Tagged]) -> 
             likely[normalise_tag(tag)] = max(confidence, likely.get(normalise_tag(tag), 0.0))
         pairs += [(confidence, tag in true) for tag, confidence in likely.items()]
     positives = sum(len({normalise_tag(tag) for tag in tags}) for tags in gold)
-
-    def f1(threshold: float) -> float:
+    f1 = {}
+    for threshold in (round(LEAST * n, 4) for n in range(int(1 / LEAST))):
         kept = [hit for confidence, hit in pairs if confidence >= threshold]
-        return 2 * sum(kept) / (len(kept) + positives)
-
-    thresholds = [round(LEAST * n, 4) for n in range(int(1 / LEAST))]
-    best = max(thresholds, key=f1)
-    return best, f1(best)
+        f1[threshold] = 2 * sum(kept) / (len(kept) + positives)
+    return f1
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class _Counted:
             yield start, [(side.T @ weights.T) for side in (truth * answer, answer, truth)]
 
 
-def _resamples(n: int) -> Floats:
+def resamples(n: int) -> Floats:
     """How often each of n examples is in each bootstrap sample: RESAMPLES rows that each sum to n."""
     import numpy as np
 
@@ -201,7 +205,7 @@ def _ratio(part: Floats, whole: Floats) -> Floats:
     return np.divide(part, whole, out=np.zeros(np.shape(whole)), where=whole > 0)
 
 
-def _interval(values: Floats) -> list[float]:
+def interval(values: Floats) -> list[float]:
     import numpy as np
 
     return [round(float(end), 4) for end in np.percentile(values, PERCENTILES)]

@@ -1,0 +1,82 @@
+"""The bench of how good the tags are: what it compares has to be comparable, or its figures mean nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import quality
+from job.results import Example
+
+
+@pytest.fixture
+def quotes(tmp_path: Path) -> str:
+    file = tmp_path / "quotes.jsonl"
+    lines = [{"quote": f"{n} says {n * n} and {n**3 % 97}", "tags": [f"tag{n % 7}", f"rare{n}"]} for n in range(400)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(file)
+
+
+def test_no_fold_sees_a_text_of_the_test_split(quotes: str) -> None:
+    rest, test = quality.folds(quotes, quality.TEST)
+    hidden = {example.text for example in test}
+    assert len(hidden) > 20
+    for fold in (1, 2, 3):
+        train, development = quality.folds(quotes, fold)
+        texts = [example.text for example in (*train, *development)]
+        assert len(texts) == len(set(texts)) and not hidden & set(texts)
+        assert {example.text for example in rest} >= set(texts)
+
+
+def test_folds_have_other_development_texts(quotes: str) -> None:
+    held_out = [{example.text for example in quality.folds(quotes, fold)[1]} for fold in (1, 2, 3)]
+    assert len({frozenset(texts) for texts in held_out}) == 3
+    assert all(len(one & other) < 0.5 * len(one) for one in held_out for other in held_out if one is not other)
+
+
+def test_rare_tags_are_left_out_only_where_others_remain() -> None:
+    train = [Example("a", ("often", "once")), Example("b", ("often",)), Example("c", ("alone",))]
+    kept = quality._fewer(train, quality.Variant("learned", rare=0.0))
+    assert [example.tags for example in kept] == [("often",), ("often",), ("alone",)]
+    assert quality._fewer(train, quality.Variant("learned")) == train
+
+
+def test_a_share_of_the_texts_is_the_same_share_each_time() -> None:
+    train = [Example(str(n), ("tag",)) for n in range(300)]
+    third = quality._fewer(train, quality.Variant("learned", texts=1 / 3))
+    assert 70 < len(third) < 130 and third == quality._fewer(train, quality.Variant("learned", texts=1 / 3))
+
+
+def test_a_lever_is_of_one_chapter() -> None:
+    found = quality.trainings(320)
+    learned = found["learned"]
+    of_several = {"learned": 0, "recipe": 3, "together": 1, "LoRA+ with 16, rate 2.5e-4": 2}
+    for name, groups in found.items():
+        changed = [group for group in learned | groups if learned.get(group) != groups.get(group)]
+        assert len(changed) == of_several.get(name, 1), (name, changed)
+
+
+def test_the_table_compares_a_variant_on_the_same_texts_and_puts_folds_together() -> None:
+    gold, wrong = [["a"], ["b"]], [["x"], ["y"]]
+    common = {"parsed": [True, True], "invented": [0, 0]}
+    records = [
+        {"variant": "tfidf", "fold": 1, "gold": gold, "predicted": wrong, **common},
+        {"variant": "tfidf", "fold": 2, "gold": gold, "predicted": gold, **common},
+        {"variant": "learned, free", "fold": 2, "gold": gold, "predicted": gold, "training_seconds": 3.0, **common},
+        {"variant": "learned, free", "fold": 1, "gold": gold, "predicted": gold, "training_seconds": 1.0, **common},
+    ]
+    [header, _, tfidf, ours] = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in quality.report(records, "tfidf").splitlines()
+    ]
+    assert dict(zip(header, tfidf, strict=True))["micro-F1"].startswith("0.500 (")
+    assert tfidf[-1] == ""
+    cells = dict(zip(header, ours, strict=True))
+    assert cells["folds"] == "2" and cells["micro-F1"].startswith("1.000 (")
+    assert cells["training, s"] == "2 (1 to 3)" and cells["less tfidf"].startswith("+0.500 (")
+
+
+def test_the_threshold_of_the_folds_is_read_from_what_each_would_leave() -> None:
+    gold = [["a"], ["b"]]
+    record = {"variant": "together, every tag", "fold": 1, "gold": gold, "predicted": [["a", "x"], ["b", "y"]]}
+    [line] = quality.by_threshold([record | {"confidences": [[0.5, 0.04], [0.6, 0.02]]}])
+    assert "0.667 from 0.02 on" in line and "0.800 from 0.03 on" in line and "1.000 from 0.05 on" in line
