@@ -230,7 +230,7 @@ def _sample(options: argparse.Namespace, chosen: Settings) -> None:
 
 
 def _evaluate(options: argparse.Namespace, chosen: Settings) -> None:
-    from job import card, data, pipeline
+    from job import card, data, page, pipeline
 
     held_out = data.load(chosen.data).held_out[: chosen.eval.limit]
     tagger = pipeline.tagger(chosen, "BASE", "DATA_SEPARATOR", "DATA_MAX_LENGTH")
@@ -239,7 +239,7 @@ def _evaluate(options: argparse.Namespace, chosen: Settings) -> None:
 
     scores, _ = evaluate(tagger, held_out)
     print(f"split: {len(held_out)} held-out examples, {data.split_digest(held_out)}")
-    print("\n".join(card.score_table({"adapter": scores})))
+    print("\n".join(page.markdown_table(card.score_table({"adapter": scores}))))
 
 
 def _settings(options: argparse.Namespace, chosen: Settings) -> None:

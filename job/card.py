@@ -9,6 +9,7 @@ import yaml
 
 from job import data, quantize
 from job.locate import FORMATS, WEIGHTS, is_local
+from job.page import Table, markdown_table
 from job.results import Scores
 from job.settings import Settings, show
 
@@ -54,7 +55,7 @@ def card(settings: Settings, scores: Mapping[str, Scores], versions: Mapping[str
         "",
         "## Scores on held-out examples",
         "",
-        *score_table(scores),
+        *markdown_table(score_table(scores)),
         "",
         "![training loss](loss.svg)",
         "",
@@ -69,18 +70,15 @@ def card(settings: Settings, scores: Mapping[str, Scores], versions: Mapping[str
     return "\n".join(lines) + "\n"
 
 
-def score_table(scores: Mapping[str, Scores]) -> list[str]:
-    """Lines of a Markdown table with a row for each tagger; micro-F1 with its 95% interval."""
-    lines = [
-        "| | n | precision | recall | micro-F1 | 95% | macro-F1 | Jaccard | exact | parsed |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def score_table(scores: Mapping[str, Scores]) -> Table:
+    """A row for each tagger; micro-F1 with its 95% interval."""
+    rows = [["", "n", "precision", "recall", "micro-F1", "95%", "macro-F1", "Jaccard", "exact", "parsed"]]
     for name, s in scores.items():
         low, high = s.intervals["f1"]
         before, after = (s.precision, s.recall, s.f1), (s.macro_f1, s.jaccard, s.exact_match, s.parse_rate)
-        cells = [*(f"{x:.3f}" for x in before), f"{low:.3f} to {high:.3f}", *(f"{x:.3f}" for x in after)]
-        lines.append(f"| {name} | {s.n} | {' | '.join(cells)} |")
-    return lines
+        figures = [*(f"{x:.3f}" for x in before), f"{low:.3f} to {high:.3f}", *(f"{x:.3f}" for x in after)]
+        rows.append([name, str(s.n), *figures])
+    return rows
 
 
 def _model_index(base: str, settings: Settings, scores: Scores) -> dict[str, Any]:

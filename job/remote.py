@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job import card, hub, logs, pipeline, report, settings
+from job import card, hub, logs, page, pipeline, report, settings
 from job.results import JobError, Summary
 from job.run_folder import RunFolder, read_manifest
 from job.whole import write_whole
@@ -98,7 +98,8 @@ def describe(run: Path) -> dict[str, Any]:
         folder = RunFolder(run, manifest)
         verdict = report.verdict(folder)
         scores = report.scores(folder)
-        found |= {"scores": {name: asdict(score) for name, score in scores.items()}, "table": card.score_table(scores)}
+        table = page.markdown_table(card.score_table(scores))
+        found |= {"scores": {name: asdict(score) for name, score in scores.items()}, "table": table}
         found |= {"gate": None if verdict is None else asdict(verdict)}
     return found
 

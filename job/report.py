@@ -10,10 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job import data, interruption
+from job import data, interruption, page, plots
 from job.card import card, score_table
 from job.evaluate import score_tags
-from job.plots import loss_curve
+from job.page import Block, Picture
 from job.results import Prediction, Published, PushFailed, Refused, Scores, Summary, Tagged, Trained, Verdict
 from job.run_folder import RunFolder, try_to_write
 from job.settings import Settings
@@ -73,8 +73,7 @@ def scores(run: RunFolder) -> dict[str, Scores]:
 
 def predictions(run: RunFolder) -> list[Prediction]:
     """The lines of predictions.jsonl."""
-    lines = (run.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    return [_prediction(json.loads(line)) for line in lines]
+    return [_prediction(was) for was in _lines(run, "predictions.jsonl")]
 
 
 def _prediction(was: dict[str, Any]) -> Prediction:
@@ -117,8 +116,8 @@ def save_card(
     adapter: Path, settings: Settings, scores: Mapping[str, Scores], run: RunFolder, *, licence: str | None
 ) -> None:
     """Write the model card in the place of the one that peft made, and the picture that it shows."""
-    history = [json.loads(line) for line in (run.path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    run.write("loss.svg", loss_curve([entry["step"] for entry in history], [entry["loss"] for entry in history]))
+    history = _lines(run, "log.jsonl")
+    run.write("loss.svg", _curve("training loss", history, "loss"))
     (adapter / "README.md").write_text(card(settings, scores, run.manifest["versions"], licence), encoding="utf-8")
 
 
@@ -133,7 +132,7 @@ def check_round_trip(run: RunFolder, load: Callable[[], Tagger], settings: Setti
     Raises PushFailed when the adapter cannot be loaded back, or when an answer differs: then what
     others load is not what was trained.
     """
-    before = [json.loads(line) for line in (run.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    before = _lines(run, "samples.jsonl")
     try:
         tagger = load()
         samples = tagger.tag([sample["text"] for sample in before])
@@ -192,7 +191,7 @@ def check_output(output: Path | None, *inputs: str | Path | None) -> None:
 
 
 def save_report(run: RunFolder, outcome: str, published: Published | None = None) -> None:
-    """Write report.json (its schema is job/report.schema.json) and report.md: how the run went, in a page.
+    """Write report.json (its schema is job/report.schema.json), and report.md and report.html: the run on a page.
 
     `outcome` is `judged` until more is known, then `published`, `not pushed` or `refused`; a run that
     stays `judged` could not be published.
@@ -213,33 +212,43 @@ def save_report(run: RunFolder, outcome: str, published: Published | None = None
     }
     run.write("report.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     gate, data_ = metrics["gate"], found["data"]
-    lines = [
-        f"# {run.path.name}: {outcome}",
-        "",
-        f"**{gate['verdict']}** by TAGGER_EVAL_GATE={gate['gate']}: {gate['reason']}.",
-        "",
+    history, tags = _lines(run, "log.jsonl"), _lines(run, "tags.jsonl")[:TAGS_SHOWN]
+    blocks: list[Block] = [
+        f"{gate['verdict'].capitalize()}, by TAGGER_EVAL_GATE={gate['gate']}: {gate['reason']}.",
         f"The adapter is at {found['adapter']}{f', tagged {published.tag}' if published and published.tag else ''}.",
-        "",
-        *score_table(scores(run)),
-        "",
-        f"On {metrics['split']['examples']} held-out examples (split `{metrics['split']['sha256'][:16]}`), after "
+        score_table(scores(run)),
+        f"On {metrics['split']['examples']} held-out examples (split {metrics['split']['sha256'][:16]}), after "
         f"training on {data_['train']} of {data_['dataset']}. The interval is that of micro-F1.",
-        "",
-        "| tag | examples | predicted | precision | recall | F1 | 95% |",
-        "|---|---|---|---|---|---|---|",
-        *map(_tag_row, (run.path / "tags.jsonl").read_text(encoding="utf-8").splitlines()[:TAGS_SHOWN]),
-        "",
+        Picture(_curve("training loss", history, "loss")),
+        Picture(_curve("learning rate", history, "learning_rate")),
+        [["tag", "examples", "predicted", "precision", "recall", "F1", "95%"], *map(_tag_row, tags)],
+        Picture(
+            plots.bars(
+                "F1 of the most frequent tags",
+                [tag["tag"] for tag in tags],
+                [tag["f1"] for tag in tags],
+                [tag["f1_interval"] for tag in tags],
+            )
+        ),
         "Seconds: " + ", ".join(f"{chapter} {seconds:g}" for chapter, seconds in manifest["timings"].items()) + ".",
     ]
-    run.write("report.md", "\n".join(lines) + "\n")
+    title = f"{run.path.name}: {outcome}"
+    run.write("report.md", page.markdown(title, blocks))
+    run.write("report.html", page.html(title, blocks))
 
 
-def _tag_row(line: str) -> str:
-    tag = json.loads(line)
+def _curve(title: str, history: Sequence[Mapping[str, Any]], what: str) -> str:
+    return plots.curve(title, [entry["step"] for entry in history], [entry[what] for entry in history])
+
+
+def _lines(run: RunFolder, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / name).read_text(encoding="utf-8").splitlines()]
+
+
+def _tag_row(tag: Mapping[str, Any]) -> list[str]:
     low, high = tag["f1_interval"]
-    figures = " | ".join(f"{tag[name]:.3f}" for name in ("precision", "recall", "f1"))
-    name = tag["tag"].replace("|", "\\|")
-    return f"| {name} | {tag['gold']} | {tag['predicted']} | {figures} | {low:.3f} to {high:.3f} |"
+    figures = [f"{tag[name]:.3f}" for name in ("precision", "recall", "f1")]
+    return [tag["tag"], str(tag["gold"]), str(tag["predicted"]), *figures, f"{low:.3f} to {high:.3f}"]
 
 
 def summary(run: RunFolder) -> Summary:
