@@ -61,7 +61,7 @@ class Variant:
     texts: float = 1.0
     """The share of the training texts that is trained on, for as many steps."""
     rare: float = 1.0
-    """The share that is kept of tags that the training texts have once, where a text has others too."""
+    """The share that is kept of the tags that one training text has."""
 
 
 def trainings(steps: int) -> dict[str, Groups]:
@@ -99,7 +99,8 @@ def trainings(steps: int) -> dict[str, Groups]:
         "int8": but(base={"quantize": "int8"}),
         "nf4": but(base={"quantize": "nf4"}),
         "another prompt": but(data={"separator": "\nTags: "}),
-        "together": but(lora={"alpha": 128, "dropout": 0.0}),
+        "no rare tags": but(data={"min_tag_count": 2}),
+        "together": but(lora={"alpha": 128, "dropout": 0.0}, data={"min_tag_count": 2}),
     }
     common = {"batch_size": 4, "accumulation": 4, "max_steps": steps, "micro_tokens": 1024}
     return {name: groups | {"train": common | groups.get("train", {})} for name, groups in found.items()}
@@ -121,8 +122,8 @@ VARIANTS = {
     **{f"{name}, likely": Variant(name, LIKELY) for name in trainings(1) if name not in ("recipe", "learned")},
     "a third of the texts, likely": Variant("learned", LIKELY, texts=1 / 3),
     "half of the rare tags, likely": Variant("learned", LIKELY, rare=0.5),
-    "no rare tags, likely": Variant("learned", LIKELY, rare=0.0),
-    **{f"{name}, every tag": Variant(name, EVERY) for name in ("together", "no dropout")},
+    "together, every tag": Variant("together", EVERY),
+    "no dropout, every tag": Variant("no dropout", EVERY),
 }
 
 
@@ -223,7 +224,7 @@ def _measure(options: argparse.Namespace, name: str, fold: int | str, examples: 
     # the same texts are set aside for all variants without a threshold of their own, so that they can share a training
     parts = examples if isinstance(settings.sample.threshold, float) else data.set_aside(examples, settings.data)
     machine = Machine.resolve("auto", "auto")
-    chosen = _fewer(parts.train, variant)
+    chosen = data.without_rare_tags(_fewer(parts.train, variant), settings.data)
     # adapters are the same however they are decoded
     folder = options.work / "trained" / f"{fold}, {settings.decoded_as_published().digest(_digest(chosen))}"
     model, tokenizer, seconds = _trained(folder, settings, chosen, machine)
@@ -247,8 +248,8 @@ def _fewer(train: Sequence[Example], variant: Variant) -> list[Example]:
     draw = random.Random(0)
     texts = [example for example in train if draw.random() < variant.texts]
     counts = Counter(tag for example in texts for tag in example.tags)
-    lasting = {tag for tag in sorted(counts) if counts[tag] > 1 or draw.random() < variant.rare}
-    tags = [tuple(tag for tag in example.tags if tag in lasting) for example in texts]
+    rare = {tag for tag in sorted(counts) if counts[tag] == 1 and draw.random() >= variant.rare}
+    tags = [tuple(tag for tag in example.tags if tag not in rare) for example in texts]
     return [replace(example, tags=kept or example.tags) for example, kept in zip(texts, tags, strict=True)]
 
 

@@ -232,6 +232,13 @@ def set_aside(examples: Examples, settings: Data) -> Examples:
     return replace(examples, train=tuple(train), calibration=tuple(calibration))
 
 
+def without_rare_tags(examples: Sequence[Example], settings: Data) -> list[Example]:
+    """The examples without the tags that fewer than `min_tag_count` of them have, where that leaves a tag."""
+    counts = Counter(tag for example in examples for tag in example.tags)
+    lasting = [tuple(tag for tag in example.tags if counts[tag] >= settings.min_tag_count) for example in examples]
+    return [replace(example, tags=tags or example.tags) for example, tags in zip(examples, lasting, strict=True)]
+
+
 def split_digest(held_out: Sequence[Example | Prediction]) -> str:
     """SHA-256 over the texts, in any order: two evaluations with the same one were on the same split."""
     return hashlib.sha256(json.dumps(sorted(example.text for example in held_out)).encode()).hexdigest()

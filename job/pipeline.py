@@ -75,7 +75,7 @@ def run_checked(checked: Checked, on_saved: Callable[[RunFolder], None] | None =
 
 def fine_tune(checked: Checked, machine: Machine) -> None:
     """Everything up to an adapter that is saved with what is known of it."""
-    from job.data import encode, texts_to_tag
+    from job.data import encode, texts_to_tag, without_rare_tags
     from job.decoding import for_training
     from job.evaluate import calibrate, evaluate
     from job.freeze import freeze
@@ -91,7 +91,8 @@ def fine_tune(checked: Checked, machine: Machine) -> None:
     held_out = examples.held_out[: settings.eval.limit]
     with run.chapter("load"):
         tokenizer = load_tokenizer(settings.base)
-        encoded = encode(tokenizer, examples.train, settings)
+        taught = without_rare_tags(examples.train, settings.data)
+        encoded = encode(tokenizer, taught, settings)
         log.info("data: %d examples to train on, %d held out", len(encoded), len(examples.held_out))
         log.info("quantize: %s as %s on %s", settings.base.model, settings.base.quantize, machine)
         base = load_model(settings.base, machine)
@@ -102,7 +103,7 @@ def fine_tune(checked: Checked, machine: Machine) -> None:
 
     with run.chapter("train"):
         trained = train(model, encoded, settings.train, tokenizer=tokenizer, machine=machine, run=run)
-    tagger = Tagger(model, tokenizer, settings, machine, for_training(settings.sample, examples.train))
+    tagger = Tagger(model, tokenizer, settings, machine, for_training(settings.sample, taught))
     weights = digest(model)
     if settings.sample.threshold == "auto":
         report.kept_threshold(run, weights, tagger, lambda: calibrate(tagger, examples.calibration))

@@ -192,6 +192,12 @@ class Data(Group):
         description="Order of an example's tags in training: as the data has them, the most frequent first, or another "
         "one each epoch.",
     )
+    min_tag_count: int = Field(
+        1,
+        ge=1,
+        description="Leave tags that fewer training examples have out of training, except where an example has no "
+        "others.",
+    )
     limit: int | None = Field(None, ge=2, le=10**9, description="Use only the first examples of the data, this many.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the held-out split, apart from the training's seed.")
 

@@ -374,3 +374,12 @@ def test_what_is_set_aside_for_the_threshold_is_neither_trained_on_nor_held_out(
     assert 0.1 < len(share.calibration) / len(share.train) < 0.4, "not those whose place is in what is held out"
     with pytest.raises(Refused, match="TAGGER_DATA_CALIBRATION_SIZE=9999 holds out everything"):
         data.set_aside(before, settings.model_copy(update={"calibration_size": 9999}))
+
+
+def test_rare_tags_are_left_out_of_training_only_where_others_remain() -> None:
+    examples = [Example("a", ("often", "twice", "once")), Example("b", ("often", "twice")), Example("c", ("alone",))]
+    examples.append(Example("d", ("often",)))
+    of = [data.without_rare_tags(examples, Data(min_tag_count=least)) for least in (1, 2, 3)]
+    assert of[0] == examples
+    assert [example.tags for example in of[1]] == [("often", "twice"), ("often", "twice"), ("alone",), ("often",)]
+    assert [example.tags for example in of[2]] == [("often",), ("often",), ("alone",), ("often",)]

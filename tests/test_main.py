@@ -24,7 +24,9 @@ from safetensors.torch import save as save_safetensors
 from test_whole import largest_file
 from transformers import AutoModelForCausalLM
 
+from job import data
 from job.__main__ import main
+from job.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 REPO = "ada/tiny-tagger"
@@ -104,9 +106,14 @@ def test_an_adapter_is_used_with_the_tags_and_the_threshold_that_it_was_publishe
         "TAGGER_SAMPLE_DECODING": "likely",
         "TAGGER_SAMPLE_THRESHOLD": "auto",
         "TAGGER_DATA_TAG_ORDER": "shuffled",
+        "TAGGER_DATA_MIN_TAG_COUNT": "3",
     }
     for name, value in chosen.items():
         tiny.setenv(name, value)
+    settings = Settings()
+    examples = data.set_aside(data.load(settings.data), settings.data).train
+    taught = {tag for example in data.without_rare_tags(examples, settings.data) for tag in example.tags}
+    assert taught < {tag for example in examples for tag in example.tags}
     assert main([]) == 0
     run = tmp_path / "runs" / "tiny"
     [said] = re.findall(r"threshold ([\d.]+), micro-F1 [\d.]+ on (\d+) training examples set aside", caplog.text)
@@ -114,6 +121,7 @@ def test_an_adapter_is_used_with_the_tags_and_the_threshold_that_it_was_publishe
     dataset = json.loads((run / "manifest.json").read_text())["dataset"]
     assert decoding["threshold"] == float(said[0])
     assert (decoding["decoding"], decoding["vocabulary"]) == ("likely", "closed")
+    assert set(decoding["tags"]) == taught
     assert dataset["train"] + int(said[1]) + dataset["near_duplicates"] + dataset["held_out"] <= 60
     for sample in lines(run / "samples.jsonl"):
         assert set(sample["tags"]) <= set(decoding["tags"])

@@ -34,10 +34,11 @@ def test_folds_have_other_development_texts(quotes: str) -> None:
     assert all(len(one & other) < 0.5 * len(one) for one in held_out for other in held_out if one is not other)
 
 
-def test_rare_tags_are_left_out_only_where_others_remain() -> None:
-    train = [Example("a", ("often", "once")), Example("b", ("often",)), Example("c", ("alone",))]
-    kept = quality._fewer(train, quality.Variant("learned", rare=0.0))
-    assert [example.tags for example in kept] == [("often",), ("often",), ("alone",)]
+def test_half_of_the_rare_tags_are_left_out_and_no_others() -> None:
+    train = [Example(str(n), ("often", f"once{n}")) for n in range(200)] + [Example("alone", ("alone",))]
+    kept = quality._fewer(train, quality.Variant("learned", rare=0.5))
+    assert all("often" in example.tags for example in kept[:-1]) and kept[-1].tags == ("alone",)
+    assert 70 < sum(len(example.tags) > 1 for example in kept) < 130
     assert quality._fewer(train, quality.Variant("learned")) == train
 
 
@@ -50,7 +51,7 @@ def test_a_share_of_the_texts_is_the_same_share_each_time() -> None:
 def test_a_lever_is_of_one_chapter() -> None:
     found = quality.trainings(320)
     learned = found["learned"]
-    of_several = {"learned": 0, "recipe": 3, "together": 1, "LoRA+ with 16, rate 2.5e-4": 2}
+    of_several = {"learned": 0, "recipe": 3, "together": 2, "LoRA+ with 16, rate 2.5e-4": 2}
     for name, groups in found.items():
         changed = [group for group in learned | groups if learned.get(group) != groups.get(group)]
         assert len(changed) == of_several.get(name, 1), (name, changed)
