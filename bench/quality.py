@@ -107,8 +107,8 @@ def trainings(steps: int) -> dict[str, Groups]:
 
 
 LIKELY = {"decoding": "likely", "threshold": "auto"}
-EVERY = {"decoding": "likely", "threshold": LEAST}
-"""Every tag that any threshold may keep, so that one can be chosen on the folds; no texts are set aside."""
+ALL_TEXTS = {"decoding": "likely", "threshold": 0.03}
+"""No texts are set aside: the threshold was chosen on the folds."""
 VARIANTS = {
     "recipe, free": Variant("recipe", free=True),
     "recipe, open list": Variant("recipe"),
@@ -122,8 +122,7 @@ VARIANTS = {
     **{f"{name}, likely": Variant(name, LIKELY) for name in trainings(1) if name not in ("recipe", "learned")},
     "a third of the texts, likely": Variant("learned", LIKELY, texts=1 / 3),
     "half of the rare tags, likely": Variant("learned", LIKELY, rare=0.5),
-    "together, every tag": Variant("together", EVERY),
-    "no dropout, every tag": Variant("no dropout", EVERY),
+    **{f"{name}, all texts": Variant(name, ALL_TEXTS) for name in ("together", "no dropout")},
 }
 
 
@@ -221,7 +220,7 @@ def _measure(options: argparse.Namespace, name: str, fold: int | str, examples: 
 
     variant = VARIANTS[name]
     settings = _settings(options, variant)
-    # the same texts are set aside for all variants without a threshold of their own, so that they can share a training
+    # of variants without a threshold of their own the same texts are set aside, so that they can share a training
     parts = examples if isinstance(settings.sample.threshold, float) else data.set_aside(examples, settings.data)
     machine = Machine.resolve("auto", "auto")
     chosen = data.without_rare_tags(_fewer(parts.train, variant), settings.data)
@@ -235,12 +234,16 @@ def _measure(options: argparse.Namespace, name: str, fold: int | str, examples: 
     started = time.monotonic()
     answers = tagger.tag([example.text for example in parts.held_out])
     record = _record(parts.train, parts.held_out, [a.tags for a in answers], [a.parsed for a in answers])
-    return record | {
-        "confidences": [a.confidences for a in answers],
+    record |= {
         "training_seconds": seconds,
         "tagging_seconds": time.monotonic() - started,
         "threshold": tagger.decoding.threshold,
     }
+    if decoding.decoding == "likely":  # every tag that any threshold may keep
+        tagger.decoding = replace(tagger.decoding, threshold=0.0)
+        every = tagger.tag([example.text for example in parts.held_out])
+        record["ranked"] = [list(zip(a.tags, a.confidences, strict=True)) for a in every]
+    return record
 
 
 def _fewer(train: Sequence[Example], variant: Variant) -> list[Example]:
@@ -332,7 +335,7 @@ def report(records: Sequence[Record], against: str) -> str:
     by_name: dict[str, list[Record]] = {}
     for record in records:
         by_name.setdefault(record["variant"], []).append(record)
-    columns = ["variant", "folds", *FIGURES, "invented", *SECONDS, f"less {against}"]
+    columns = ["variant", "folds", *FIGURES, "invented", "average precision", *SECONDS, f"less {against}"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     lines += [_row(name, found, by_name.get(against, [])) for name, found in by_name.items()]
     return "\n".join(lines)
@@ -349,6 +352,8 @@ def _row(name: str, records: Sequence[Record], against: Sequence[Record]) -> str
     drawn = resamples(len(gold))
     rates = (drawn @ invented) / (drawn @ answers).clip(min=1)
     cells.append(_figure(sum(invented) / max(1, sum(answers)), interval(rates)))
+    ranked = "ranked" in records[0]
+    cells.append(_figure(*average_precision(gold, list(_joined(records, "ranked")))) if ranked else "")
     for what in SECONDS.values():
         seconds = [record[what] for record in records if what in record]
         mean = f"{sum(seconds) / len(seconds):.0f}" if seconds else ""
@@ -364,17 +369,45 @@ def _row(name: str, records: Sequence[Record], against: Sequence[Record]) -> str
 
 
 def by_threshold(records: Sequence[Record]) -> Iterator[str]:
-    """For each variant of every tag, the micro-F1 of its folds' texts together at each threshold up to a tenth."""
+    """For each variant that ranks tags, the micro-F1 of its folds' texts together at each threshold up to a tenth."""
     from job.evaluate import f1_by_threshold
     from job.results import Tagged
 
-    for name in dict.fromkeys(record["variant"] for record in records):
-        if name in VARIANTS and VARIANTS[name].sample.get("threshold") == LEAST:
-            own = [record for record in records if record["variant"] == name]
-            found = zip(_joined(own, "predicted"), _joined(own, "confidences"), strict=True)
-            answers = [Tagged("", "", "", tuple(tags), True, tuple(confidences)) for tags, confidences in found]
-            scores = f1_by_threshold(list(_joined(own, "gold")), answers).items()
-            yield f"\n{name}: " + ", ".join(f"{f1:.3f} from {t:g} on" for t, f1 in scores if LEAST <= t <= 0.1) + "\n"
+    for name in dict.fromkeys(record["variant"] for record in records if "ranked" in record):
+        own = [record for record in records if record["variant"] == name]
+        answers = [Tagged("", "", "", *_columns(ranked)) for ranked in _joined(own, "ranked")]
+        scores = f1_by_threshold(list(_joined(own, "gold")), answers).items()
+        yield f"\n{name}: " + ", ".join(f"{f1:.3f} from {t:g} on" for t, f1 in scores if LEAST <= t <= 0.1) + "\n"
+
+
+def _columns(ranked: Sequence[tuple[str, float]]) -> tuple[tuple[str, ...], bool, tuple[float, ...]]:
+    return tuple(tag for tag, _ in ranked), True, tuple(confidence for _, confidence in ranked)
+
+
+def average_precision(
+    gold: Sequence[Sequence[str]], ranked: Sequence[Sequence[tuple[str, float]]]
+) -> tuple[float, list[float]]:
+    """How well tags are ranked, whatever the threshold, and the 95% interval by a bootstrap of the texts.
+
+    The mean, over the texts' tags, of the precision of all answers of all texts that are at least as
+    sure; 0 for a tag that is no answer.
+    """
+    import numpy as np
+
+    from job.evaluate import interval, normalise_tag, resamples
+
+    true = [{normalise_tag(tag) for tag in tags} for tags in gold]
+    answers = [
+        (-confidence, text, normalise_tag(tag) in true[text])
+        for text, tags in enumerate(ranked)
+        for tag, confidence in tags
+    ]
+    _, texts, hits = (np.array(column) for column in zip(*sorted(answers), strict=True))
+    drawn = np.vstack([np.ones(len(gold)), resamples(len(gold))])
+    weights = drawn[:, texts.astype(int)]
+    precision = (weights * hits).cumsum(1) / weights.cumsum(1).clip(min=1)
+    values = (weights * hits * precision).sum(1) / (drawn @ [len(tags) for tags in true])
+    return float(values[0]), interval(values[1:])
 
 
 def _joined(records: Sequence[Record], what: str) -> Iterator[Any]:

@@ -77,7 +77,20 @@ def test_the_table_compares_a_variant_on_the_same_texts_and_puts_folds_together(
 
 
 def test_the_threshold_of_the_folds_is_read_from_what_each_would_leave() -> None:
-    gold = [["a"], ["b"]]
-    record = {"variant": "together, every tag", "fold": 1, "gold": gold, "predicted": [["a", "x"], ["b", "y"]]}
-    [line] = quality.by_threshold([record | {"confidences": [[0.5, 0.04], [0.6, 0.02]]}])
+    ranked = [[["a", 0.5], ["x", 0.04]], [["b", 0.6], ["y", 0.02]]]
+    record = {"variant": "together, likely", "fold": 1, "gold": [["a"], ["b"]], "ranked": ranked}
+    [line] = quality.by_threshold([record])
     assert "0.667 from 0.02 on" in line and "0.800 from 0.03 on" in line and "1.000 from 0.05 on" in line
+
+
+def test_average_precision_is_scikit_learn_s_where_no_tag_is_missed() -> None:
+    from sklearn.metrics import average_precision_score
+
+    gold = [["a", "B c"], ["b"], ["d"]]
+    ranked = [[("a", 0.9), ("x", 0.8), ("b-c", 0.3)], [("y", 0.7), ("b", 0.6)], [("d", 0.2), ("z", 0.1)]]
+    value, (low, high) = quality.average_precision(gold, ranked)
+    found = sorted(((c, t in ("a", "b", "b-c", "d")) for tags in ranked for t, c in tags), reverse=True)
+    assert value == pytest.approx(average_precision_score([hit for _, hit in found], [c for c, _ in found]))
+    assert low < value < high
+    missed, _ = quality.average_precision([*gold[:2], ["d", "never"]], ranked)
+    assert missed == pytest.approx(value * 4 / 5)
