@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -32,7 +33,7 @@ def markdown(title: str, blocks: Sequence[Block]) -> str:
     parts = [f"# {title}"]
     for block in blocks:
         if isinstance(block, str):
-            parts.append(block)
+            parts.append(_plain(block))
         elif not isinstance(block, Picture):
             parts.append("\n".join(markdown_table(block)))
     return "\n\n".join(parts) + "\n"
@@ -40,8 +41,13 @@ def markdown(title: str, blocks: Sequence[Block]) -> str:
 
 def markdown_table(rows: Table) -> list[str]:
     """Lines of a Markdown table."""
-    header, *others = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    header, *others = ["| " + " | ".join(map(_plain, row)) + " |" for row in rows]
     return [header, "|---" * len(rows[0]) + "|", *others]
+
+
+def _plain(text: str) -> str:
+    """A text in a line of Markdown where nothing of it means anything but itself; underscores in words do not."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False))
 
 
 def html(title: str, blocks: Sequence[Block]) -> str:

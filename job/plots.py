@@ -63,7 +63,10 @@ def _svg(height: int, shapes: Sequence[str], texts: Sequence[_Text]) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-size="13">',
             f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
             *shapes,
-            *(f'<text x="{x:g}" y="{y:g}" text-anchor="{part}">{escape(text)}</text>' for x, y, part, text in texts),
+            *(
+                f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
+                for x, y, anchor, text in texts
+            ),
             "</svg>\n",
         ]
     )

@@ -242,7 +242,8 @@ def _curve(title: str, history: Sequence[Mapping[str, Any]], what: str) -> str:
 
 
 def _lines(run: RunFolder, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.path / name).read_text(encoding="utf-8").splitlines()]
+    with (run.path / name).open(encoding="utf-8") as file:  # not splitlines(), which also splits at U+2028
+        return [json.loads(line) for line in file]
 
 
 def _tag_row(tag: Mapping[str, Any]) -> list[str]:

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 CARD = "adapter/README.md"
+RESULTS = ("adapter", "metrics.json", "log.jsonl", "predictions.jsonl", "tags.jsonl", "samples.jsonl")
+"""What there is before the gate, and is sealed then."""
 """Not sealed: a model card may be edited before it is pushed."""
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
 
@@ -56,7 +58,7 @@ class RunFolder:
     @property
     def trained(self) -> bool:
         """Whether all that comes before the gate is done and as it was written."""
-        return self.sealed("adapter", "metrics.json", "predictions.jsonl", "tags.jsonl", "samples.jsonl")
+        return self.sealed(*RESULTS)
 
     @property
     def complete(self) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from job import report
 from job.decoding import Decoding
 from job.evaluate import score
 from job.report import check_round_trip, kept_evaluation, kept_threshold, save_samples
@@ -89,3 +90,9 @@ def test_the_threshold_is_kept_for_the_weights_that_it_was_found_for(run: RunFol
         tagger.decoding = replace(tagger.decoding, threshold=0.0)
         kept_threshold(run, weights, tagger, calibrate)
         assert tagger.decoding.threshold == expected
+
+
+def test_a_text_may_hold_whatever_separates_lines_elsewhere(run: RunFolder) -> None:
+    texts = ["one\u2028line", "two\x85lines", "three\u2029lines\nand a fourth"]
+    run.write_lines("predictions.jsonl", [asdict(Prediction(text, ("a",), (), "")) for text in texts])
+    assert [prediction.text for prediction in report.predictions(run)] == texts

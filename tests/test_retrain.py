@@ -135,6 +135,8 @@ def test_the_first_is_published_by_the_floor_a_better_one_promoted_and_a_worse_o
     assert list(violations(refused | {"outcome": "lost"}, schema, schema)) != []
     page = next(Path("elsewhere").glob("*/report.md")).read_text()
     assert "Fail, by TAGGER_EVAL_GATE=published: the adapter's micro-F1 is" in page
+    html = next(Path("elsewhere").glob("*/report.html")).read_text()
+    assert html.count("<svg") == 3 and "<td>rain</td>" in html
     assert {"| published |", "| tfidf |", "| rain |"} <= {
         line[: line.index("|", 1) + 1] for line in page.split("\n") if "|" in line
     }
