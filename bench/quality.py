@@ -30,6 +30,7 @@ from job.settings import Data, Settings
 
 if TYPE_CHECKING:
     from job.device import Machine
+    from job.evaluate import Ranked
     from job.sample import Tagger
 
 TEST_SHARE, TEST_SEED = 0.15, 2026
@@ -37,12 +38,14 @@ DEVELOPMENT_SHARE = 0.15
 """Of what the test leaves."""
 REFERENCES = ("most_common_tags", "tfidf")
 TEST = "test"
+RECORD = 2
+"""Of a record's fields: those of another version are not read."""
 FIGURES = {
     "micro-F1": "f1",
     "macro-F1": "macro_f1",
     "precision": "precision",
     "recall": "recall",
-    "whole": "parse_rate",
+    "parsed": "parse_rate",
 }
 SECONDS = {"training, s": "training_seconds", "tagging, s": "tagging_seconds"}
 
@@ -131,9 +134,7 @@ def main() -> None:
     records: list[Record] = []
     for fold in [TEST] if options.test else options.folds:
         train, held_out = folds(options.data, fold)
-        for name in REFERENCES:
-            records.append(_kept(options, fold, name, Examples(train, held_out, 0, "")))
-        for name in [options.test] if options.test else options.variants:
+        for name in (*REFERENCES, *([options.test] if options.test else options.variants)):
             records.append(_kept(options, fold, name, Examples(train, held_out, 0, "")))
     print(report(records, options.against))
     print(*by_threshold(records), sep="\n", end="")
@@ -147,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--test", choices=list(VARIANTS), metavar="VARIANT", help="score this one on the test split")
-    parser.add_argument("--against", default="tfidf", metavar="VARIANT", help="what the last column compares with")
+    parser.add_argument(
+        "--against", default="tfidf", choices=[*REFERENCES, *VARIANTS], metavar="VARIANT", help="what to compare with"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="what is done is kept here")
     return parser
 
@@ -176,19 +179,20 @@ def _kept(options: argparse.Namespace, fold: int | str, name: str, examples: Exa
     """The record of a measurement: that of the work folder for the same settings and data, or else made now."""
     from job.whole import write_whole
 
-    settings = Settings() if name in REFERENCES else _settings(options, VARIANTS[name])
-    file = options.work / "records" / f"{name}, {fold}, {settings.digest(_digest(examples))}.json"
+    reference = name in REFERENCES
+    what = [] if reference else [_settings(options, VARIANTS[name]).digest(), VARIANTS[name]]
+    file = options.work / "records" / f"{name}, {fold}, {_digest(RECORD, what, examples)}.json"
     if not file.is_file():
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record = _reference(name, examples) if name in REFERENCES else _measure(options, name, fold, examples)
+        record = _reference(name, examples) if reference else _measure(options, name, fold, examples)
         write_whole(file, json.dumps({"variant": name, "fold": fold, "when": started} | record))
     found: Record = json.loads(file.read_text(encoding="utf-8"))
     print(_row(name, [found], []), file=sys.stderr, flush=True)
     return found
 
 
-def _digest(examples: Examples | Sequence[Example]) -> str:
-    return hashlib.sha256(repr(examples).encode()).hexdigest()[:8]
+def _digest(*what: Any) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:8]
 
 
 def _reference(name: str, examples: Examples) -> Record:
@@ -223,7 +227,7 @@ def _measure(options: argparse.Namespace, name: str, fold: int | str, examples: 
     # of variants without a threshold of their own the same texts are set aside, so that they can share a training
     parts = examples if isinstance(settings.sample.threshold, float) else data.set_aside(examples, settings.data)
     machine = Machine.resolve("auto", "auto")
-    chosen = data.without_rare_tags(_fewer(parts.train, variant), settings.data)
+    chosen = data.without_rare_tags(_fewer(parts.train, variant), settings.data.min_tag_count)
     # adapters are the same however they are decoded
     folder = options.work / "trained" / f"{fold}, {settings.decoded_as_published().digest(_digest(chosen))}"
     model, tokenizer, seconds = _trained(folder, settings, chosen, machine)
@@ -252,8 +256,7 @@ def _fewer(train: Sequence[Example], variant: Variant) -> list[Example]:
     texts = [example for example in train if draw.random() < variant.texts]
     counts = Counter(tag for example in texts for tag in example.tags)
     rare = {tag for tag in sorted(counts) if counts[tag] == 1 and draw.random() >= variant.rare}
-    tags = [tuple(tag for tag in example.tags if tag not in rare) for example in texts]
-    return [replace(example, tags=kept or example.tags) for example, kept in zip(texts, tags, strict=True)]
+    return data.without_tags(texts, rare.__contains__)
 
 
 def _trained(folder: Path, settings: Settings, train: Sequence[Example], machine: Machine) -> tuple[Any, Any, float]:
@@ -335,7 +338,7 @@ def report(records: Sequence[Record], against: str) -> str:
     by_name: dict[str, list[Record]] = {}
     for record in records:
         by_name.setdefault(record["variant"], []).append(record)
-    columns = ["variant", "folds", *FIGURES, "invented", "average precision", *SECONDS, f"less {against}"]
+    columns = ["variant", "folds", *FIGURES, "invented", "average precision", *SECONDS, f"micro-F1 less {against}"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     lines += [_row(name, found, by_name.get(against, [])) for name, found in by_name.items()]
     return "\n".join(lines)
@@ -352,7 +355,7 @@ def _row(name: str, records: Sequence[Record], against: Sequence[Record]) -> str
     drawn = resamples(len(gold))
     rates = (drawn @ invented) / (drawn @ answers).clip(min=1)
     cells.append(_figure(sum(invented) / max(1, sum(answers)), interval(rates)))
-    ranked = "ranked" in records[0]
+    ranked = all("ranked" in record for record in records)
     cells.append(_figure(*average_precision(gold, list(_joined(records, "ranked")))) if ranked else "")
     for what in SECONDS.values():
         seconds = [record[what] for record in records if what in record]
@@ -371,22 +374,14 @@ def _row(name: str, records: Sequence[Record], against: Sequence[Record]) -> str
 def by_threshold(records: Sequence[Record]) -> Iterator[str]:
     """For each variant that ranks tags, the micro-F1 of its folds' texts together at each threshold up to a tenth."""
     from job.evaluate import f1_by_threshold
-    from job.results import Tagged
 
     for name in dict.fromkeys(record["variant"] for record in records if "ranked" in record):
         own = [record for record in records if record["variant"] == name]
-        answers = [Tagged("", "", "", *_columns(ranked)) for ranked in _joined(own, "ranked")]
-        scores = f1_by_threshold(list(_joined(own, "gold")), answers).items()
+        scores = f1_by_threshold(list(_joined(own, "gold")), list(_joined(own, "ranked"))).items()
         yield f"\n{name}: " + ", ".join(f"{f1:.3f} from {t:g} on" for t, f1 in scores if LEAST <= t <= 0.1) + "\n"
 
 
-def _columns(ranked: Sequence[tuple[str, float]]) -> tuple[tuple[str, ...], bool, tuple[float, ...]]:
-    return tuple(tag for tag, _ in ranked), True, tuple(confidence for _, confidence in ranked)
-
-
-def average_precision(
-    gold: Sequence[Sequence[str]], ranked: Sequence[Sequence[tuple[str, float]]]
-) -> tuple[float, list[float]]:
+def average_precision(gold: Sequence[Sequence[str]], ranked: Sequence[Ranked]) -> tuple[float, list[float]]:
     """How well tags are ranked, whatever the threshold, and the 95% interval by a bootstrap of the texts.
 
     The mean, over the texts' tags, of the precision of all answers of all texts that are at least as
@@ -394,19 +389,17 @@ def average_precision(
     """
     import numpy as np
 
-    from job.evaluate import interval, normalise_tag, resamples
+    from job.evaluate import interval, judged, resamples
 
-    true = [{normalise_tag(tag) for tag in tags} for tags in gold]
-    answers = [
-        (-confidence, text, normalise_tag(tag) in true[text])
-        for text, tags in enumerate(ranked)
-        for tag, confidence in tags
-    ]
-    _, texts, hits = (np.array(column) for column in zip(*sorted(answers), strict=True))
+    answers, positives = judged(gold, ranked)
+    if not answers:
+        return 0.0, [0.0, 0.0]
+    confidences, texts, hits = map(np.array, zip(*sorted(answers, reverse=True), strict=True))
     drawn = np.vstack([np.ones(len(gold)), resamples(len(gold))])
-    weights = drawn[:, texts.astype(int)]
-    precision = (weights * hits).cumsum(1) / weights.cumsum(1).clip(min=1)
-    values = (weights * hits * precision).sum(1) / (drawn @ [len(tags) for tags in true])
+    weights = drawn[:, texts]
+    as_sure = np.searchsorted(-confidences, -confidences, side="right") - 1  # ties have one place in the ranking
+    precision = ((weights * hits).cumsum(1) / weights.cumsum(1).clip(min=1))[:, as_sure]
+    values = (weights * hits * precision).sum(1) / (drawn @ positives)
     return float(values[0]), interval(values[1:])
 
 

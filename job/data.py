@@ -10,12 +10,13 @@ import random
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job import hub
+from job.evaluate import normalise_tag
 from job.locate import FORMATS, is_local, local_path
 from job.results import Encoded, Example, Examples, Prediction, Refused
 from job.settings import Data, Sample, Settings, is_unicode
@@ -232,11 +233,25 @@ def set_aside(examples: Examples, settings: Data) -> Examples:
     return replace(examples, train=tuple(train), calibration=tuple(calibration))
 
 
-def without_rare_tags(examples: Sequence[Example], settings: Data) -> list[Example]:
-    """The examples without the tags that fewer than `min_tag_count` of them have, where that leaves a tag."""
-    counts = Counter(tag for example in examples for tag in example.tags)
-    lasting = [tuple(tag for tag in example.tags if counts[tag] >= settings.min_tag_count) for example in examples]
-    return [replace(example, tags=tags or example.tags) for example, tags in zip(examples, lasting, strict=True)]
+def without_rare_tags(examples: Sequence[Example], least: int) -> list[Example]:
+    """The examples without the tags that fewer than `least` of them have, where that leaves a tag.
+
+    Spellings that are compared as one tag count as one. Raises Refused when all tags are rare.
+    """
+    counts = Counter(tag for example in examples for tag in set(map(normalise_tag, example.tags)))
+    most = max(counts.values(), default=0)
+    if most < least:
+        raise Refused(
+            f"TAGGER_DATA_MIN_TAG_COUNT={least} makes every tag rare: the most frequent one is on {most} of "
+            f"{len(examples)} training examples; lower it"
+        )
+    return without_tags(examples, lambda tag: counts[normalise_tag(tag)] < least)
+
+
+def without_tags(examples: Sequence[Example], unwanted: Callable[[str], bool]) -> list[Example]:
+    """The examples without such tags; one that has no others keeps them."""
+    left = [tuple(tag for tag in example.tags if not unwanted(tag)) for example in examples]
+    return [replace(example, tags=tags or example.tags) for example, tags in zip(examples, left, strict=True)]
 
 
 def split_digest(held_out: Sequence[Example | Prediction]) -> str:

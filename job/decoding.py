@@ -32,7 +32,7 @@ class Decoding:
     vocabulary: Literal["open", "closed"]
     """Whether an answer may hold other tags than these."""
     tags: tuple[str, ...]
-    """Those of the training examples, the most frequent first, or those of a file."""
+    """Those that were trained on, the most frequent first, or those of a file."""
     threshold: float
     max_tags: int
 

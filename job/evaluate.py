@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from job.decoding import LEAST
-from job.results import Example, Prediction, Scores, Tagged, TagScores
+from job.results import Example, Prediction, Scores, TagScores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Ranked = Sequence[tuple[str, float]]
+"""Tags with their confidences."""
 RESAMPLES = 1000
 """Of the held-out examples, drawn with replacement and a fixed seed, for every interval."""
 PERCENTILES = (2.5, 97.5)
@@ -102,36 +104,45 @@ def calibrate(tagger: Tagger, examples: Sequence[Example]) -> None:
     """Give a tagger the threshold that is best on these examples, which it was not trained on."""
     tagger.decoding = replace(tagger.decoding, threshold=0.0)
     answers = tagger.tag([example.text for example in examples])
-    threshold, f1 = best_threshold([example.tags for example in examples], answers)
+    ranked = [list(zip(answer.tags, answer.confidences, strict=True)) for answer in answers]
+    threshold, f1 = best_threshold([example.tags for example in examples], ranked)
     tagger.decoding = replace(tagger.decoding, threshold=threshold)
     log.info("evaluate: threshold %g, micro-F1 %.3f on %d training examples set aside", threshold, f1, len(examples))
 
 
-def best_threshold(gold: Sequence[Sequence[str]], answers: Sequence[Tagged]) -> tuple[float, float]:
+def best_threshold(gold: Sequence[Sequence[str]], ranked: Sequence[Ranked]) -> tuple[float, float]:
     """The confidence that tags had best be left out below for the highest micro-F1, and that F1.
 
     Of several that are as good, the lowest.
     """
-    found = f1_by_threshold(gold, answers)
+    found = f1_by_threshold(gold, ranked)
     best = max(found, key=lambda threshold: found[threshold])
     return best, found[best]
 
 
-def f1_by_threshold(gold: Sequence[Sequence[str]], answers: Sequence[Tagged]) -> dict[float, float]:
-    """The micro-F1 that is left when tags below a confidence are left out, for each one up to 1 in steps of LEAST."""
-    pairs = []
-    for tags, answer in zip(gold, answers, strict=True):
-        true = {normalise_tag(tag) for tag in tags}
-        likely: dict[str, float] = {}
-        for tag, confidence in zip(answer.tags, answer.confidences, strict=True):
-            likely[normalise_tag(tag)] = max(confidence, likely.get(normalise_tag(tag), 0.0))
-        pairs += [(confidence, tag in true) for tag, confidence in likely.items()]
-    positives = sum(len({normalise_tag(tag) for tag in tags}) for tags in gold)
+def f1_by_threshold(gold: Sequence[Sequence[str]], ranked: Sequence[Ranked]) -> dict[float, float]:
+    """The micro-F1 that is left when tags below a confidence are left out, for each one in steps of LEAST from 0."""
+    answers, positives = judged(gold, ranked)
     f1 = {}
     for threshold in (round(LEAST * n, 4) for n in range(int(1 / LEAST))):
-        kept = [hit for confidence, hit in pairs if confidence >= threshold]
-        f1[threshold] = 2 * sum(kept) / (len(kept) + positives)
+        kept = [hit for confidence, _, hit in answers if confidence >= threshold]
+        f1[threshold] = 2 * sum(kept) / (len(kept) + sum(positives))
     return f1
+
+
+def judged(gold: Sequence[Sequence[str]], ranked: Sequence[Ranked]) -> tuple[list[tuple[float, int, bool]], list[int]]:
+    """Confidence, text and rightness of each answer, and the number of right ones that each text has.
+
+    Answers that are compared as one tag are one, as sure as the surest of them.
+    """
+    answers: list[tuple[float, int, bool]] = []
+    true = [{normalise_tag(tag) for tag in tags} for tags in gold]
+    for text, tags in enumerate(ranked):
+        surest: dict[str, float] = {}
+        for tag, confidence in tags:
+            surest[normalise_tag(tag)] = max(confidence, surest.get(normalise_tag(tag), 0.0))
+        answers += [(confidence, text, tag in true[text]) for tag, confidence in surest.items()]
+    return answers, [len(tags) for tags in true]
 
 
 @dataclass(frozen=True)

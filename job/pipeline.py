@@ -91,7 +91,7 @@ def fine_tune(checked: Checked, machine: Machine) -> None:
     held_out = examples.held_out[: settings.eval.limit]
     with run.chapter("load"):
         tokenizer = load_tokenizer(settings.base)
-        taught = without_rare_tags(examples.train, settings.data)
+        taught = without_rare_tags(examples.train, settings.data.min_tag_count)
         encoded = encode(tokenizer, taught, settings)
         log.info("data: %d examples to train on, %d held out", len(encoded), len(examples.held_out))
         log.info("quantize: %s as %s on %s", settings.base.model, settings.base.quantize, machine)
@@ -122,7 +122,7 @@ def fine_tune(checked: Checked, machine: Machine) -> None:
         tagger.decoding.save(folder)
         report.save_card(folder, settings, scores, run, licence=checked.licence)
     run.update(peak_memory=machine.peak_memory())
-    run.seal("metrics.json", "predictions.jsonl", "tags.jsonl", "samples.jsonl", "adapter")
+    run.seal(*run_folder.RESULTS)
 
 
 def finish(run: RunFolder, settings: Settings, repo: str | None, machine: Machine) -> Summary:

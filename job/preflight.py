@@ -133,7 +133,8 @@ def check_machine(checked: Checked) -> list[str]:
     settings, examples = checked.settings, checked.examples
     machine = Machine.resolve(settings.run.device, settings.train.precision)
     tokenizer = quantize.load_tokenizer(settings.base)
-    longest = sorted(examples.train, key=lambda e: len(e.text), reverse=True)[:1]  # micro-batches get no smaller
+    taught = data.without_rare_tags(examples.train, settings.data.min_tag_count)
+    longest = sorted(taught, key=lambda e: len(e.text), reverse=True)[:1]  # micro-batches get no smaller
     encoded = data.encode(tokenizer, longest, settings)
     for example in encoded:
         assert example.labels[-1] == tokenizer.eos_token_id, "the end of sequence is a label"

@@ -195,8 +195,9 @@ class Data(Group):
     min_tag_count: int = Field(
         1,
         ge=1,
-        description="Leave tags that fewer training examples have out of training, except where an example has no "
-        "others.",
+        le=10**9,
+        description="Tags that fewer training examples have are not trained on, so that seen ones and likely ones do "
+        "not include them; an example that has no others keeps them.",
     )
     limit: int | None = Field(None, ge=2, le=10**9, description="Use only the first examples of the data, this many.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the held-out split, apart from the training's seed.")
@@ -307,7 +308,7 @@ class Sample(Group):
     )
     vocabulary: Identifier | None = Field(
         None,
-        description="Tags an answer may hold: open (any), seen (those of the training examples), or a file with one a "
+        description="Tags an answer may hold: open (any), seen (those that were trained on), or a file with one a "
         "line; empty: as the adapter was published, and when training open.",
     )
     decoding: Literal["list", "likely"] | None = Field(

@@ -379,7 +379,17 @@ def test_what_is_set_aside_for_the_threshold_is_neither_trained_on_nor_held_out(
 def test_rare_tags_are_left_out_of_training_only_where_others_remain() -> None:
     examples = [Example("a", ("often", "twice", "once")), Example("b", ("often", "twice")), Example("c", ("alone",))]
     examples.append(Example("d", ("often",)))
-    of = [data.without_rare_tags(examples, Data(min_tag_count=least)) for least in (1, 2, 3)]
+    of = [data.without_rare_tags(examples, least) for least in (1, 2, 3)]
     assert of[0] == examples
     assert [example.tags for example in of[1]] == [("often", "twice"), ("often", "twice"), ("alone",), ("often",)]
     assert [example.tags for example in of[2]] == [("often",), ("often",), ("alone",), ("often",)]
+    with pytest.raises(Refused, match="MIN_TAG_COUNT=4 makes every tag rare: the most frequent one is on 3 of 4"):
+        data.without_rare_tags(examples, 4)
+
+
+def test_a_tag_that_is_spelled_in_two_ways_is_not_rare() -> None:
+    examples = [Example("a", ("Science Fiction", "once")), Example("b", ("science-fiction", "love"))]
+    assert [example.tags for example in data.without_rare_tags(examples, 2)] == [
+        ("Science Fiction",),
+        ("science-fiction",),
+    ]

@@ -10,7 +10,6 @@ from sklearn.metrics import jaccard_score, precision_recall_fscore_support
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from job.evaluate import best_threshold, f1_difference, normalise_tag, score, score_tags
-from job.results import Tagged
 
 FIGURES = ("precision", "recall", "f1", "macro_precision", "macro_recall", "macro_f1", "jaccard", "exact_match")
 
@@ -105,16 +104,16 @@ def test_data_with_a_single_tag_are_scored_too(gold: str, predicted: str, f1: fl
 def test_the_threshold_is_the_one_with_the_best_f1_and_no_other_has_a_better() -> None:
     chance = random.Random(3)
     gold, predicted = answers(60, right=0.5)
-    tagged = []
+    ranked = []
     for tags, given in zip(gold, predicted, strict=True):
         likely = {tag: chance.uniform(0.2, 0.9) if tag in tags else chance.uniform(0.0, 0.6) for tag in given}
-        tagged.append(Tagged("", "", "", tuple(likely), True, tuple(likely.values())))
+        ranked.append(list(likely.items()))
 
     def f1(threshold: float) -> float:
-        kept = [[t for t, p in zip(a.tags, a.confidences, strict=True) if p >= threshold] for a in tagged]
+        kept = [[tag for tag, confidence in tags if confidence >= threshold] for tags in ranked]
         return score(gold, kept).f1
 
-    threshold, best = best_threshold(gold, tagged)
+    threshold, best = best_threshold(gold, ranked)
     assert best == pytest.approx(f1(threshold))
     assert best == pytest.approx(max(f1(n / 100) for n in range(100)))
     assert all(f1(n / 100) < best for n in range(round(threshold * 100)))

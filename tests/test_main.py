@@ -112,7 +112,7 @@ def test_an_adapter_is_used_with_the_tags_and_the_threshold_that_it_was_publishe
         tiny.setenv(name, value)
     settings = Settings()
     examples = data.set_aside(data.load(settings.data), settings.data).train
-    taught = {tag for example in data.without_rare_tags(examples, settings.data) for tag in example.tags}
+    taught = {tag for example in data.without_rare_tags(examples, settings.data.min_tag_count) for tag in example.tags}
     assert taught < {tag for example in examples for tag in example.tags}
     assert main([]) == 0
     run = tmp_path / "runs" / "tiny"

@@ -73,7 +73,7 @@ def test_the_table_compares_a_variant_on_the_same_texts_and_puts_folds_together(
     assert tfidf[-1] == ""
     cells = dict(zip(header, ours, strict=True))
     assert cells["folds"] == "2" and cells["micro-F1"].startswith("1.000 (")
-    assert cells["training, s"] == "2 (1 to 3)" and cells["less tfidf"].startswith("+0.500 (")
+    assert cells["training, s"] == "2 (1 to 3)" and cells["micro-F1 less tfidf"].startswith("+0.500 (")
 
 
 def test_the_threshold_of_the_folds_is_read_from_what_each_would_leave() -> None:
@@ -87,10 +87,16 @@ def test_average_precision_is_scikit_learn_s_where_no_tag_is_missed() -> None:
     from sklearn.metrics import average_precision_score
 
     gold = [["a", "B c"], ["b"], ["d"]]
-    ranked = [[("a", 0.9), ("x", 0.8), ("b-c", 0.3)], [("y", 0.7), ("b", 0.6)], [("d", 0.2), ("z", 0.1)]]
+    ranked = [[("a", 0.9), ("x", 0.8), ("b-c", 0.6)], [("y", 0.6), ("b", 0.6)], [("d", 0.2), ("z", 0.1)]]
     value, (low, high) = quality.average_precision(gold, ranked)
-    found = sorted(((c, t in ("a", "b", "b-c", "d")) for tags in ranked for t, c in tags), reverse=True)
+    found = [(c, t in ("a", "b", "b-c", "d")) for tags in ranked for t, c in tags]
     assert value == pytest.approx(average_precision_score([hit for _, hit in found], [c for c, _ in found]))
     assert low < value < high
     missed, _ = quality.average_precision([*gold[:2], ["d", "never"]], ranked)
     assert missed == pytest.approx(value * 4 / 5)
+
+
+def test_average_precision_counts_a_tag_once_and_no_answers_as_nothing() -> None:
+    once = quality.average_precision([["love"], ["sea"]], [[("Love", 0.9)], [("x", 0.5)]])
+    assert quality.average_precision([["love"], ["sea"]], [[("Love", 0.9), ("love", 0.4)], [("x", 0.5)]]) == once
+    assert quality.average_precision([["love"], ["sea"]], [[], []]) == (0.0, [0.0, 0.0])
