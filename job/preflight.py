@@ -67,6 +67,7 @@ def check(settings: Settings) -> Checked:
     attempt(gate.check_split, settings, examples)
     if settings.sample.threshold == "auto":
         examples = attempt(data.set_aside, examples, settings.data) or examples
+    attempt(data.without_rare_tags, examples.train, settings.data.min_tag_count)
     if listed:  # the file's name alone would not tell another content
         both = hashlib.sha256(repr((examples.fingerprint, listed)).encode()).hexdigest()
         examples = replace(examples, fingerprint=both)

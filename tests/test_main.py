@@ -518,6 +518,10 @@ def test_a_run_whose_weights_were_altered_is_made_again(
         ({"TAGGER_DATA_TEXT_COLUMN": "text"}, ["no column 'text'; it has quote, tags"]),
         ({"TAGGER_DATA_EVAL_SIZE": "59.0", "TAGGER_DATA_LIMIT": "59"}, ["holds out all of TAGGER_DATA_LIMIT=59"]),
         ({"TAGGER_DATA_SEPARATOR": "  "}, ["only white space"]),
+        (
+            {"TAGGER_DATA_MIN_TAG_COUNT": "99", "TAGGER_RUN_DIR": "/proc/runs"},
+            ["MIN_TAG_COUNT=99 makes every tag rare", "cannot be written"],
+        ),
         ({"TAGGER_BASE_MODEL": "./absent"}, ["./absent does not exist"]),
         ({"TAGGER_BASE_MODEL": "empty"}, ["empty has no config.json"]),
         ({"TAGGER_RUN_DIR": "/proc/runs"}, ["cannot be written", "TAGGER_RUN_DIR"]),
