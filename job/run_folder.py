@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 CARD = "adapter/README.md"
+"""Not sealed: a model card may be edited before it is pushed."""
 RESULTS = ("adapter", "metrics.json", "log.jsonl", "predictions.jsonl", "tags.jsonl", "samples.jsonl")
 """What there is before the gate, and is sealed then."""
-"""Not sealed: a model card may be edited before it is pushed."""
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
 
 

@@ -65,12 +65,14 @@ def test_the_table_compares_a_variant_on_the_same_texts_and_puts_folds_together(
         {"variant": "tfidf", "fold": 2, "gold": gold, "predicted": gold, **common},
         {"variant": "learned, free", "fold": 2, "gold": gold, "predicted": gold, "training_seconds": 3.0, **common},
         {"variant": "learned, free", "fold": 1, "gold": gold, "predicted": gold, "training_seconds": 1.0, **common},
+        {"variant": "recipe, free", "fold": 2, "gold": gold, "predicted": gold, **common},
     ]
-    [header, _, tfidf, ours] = [
+    [header, _, tfidf, ours, of_one_fold] = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in quality.report(records, "tfidf").splitlines()
     ]
     assert dict(zip(header, tfidf, strict=True))["micro-F1"].startswith("0.500 (")
     assert tfidf[-1] == ""
+    assert of_one_fold[-1].startswith("+0.000 ("), "compared on its own fold alone"
     cells = dict(zip(header, ours, strict=True))
     assert cells["folds"] == "2" and cells["micro-F1"].startswith("1.000 (")
     assert cells["training, s"] == "2 (1 to 3)" and cells["micro-F1 less tfidf"].startswith("+0.500 (")
