@@ -87,6 +87,8 @@ def trainings(steps: int) -> dict[str, Groups]:
         "rate 2e-4": but(train={"learning_rate": 2e-4}),
         "rate 2e-3": but(train={"learning_rate": 2e-3}),
         "warm-up of a third": but(train={"warmup_steps": steps // 3}),
+        "cosine": but(train={"schedule": "cosine"}),
+        "constant rate": but(train={"schedule": "constant"}),
         "attention only": but(lora={"targets": None}),
         "rank 64": but(lora={"r": 64, "alpha": 128}),
         "no dropout": but(lora={"dropout": 0.0}),

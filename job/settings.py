@@ -238,7 +238,11 @@ class Train(Group):
         "never the batch; auto or empty: what suits the device and fits, halved when memory runs out.",
     )
     warmup_steps: int = Field(100, ge=0, le=10**9, description="Steps over which the learning rate rises from zero.")
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate; it falls linearly to zero.")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear",
+        description="How the learning rate goes on after the warm-up: to zero, in a line or a cosine, or as it is.",
+    )
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field(
         "auto", description="Arithmetic: auto takes bf16 on GPUs that have it, fp16 on older ones, fp32 on CPUs."
     )

@@ -70,11 +70,15 @@ def train(
 
 
 def learning_rate(settings: Train, step: int) -> float:
-    """The rate of a step (counted from 0): it rises linearly from zero over the warm-up, then falls to zero."""
+    """The rate of a step (counted from 0): it rises linearly from zero over the warm-up, then follows the schedule.
+
+    The cosine is its half period from peak to zero (Loshchilov and Hutter, 2017, without restarts).
+    """
     if step < settings.warmup_steps:
         return settings.learning_rate * step / settings.warmup_steps
-    left = settings.max_steps - step
-    return settings.learning_rate * max(0.0, left / max(1, settings.max_steps - settings.warmup_steps))
+    left = max(0.0, (settings.max_steps - step) / max(1, settings.max_steps - settings.warmup_steps))
+    shares = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}
+    return settings.learning_rate * shares[settings.schedule]
 
 
 def accumulate(

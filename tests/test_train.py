@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from conftest import CPU
-from transformers import get_linear_schedule_with_warmup
+from transformers import get_scheduler
 
 from job import checkpoint, logs
 from job.batches import label_count
@@ -347,14 +347,17 @@ def test_examples_without_a_label_are_refused(tmp_path: Path, llama: Path) -> No
         )
 
 
-def test_the_learning_rate_rises_and_falls_as_the_recipe_s_schedule_does() -> None:
+@pytest.mark.parametrize(
+    ("schedule", "name"), [("linear", "linear"), ("cosine", "cosine"), ("constant", "constant_with_warmup")]
+)
+def test_the_learning_rate_follows_the_schedule_as_the_library_s_does(schedule: str, name: str) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-4)
-    schedule = get_linear_schedule_with_warmup(optimizer, 5, 20)
-    settings = Train(max_steps=20, warmup_steps=5, learning_rate=2e-4)
+    theirs = get_scheduler(name, optimizer, 5, 20)
+    settings = Train.model_validate({"max_steps": 20, "warmup_steps": 5, "learning_rate": 2e-4, "schedule": schedule})
     for step in range(20):
-        assert learning_rate(settings, step) == pytest.approx(schedule.get_last_lr()[0])
+        assert learning_rate(settings, step) == pytest.approx(theirs.get_last_lr()[0])
         optimizer.step()
-        schedule.step()
+        theirs.step()
 
 
 if __name__ == "__main__":
