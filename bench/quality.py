@@ -96,6 +96,7 @@ def trainings(steps: int) -> dict[str, Groups]:
         # alpha k times as large, but for the clipping; so is alpha / sqrt(r) (rsLoRA), with k = 4 for r = 16
         "rsLoRA, or LoRA+ with 4": but(lora={"alpha": 128}),
         "LoRA+ with 16, rate 2.5e-4": but(lora={"alpha": 512}, train={"learning_rate": 2.5e-4}),
+        "averaged": but(train={"schedule": "constant", "average": 0.5}),
         "8 texts a step": but(
             train={"batch_size": 8, "accumulation": 1, "max_steps": 2 * steps, "warmup_steps": 2 * warm_up}
         ),
@@ -106,6 +107,9 @@ def trainings(steps: int) -> dict[str, Groups]:
         "another prompt": but(data={"separator": "\nTags: "}),
         "no rare tags": but(data={"min_tag_count": 2}),
         "together": but(lora={"alpha": 128, "dropout": 0.0}, data={"min_tag_count": 2}),
+        "loss on all, averaged": but(
+            lora={"dropout": 0.0}, train={"loss_on": "all", "schedule": "constant", "average": 0.5}
+        ),
     }
     common = {"batch_size": 4, "accumulation": 4, "max_steps": steps, "micro_tokens": 1024}
     return {name: groups | {"train": common | groups.get("train", {})} for name, groups in found.items()}
@@ -129,7 +133,8 @@ VARIANTS = {
     "a third of the texts, likely": Variant("learned", LIKELY, texts=1 / 3),
     "half of the rare tags, likely": Variant("learned", LIKELY, rare=0.5),
     **{
-        f"{name}, all texts": Variant(name, ALL_TEXTS) for name in ("learned", "no dropout", "no rare tags", "together")
+        f"{name}, all texts": Variant(name, ALL_TEXTS)
+        for name in ("learned", "no dropout", "no rare tags", "together", "averaged", "loss on all, averaged")
     },
 }
 

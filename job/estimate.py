@@ -65,7 +65,7 @@ def estimate(settings: Settings, machine: Machine, longest: Sequence[Encoded]) -
     """What a run with these settings needs, `longest` being its largest micro-batch.
 
     With recomputation, which `auto` falls back to, the layers' inputs alone are kept. An adapter parameter takes 16
-    bytes (itself, its gradient, two moments of Adam).
+    bytes (itself, its gradient, two moments of Adam), and four more if its mean is kept too.
     """
     model = quantize.empty_model(settings.base)
     config = model.config.get_text_config()
@@ -78,6 +78,7 @@ def estimate(settings: Settings, machine: Machine, longest: Sequence[Encoded]) -
         )
         rest = sum(parameter.numel() for parameter in model.parameters()) - linear
         trainable = count_parameters(add_adapters(model, settings.lora, seed=0)).trainable
+    averaged = settings.train.average > 0
     itemsize = machine.dtype.itemsize
     quantized = {"int8": 1.0, "nf4": 0.5625, "none": float(itemsize)}[settings.base.quantize]  # nf4: and its scales
     width = max(len(example.input_ids) for example in longest)
@@ -85,10 +86,11 @@ def estimate(settings: Settings, machine: Machine, longest: Sequence[Encoded]) -
     return Need(
         parameters=linear + rest,
         weights=linear * quantized + rest * itemsize,
-        adapters=16.0 * trainable,
+        adapters=(16.0 + 4.0 * averaged) * trainable,
         activations=tokens * _token_bytes(config, width, itemsize, recompute=settings.train.checkpointing != "off"),
         logits=LOGIT_BYTES * label_count(longest) * config.vocab_size,
-        disk=4.0 * trainable * (1 + 2 * 3) + 64 * 2**20,  # an adapter, two checkpoints with Adam's moments; the rest
+        # an adapter, two checkpoints with Adam's moments and the mean; the rest
+        disk=4.0 * trainable * (1 + 2 * (3 + averaged)) + 64 * 2**20,
     )
 
 

@@ -243,6 +243,13 @@ class Train(Group):
         "linear",
         description="How the learning rate goes on after the warm-up: to zero, in a line or a cosine, or as it is.",
     )
+    average: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the steps, the last ones, whose weights are averaged into the adapter; 0: the last "
+        "step's alone. Goes with TAGGER_TRAIN_SCHEDULE=constant.",
+    )
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field(
         "auto", description="Arithmetic: auto takes bf16 on GPUs that have it, fp16 on older ones, fp32 on CPUs."
     )

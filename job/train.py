@@ -113,7 +113,7 @@ def micro_overhead(machine: Machine) -> int:
 
 
 class _Training:
-    """The state of one training: adapters, Adam's moments, progress."""
+    """The state of one training: adapters, Adam's moments, the mean of the last weights, progress."""
 
     def __init__(
         self,
@@ -132,6 +132,8 @@ class _Training:
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(self._named.values(), lr=0.0, weight_decay=0.0)
         self._scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
+        self._means: dict[str, torch.Tensor] = {}
+        """Of each adapter weight over the steps that are averaged, so far."""
         most = MICRO_TOKENS.get(machine.device.type, MICRO_TOKENS["cuda"])
         # as an attempt before chose, whatever is free now: another cut would round otherwise
         chosen = run.manifest.get("budget") or asdict(budget(base.config, examples, settings, machine, most=most))
@@ -155,6 +157,8 @@ class _Training:
                 "step": torch.tensor(float(self.progress.step - self._skipped())),
                 **{key: moment.to(parameter.device) for key, moment in moments.items()},
             }
+            if (mean := tensors.get(f"{name}.mean")) is not None:
+                self._means[name] = mean.to(parameter.device)
         if self.progress.loss_scale:
             self._scaler.load_state_dict(self.progress.loss_scale)
         self._set_recompute(self.progress.recompute)
@@ -189,6 +193,8 @@ class _Training:
                 if not isinstance(stop, Exception) and self._whole and self.progress.step > self._saved:
                     self._save()
                 raise
+        for name, mean in self._means.items():
+            self._named[name].data.copy_(mean)
         self._run.write_lines("log.jsonl", self.history())
         self._record_budget()
 
@@ -241,7 +247,23 @@ class _Training:
             self._scaler.update()
             progress.steps.append({"loss": loss, "labels": labels, "grad_norm": norm, "learning_rate": rate})
             progress.step += 1
+            self._average()
             self._whole = True
+
+    def _average(self) -> None:
+        """Take the weights into the mean over the last steps (stochastic weight averaging, Izmailov et al., 2018).
+
+        Steps with a high rate end all around a minimum; the mean of their weights lies nearer to it.
+        """
+        settings = self._settings
+        count = self.progress.step - (settings.max_steps - round(settings.average * settings.max_steps))
+        if count < 1:
+            return
+        for name, parameter in self._named.items():
+            if count == 1:
+                self._means[name] = parameter.detach().clone()
+            else:
+                self._means[name].lerp_(parameter.detach(), 1 / count)
 
     def _need_less(self, longest: int) -> None:
         """Halve the micro-batches; when each is one example already, recompute activations; then give up."""
@@ -290,6 +312,8 @@ class _Training:
             tensors[name] = parameter.data
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{name}.{moment}"] = state[moment] if state else torch.zeros_like(parameter)
+            if name in self._means:
+                tensors[f"{name}.mean"] = self._means[name]
         self.progress.loss_scale = self._scaler.state_dict()
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         if self._written(

@@ -36,6 +36,9 @@ def test_weights_and_adapters_are_what_a_loaded_model_holds(
     assert need.weights == held
     assert need.parameters == parameters
     assert need.adapters == 16 * trainable
+    averaged = estimate(make_settings(settings.base.model, tmp_path, train={"average": 0.5}), CPU, LONGEST)
+    assert averaged.adapters - need.adapters == 4 * trainable
+    assert averaged.disk - need.disk == 8 * trainable, "a mean in each of two checkpoints"
 
 
 def test_logits_count_only_the_labelled_positions_and_recomputation_saves_activations(

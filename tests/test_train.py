@@ -238,7 +238,8 @@ def test_a_run_that_was_interrupted_ends_bitwise_as_one_that_was_not(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: int, by: type[BaseException]
 ) -> None:
     model = with_dropout(llama)
-    whole = trained_on(tmp_path / "whole", llama, model=model, save_steps=4, logging_steps=3)
+    knobs = {"save_steps": 4, "logging_steps": 3, "average": 0.5}
+    whole = trained_on(tmp_path / "whole", llama, model=model, **knobs)
     expected = state(model)
 
     calls = 0
@@ -253,14 +254,27 @@ def test_a_run_that_was_interrupted_ends_bitwise_as_one_that_was_not(
         patch.setattr("job.train.label_count", lambda examples: interrupt() or label_count(examples))
         calls = -20  # the examples are counted first
         with pytest.raises(by):
-            trained_on(tmp_path / "cut", llama, model=with_dropout(llama), save_steps=4, logging_steps=3)
+            trained_on(tmp_path / "cut", llama, model=with_dropout(llama), **knobs)
     newest = checkpoint.load_newest(tmp_path / "cut" / "checkpoints")
     assert newest is not None
     assert newest[1].step == interrupted_at, "the last whole step is saved"
     model = with_dropout(llama)
-    assert trained_on(tmp_path / "cut", llama, model=model, save_steps=4, logging_steps=3) == whole
+    assert trained_on(tmp_path / "cut", llama, model=model, **knobs) == whole
     for name, tensor in state(model).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_the_adapter_is_the_mean_of_the_weights_after_the_last_steps(tmp_path: Path, llama: Path) -> None:
+    after = {}
+    for steps in (4, 5, 6):
+        model = adapted(llama)
+        trained_on(tmp_path / str(steps), llama, model=model, max_steps=steps, schedule="constant", learning_rate=0.01)
+        after[steps] = state(model)
+    model = adapted(llama)
+    trained_on(tmp_path / "mean", llama, model=model, schedule="constant", learning_rate=0.01, average=0.5)
+    for name, tensor in state(model).items():
+        assert not torch.allclose(tensor, after[6][name])
+        torch.testing.assert_close(tensor, sum(weights[name] for weights in after.values()) / 3)
 
 
 def test_out_of_memory_halves_the_micro_batches_and_changes_nothing_else(

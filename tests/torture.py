@@ -37,6 +37,8 @@ SETTINGS = {
     "TAGGER_TRAIN_WARMUP_STEPS": "4",
     "TAGGER_TRAIN_LOGGING_STEPS": "3",
     "TAGGER_TRAIN_SAVE_STEPS": "4",
+    "TAGGER_TRAIN_SCHEDULE": "constant",
+    "TAGGER_TRAIN_AVERAGE": "0.5",
     "TAGGER_SAMPLE_PROMPTS": '["a song about rain", "two coins"]',
     "TAGGER_SAMPLE_MAX_NEW_TOKENS": "16",
     "TAGGER_RUN_DEVICE": "cpu",
