@@ -313,6 +313,23 @@ def test_check_says_what_it_looked_at_and_trains_nothing(
     assert not [request for request in published.requests if "safetensors" in request], "a check downloads no weights"
 
 
+def test_check_measures_the_longest_example_without_its_rare_tags(
+    tiny: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"quote": f"song {n}", "tags": ["music", f"only {n} has this rare tag"]} for n in range(30)]
+    file = tmp_path / "songs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    tiny.setenv("TAGGER_DATA_DATASET", str(file))
+    tokens = []
+    for least in ("1", "2"):
+        tiny.setenv("TAGGER_DATA_MIN_TAG_COUNT", least)
+        assert main(["check"]) == 0
+        found = re.search(r"longest example: (\d+) tokens", capsys.readouterr().out)
+        assert found is not None
+        tokens.append(int(found[1]))
+    assert tokens[1] < tokens[0] - 4
+
+
 def test_a_model_on_the_hub_without_safetensors_is_refused_before_it_is_downloaded(
     published: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -497,16 +514,18 @@ def test_a_named_run_goes_on_with_the_revisions_it_began_with(
     assert settings["TAGGER_BASE_REVISION"] == published.models["tiny/llama"].branches["main"][-2].oid
 
 
-def test_a_run_whose_weights_were_altered_is_made_again(
+def test_a_run_whose_results_were_altered_or_removed_makes_them_again(
     tiny: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert main([]) == 0
-    weights = tmp_path / "runs" / "tiny" / "adapter" / "adapter_model.safetensors"
-    trained = weights.read_bytes()
-    weights.write_bytes(trained[:-1] + b"?")
+    weights, losses = (tmp_path / "runs" / "tiny" / name for name in ("adapter/adapter_model.safetensors", "log.jsonl"))
+    made = [file.read_bytes() for file in (weights, losses)]
+    weights.write_bytes(made[0][:-1] + b"?")
     assert main([]) == 0
     assert "adapter_model.safetensors is not as it was written; it is made again" in caplog.text
-    assert weights.read_bytes() == trained
+    losses.unlink()
+    assert main([]) == 0
+    assert [file.read_bytes() for file in (weights, losses)] == made
 
 
 @pytest.mark.parametrize(
