@@ -48,7 +48,8 @@ def train(
     """Train the model's adapters in place, from the run's newest checkpoint if it has one.
 
     The loss of a step is the mean over its label tokens, whatever the micro-batches. When memory runs
-    out, micro-batches are halved and the step is done again. An interruption saves the last whole step;
+    out, micro-batches are halved and the step is done again. With TAGGER_TRAIN_AVERAGE the adapters end
+    as the mean of their weights after each of the last steps. An interruption saves the last whole step;
     a disk that takes no checkpoint is said and does not end training.
     Raises Refused for an example that has no label, Diverged when loss or adapters are not finite.
     """
