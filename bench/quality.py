@@ -38,7 +38,7 @@ DEVELOPMENT_SHARE = 0.15
 """Of what the test leaves."""
 REFERENCES = ("most_common_tags", "tfidf")
 TEST = "test"
-RECORD = 2
+RECORD = 3
 """Of a record's fields: those of another version are not read."""
 FIGURES = {
     "micro-F1": "f1",
@@ -146,7 +146,7 @@ def main() -> None:
         train, held_out = folds(options.data, fold)
         for name in (*REFERENCES, *([options.test] if options.test else options.variants)):
             records.append(_kept(options, fold, name, Examples(train, held_out, 0, "")))
-    print(report(records, options.against))
+    print(report(records, options.against), *measured_on(records), sep="\n")
     print(*by_threshold(records), sep="\n", end="")
 
 
@@ -187,15 +187,23 @@ def _settings(options: argparse.Namespace, variant: Variant) -> Settings:
 
 def _kept(options: argparse.Namespace, fold: int | str, name: str, examples: Examples) -> Record:
     """The record of a measurement: that of the work folder for the same settings and data, or else made now."""
+    from bench.measure import describe
+    from job.device import Machine
     from job.whole import write_whole
 
     reference = name in REFERENCES
     what = [] if reference else [_settings(options, VARIANTS[name]).digest(), VARIANTS[name]]
     file = options.work / "records" / f"{name}, {fold}, {_digest(RECORD, what, examples)}.json"
     if not file.is_file():
-        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record = _reference(name, examples) if reference else _measure(options, name, fold, examples)
-        write_whole(file, json.dumps({"variant": name, "fold": fold, "when": started} | record))
+        machine = Machine.resolve("auto", "auto")
+        about = {
+            "variant": name,
+            "fold": fold,
+            "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": describe(machine),
+        }
+        record = _reference(name, examples) if reference else _measure(options, name, fold, examples, machine)
+        write_whole(file, json.dumps(about | record))
     found: Record = json.loads(file.read_text(encoding="utf-8"))
     print(_row(name, [found], []), file=sys.stderr, flush=True)
     return found
@@ -227,16 +235,14 @@ def _record(
 # ---- one measurement -----------------------------------------------------------------------------------------------
 
 
-def _measure(options: argparse.Namespace, name: str, fold: int | str, examples: Examples) -> Record:
+def _measure(options: argparse.Namespace, name: str, fold: int | str, examples: Examples, machine: Machine) -> Record:
     from job.decoding import for_training
-    from job.device import Machine
     from job.evaluate import calibrate
 
     variant = VARIANTS[name]
     settings = _settings(options, variant)
     # of variants without a threshold of their own the same texts are set aside, so that they can share a training
     parts = examples if isinstance(settings.sample.threshold, float) else data.set_aside(examples, settings.data)
-    machine = Machine.resolve("auto", "auto")
     chosen = data.without_rare_tags(_fewer(parts.train, variant), settings.data.min_tag_count)
     # adapters are the same however they are decoded
     folder = options.work / "trained" / f"{fold}, {settings.decoded_as_published().digest(_digest(chosen))}"
@@ -352,6 +358,13 @@ def report(records: Sequence[Record], against: str) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     lines += [_row(name, found, by_name.get(against, [])) for name, found in by_name.items()]
     return "\n".join(lines)
+
+
+def measured_on(records: Sequence[Record]) -> Iterator[str]:
+    """Each machine, with its versions, and the first and the last day of what was measured on it."""
+    for machine in dict.fromkeys(record["machine"] for record in records):
+        days = sorted(record["when"][:10] for record in records if record["machine"] == machine)
+        yield f"\n{' to '.join(dict.fromkeys([days[0], days[-1]]))}: {machine}"
 
 
 def _row(name: str, records: Sequence[Record], against: Sequence[Record]) -> str:

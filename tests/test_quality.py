@@ -78,6 +78,13 @@ def test_the_table_compares_a_variant_on_the_same_texts_and_puts_folds_together(
     assert cells["training, s"] == "2 (1 to 3)" and cells["micro-F1 less tfidf"].startswith("+0.500 (")
 
 
+def test_a_table_says_when_and_on_which_machines_it_was_measured() -> None:
+    days = [("a Xeon", "2026-11-25T08:00:00+00:00"), ("an EPYC", "2026-11-26T08:00:00+00:00")]
+    days += [("a Xeon", "2026-11-24T23:00:00+00:00"), ("a Xeon", "2026-11-25T01:00:00+00:00")]
+    lines = quality.measured_on([{"machine": machine, "when": when} for machine, when in days])
+    assert [line.strip() for line in lines] == ["2026-11-24 to 2026-11-25: a Xeon", "2026-11-26: an EPYC"]
+
+
 def test_the_threshold_of_the_folds_is_read_from_what_each_would_leave() -> None:
     ranked = [[["a", 0.5], ["x", 0.04]], [["b", 0.6], ["y", 0.02]]]
     record = {"variant": "together, likely", "fold": 1, "gold": [["a"], ["b"]], "ranked": ranked}
