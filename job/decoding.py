@@ -35,6 +35,8 @@ class Decoding:
     """Those that were trained on, the most frequent first, or those of a file."""
     threshold: float
     max_tags: int
+    places: int = MOST
+    """With `likely`: of a list, those that are looked at."""
 
     def save(self, folder: Path) -> None:
         """Write it into an adapter's folder."""
@@ -61,7 +63,10 @@ def of_adapter(settings: Sample, adapter: Path | str, revision: str | None = Non
         if found is not None:
             if found["schema_version"] != SCHEMA_VERSION:
                 raise ValueError(f"its schema version is {found['schema_version']}, and this job's {SCHEMA_VERSION}")
-            Sample(**{name: found[name] for name in ("decoding", "threshold", "max_tags")})  # which looks at them
+            found = {"places": 1} | found  # all there was before the file had this
+            Sample(
+                **{name: found[name] for name in ("decoding", "threshold", "max_tags", "places")}
+            )  # which looks at them
             own = Decoding(**{name: found[name] for name in Decoding.__annotations__} | {"tags": tuple(found["tags"])})
             texts = isinstance(found["tags"], list) and all(isinstance(tag, str) for tag in own.tags)
             if own.vocabulary not in ("open", "closed") or found["threshold"] == "auto" or not texts:
@@ -107,6 +112,7 @@ def _chosen(settings: Sample, otherwise: Decoding) -> Decoding:
         "decoding": settings.decoding,
         "threshold": 0.0 if settings.threshold == "auto" else settings.threshold,
         "max_tags": settings.max_tags,
+        "places": settings.places,
     }
     if settings.vocabulary is not None:
         given["vocabulary"] = "open" if settings.vocabulary == "open" else "closed"

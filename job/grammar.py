@@ -89,13 +89,18 @@ class Vocabulary:
         self.most = most
         self.end: int = tokenizer.eos_token_id
         self.first, self.further = Node(), Node()
+        self.onward: dict[Node, dict[str, list[int]]] = {}
+        """For each of the two the token ids of each tag and the comma after it."""
         known = {str(tokenizer(f" {tag!r}]", add_special_tokens=False).input_ids): tag for tag in reversed(list(tags))}
         names = list(known.values())  # of tags that a tokenizer writes alike the first
         for node, before in ((self.first, f"{space}["), (self.further, " ")):
             for after in ",]":
                 written = [f"{before}{tag!r}{after}" for tag in names]
-                for tag, ids in zip(names, tokenizer(written, add_special_tokens=False).input_ids, strict=True):
+                ways = dict(zip(names, tokenizer(written, add_special_tokens=False).input_ids, strict=True))
+                for tag, ids in ways.items():
                     node.add(ids, tag, last=after == "]")
+                if after == ",":
+                    self.onward[node] = ways
 
     def walk(self) -> VocabularyWalk:
         return VocabularyWalk(self)

@@ -110,12 +110,15 @@ class Tagged:
     text: str
     prompt: str
     raw: str
-    """The list as it was written, with what the threshold leaves out, and with a tag that was not whole by its end."""
+    """The list as it was written, with what the threshold leaves out, and with a tag that was not whole by its end.
+
+    Of `likely` the likeliest list, as far as it was followed.
+    """
     tags: tuple[str, ...]
     parsed: bool
     """Whether the list came to its end."""
     confidences: tuple[float, ...] = field(compare=False)
-    """For each tag the probability that it is written, as the model gives it."""
+    """For each tag the probability that it is written, as the model gives it; of `likely`, anywhere in the list."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import peft
 import torch
 
 from job import data, hub, quantize
-from job.decoding import LEAST, Decoding, of_adapter
+from job.decoding import Decoding, of_adapter
 from job.device import Machine
 from job.freeze import freeze
 from job.grammar import Open, Vocabulary, enforce
@@ -67,7 +67,7 @@ class Tagger:
         self._model.eval()
         while by_length:
             # the longest first: memory that is not enough shows at once
-            tokens = len(prompts[by_length[-1]]) * WAYS if likely else len(prompts[by_length[-1]]) + room
+            tokens = (len(prompts[by_length[-1]]) + room) * (WAYS if likely else 1)
             rows = max(1, min(self._sample.batch_size, BATCH_TOKENS // tokens))
             batch = by_length[-rows:]
             del by_length[-rows:]
@@ -119,13 +119,19 @@ class Tagger:
         """The tags that are likely enough after each prompt, the likeliest first."""
         assert isinstance(self._grammar, Vocabulary)
         ids, mask = self._padded(prompts)
-        threshold = max(self.decoding.threshold, LEAST)
         with torch.inference_mode(), self._machine.autocast():
-            found = likely_tags(self._model, ids, mask, self._grammar.first, threshold)
+            lists = likely_tags(
+                self._model,
+                ids,
+                mask,
+                self._grammar,
+                places=min(self.decoding.places, self.decoding.max_tags),
+                room=self._sample.max_new_tokens,
+            )
         answers: list[_Answer] = []
-        for tags in found:
-            ordered = sorted(tags.items(), key=lambda entry: (-entry[1], entry[0]))[: self.decoding.max_tags]
-            answers.append((str([tag for tag, _ in ordered]), ordered, True))
+        for found in lists:
+            ordered = sorted(found.tags.items(), key=lambda entry: (-entry[1], entry[0]))[: self.decoding.max_tags]
+            answers.append((str(found.written), ordered, True))
         return answers
 
     def _padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -325,7 +325,7 @@ class Sample(Group):
     decoding: Literal["list", "likely"] | None = Field(
         None,
         description="list: the list that the model writes, each token the likeliest; likely: every tag of the "
-        "vocabulary that is likely enough to begin the list, for TAGGER_DATA_TAG_ORDER=shuffled; empty: as the "
+        "vocabulary that is likely enough to be in the list, best with TAGGER_DATA_TAG_ORDER=shuffled; empty: as the "
         "adapter was published, and when training list.",
     )
     threshold: Threshold | None = Field(
@@ -336,6 +336,11 @@ class Sample(Group):
     )
     max_tags: Annotated[int, Field(ge=1, le=1000)] | None = Field(
         None, description="Most tags of an answer; empty: as the adapter was published, and when training 20."
+    )
+    places: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None,
+        description="Places of the list that TAGGER_SAMPLE_DECODING=likely looks at: 1 is faster and less right; "
+        "empty: as the adapter was published, and when training 20.",
     )
     batch_size: int = Field(16, ge=1, le=65536, description="Texts in one forward pass when tagging.")
 
@@ -450,7 +455,7 @@ class Settings(BaseSettings):
 
     def decoded_as_published(self) -> Settings:
         """These settings without those that would have an adapter decoded otherwise than it says itself."""
-        own = dict.fromkeys(("vocabulary", "decoding", "threshold", "max_tags"))
+        own = dict.fromkeys(("vocabulary", "decoding", "threshold", "max_tags", "places"))
         return self.model_copy(update={"sample": self.sample.model_copy(update=own)})
 
     def digest(self, *more: str) -> str:

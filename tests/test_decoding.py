@@ -17,8 +17,8 @@ SEEN = ("rain", "music", "été")
 
 
 def test_what_is_saved_with_an_adapter_is_read_from_it(tmp_path: Path) -> None:
-    saved = replace(for_training(Sample(decoding="likely", max_tags=5), TRAIN), threshold=0.07)
-    assert saved == Decoding("likely", "closed", SEEN, 0.07, 5)
+    saved = replace(for_training(Sample(decoding="likely", max_tags=5, places=3), TRAIN), threshold=0.07)
+    assert saved == Decoding("likely", "closed", SEEN, 0.07, 5, 3)
     saved.save(tmp_path)
     assert of_adapter(Sample(), tmp_path) == saved
     assert of_adapter(Sample(threshold="auto"), tmp_path) == saved
@@ -27,11 +27,20 @@ def test_what_is_saved_with_an_adapter_is_read_from_it(tmp_path: Path) -> None:
 def test_settings_that_are_given_win_over_the_adapters(tmp_path: Path) -> None:
     for_training(Sample(), TRAIN).save(tmp_path)
     assert of_adapter(Sample(), tmp_path) == Decoding("list", "open", SEEN, 0.0, MOST)
-    given = Sample(vocabulary="seen", threshold=0.3, max_tags=2)
-    assert of_adapter(given, tmp_path) == Decoding("list", "closed", SEEN, 0.3, 2)
+    given = Sample(vocabulary="seen", threshold=0.3, max_tags=2, places=4)
+    assert of_adapter(given, tmp_path) == Decoding("list", "closed", SEEN, 0.3, 2, 4)
     (tmp_path / "tags.txt").write_text("\ufeffa tag\n\n  another \na tag\n", encoding="utf-8")
     listed = of_adapter(Sample(vocabulary=str(tmp_path / "tags.txt")), tmp_path)
     assert (listed.vocabulary, listed.tags) == ("closed", ("a tag", "another"))
+
+
+def test_an_adapter_from_before_places_has_the_threshold_of_one(tmp_path: Path) -> None:
+    for_training(Sample(decoding="likely"), TRAIN).save(tmp_path)
+    assert of_adapter(Sample(), tmp_path).places == MOST
+    found = json.loads((tmp_path / FILE).read_text())
+    del found["places"]
+    (tmp_path / FILE).write_text(json.dumps(found))
+    assert of_adapter(Sample(), tmp_path).places == 1
 
 
 def test_an_adapter_without_the_file_is_open_and_knows_no_tags(tmp_path: Path) -> None:
@@ -53,6 +62,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, text: str) -> Non
         ("threshold", "high"),
         ("threshold", "auto"),
         ("max_tags", 0),
+        ("places", 0),
         ("decoding", "beam"),
         ("vocabulary", "all"),
         ("tags", [1]),

@@ -28,6 +28,16 @@ def test_no_fold_sees_a_text_of_the_test_split(quotes: str) -> None:
         assert {example.text for example in rest} >= set(texts)
 
 
+def test_the_second_test_has_texts_that_nothing_else_was_scored_on_and_trains_on_none_of_them(quotes: str) -> None:
+    train, held_out = quality.folds(quotes, quality.SECOND_TEST)
+    texts = {example.text for example in held_out}
+    assert len(texts) == len(held_out) > 20
+    assert not texts & {example.text for example in train}
+    for other in (quality.TEST, 1, 2, 3):
+        scored = {example.text for example in quality.folds(quotes, other)[1]}
+        assert not texts & scored and scored <= {example.text for example in train}
+
+
 def test_folds_have_other_development_texts(quotes: str) -> None:
     held_out = [{example.text for example in quality.folds(quotes, fold)[1]} for fold in (1, 2, 3)]
     assert len({frozenset(texts) for texts in held_out}) == 3
