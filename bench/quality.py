@@ -2,9 +2,9 @@
 
 A test split is set aside from the start, and each fold takes its development texts and its training texts from the
 rest. Variants are compared on the folds; `--test VARIANT` trains on all of the rest and scores the test split, which is
-for the end. It can be had once; `--second` scores quotes of which none was in it or was a fold's to develop with, and
-trains on all others. What is done is kept in `--work`: trained adapters with their checkpoints, and predictions, so
-that a killed night of runs goes on where it was.
+for the end. It can be had once; `--second` scores texts that neither it nor a fold scores, and trains on all
+others. What is done is kept in `--work`: trained adapters with their checkpoints, and predictions, so that a killed
+night of runs goes on where it was.
 """
 
 from __future__ import annotations
@@ -144,7 +144,10 @@ VARIANTS = {
 
 
 def main() -> None:
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    if options.second and not options.test:
+        parser.error("--second is which test --test VARIANT scores; give both")
     records: list[Record] = []
     test = SECOND_TEST if options.second else TEST
     for fold in [test] if options.test else options.folds:

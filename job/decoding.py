@@ -64,10 +64,11 @@ def of_adapter(settings: Sample, adapter: Path | str, revision: str | None = Non
             if found["schema_version"] != SCHEMA_VERSION:
                 raise ValueError(f"its schema version is {found['schema_version']}, and this job's {SCHEMA_VERSION}")
             found = {"places": 1} | found  # all there was before the file had this
-            Sample(
-                **{name: found[name] for name in ("decoding", "threshold", "max_tags", "places")}
-            )  # which looks at them
-            own = Decoding(**{name: found[name] for name in Decoding.__annotations__} | {"tags": tuple(found["tags"])})
+            knobs = ("decoding", "threshold", "max_tags", "places")
+            looked_at = Sample(**{name: found[name] for name in knobs}).model_dump(include=set(knobs))
+            if None in looked_at.values():
+                raise ValueError("a value is missing")
+            own = Decoding(vocabulary=found["vocabulary"], tags=tuple(found["tags"]), **looked_at)
             texts = isinstance(found["tags"], list) and all(isinstance(tag, str) for tag in own.tags)
             if own.vocabulary not in ("open", "closed") or found["threshold"] == "auto" or not texts:
                 raise ValueError("its vocabulary is not open or closed, its threshold no number, or a tag no text")

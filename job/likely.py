@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +28,9 @@ class Likely:
     """What a text's list may hold."""
 
     tags: dict[str, float] = field(default_factory=dict)
-    """Those that may be in it, each with its probability."""
+    """Those that may be in it, each with its confidence."""
     written: list[str] = field(default_factory=list)
-    """The likeliest list, as far as it was followed, and the likeliest tag to go on with."""
+    """The likeliest list, as far as it was followed, and its best tag in the last place that was looked at."""
     goes_on: float = 1.0
     """The probability that it has a tag after those that are written."""
 
@@ -54,14 +53,18 @@ def likely_tags(
     places: int,
     room: int,
 ) -> list[Likely]:
-    """For each text the tags that its list may hold, with the probability of that.
+    """For each text the tags that its list may hold, and how confident the model is of each.
 
-    The likeliest list as a whole is too sure of its tags. So it is followed, for at most so many places and `room`
-    tokens, and in each place every tag is asked for: with h(k) the probability that the list goes on to place k and has
-    the tag there, if those before are the likeliest ones, the tag is in the list with 1 - (1 - h(1)) (1 - h(2)) ...;
-    a tag that the list is followed through is not looked for again. Places below LEAST do not count.
-    `ids` and `mask` are int64 [texts, width], padded on the left; probabilities are the model's own, over
-    all tokens.
+    The likeliest list as a whole is too sure of its tags. So it is followed, for at most so many places and
+    `room` tokens, as long as it goes on with GOES_ON, and in each place every tag is asked for. With h(k) the
+    probability that the list goes on to place k and has the tag there, where those before are the likeliest ones, the
+    confidence is 1 - (1 - h(1)) (1 - h(2)) ...: the probability that the tag is in one of the places, were these
+    independent. A tag that the list is followed through is not asked for again, so that its confidence is rather low;
+    an h(k) below LEAST counts as none. A list that has something else than a tag and a comma does not go on.
+
+    `ids` and `mask` are int64 [texts, width], padded on the left; probabilities are the model's own, over all tokens.
+    Lists of unlike length leave holes in the mask, which a model with an attention window counts as tokens, and which
+    one whose positions do not follow from the mask or `position_ids` (MPT) takes for distance.
     """
     forward = _Forward(model)
     lists = [Likely() for _ in ids]
@@ -69,7 +72,8 @@ def likely_tags(
     logits, cache = forward(ids, mask, None, 1)
     for place in range(places):
         start = vocabulary.further if place else vocabulary.first
-        found = _next_tags(forward, logits, cache, mask, start, [lists[text].goes_on for text in here])
+        begin = [(row, start, lists[text].goes_on, room - used[text]) for row, text in enumerate(here)]
+        found = _next_tags(forward, logits, cache, mask, begin)
         rows: list[int] = []
         ways: list[list[int]] = []
         values: list[float] = []
@@ -98,8 +102,12 @@ def likely_tags(
         if not on:
             break
         at = torch.tensor(on, device=ids.device)
-        here, mask, logits, cache = [here[row] for row in on], mask[at], logits[at], _rows(cache, at)
+        here, mask, logits, cache = [here[row] for row in on], mask[at], logits[at, -1:], _rows(cache, at)
     return lists
+
+
+_Way = tuple[int, "Node", float, int]
+"""Of a row, where in the trie it is, how likely it came there, and how many more tokens there is room for."""
 
 
 class _Forward:
@@ -128,7 +136,7 @@ class _Forward:
 
 
 def _next_tags(
-    forward: _Forward, logits: torch.Tensor, cache: Any, mask: torch.Tensor, start: Node, goes_on: Sequence[float]
+    forward: _Forward, logits: torch.Tensor, cache: Any, mask: torch.Tensor, begin: list[_Way]
 ) -> list[dict[str, float]]:
     """For each row the tags that may be written next, each with its probability times that of getting there.
 
@@ -138,20 +146,20 @@ def _next_tags(
     """
     found: list[dict[str, float]] = [{} for _ in logits]
     most = len(found) * WAYS
-    ahead: list[Any] = [(None, mask, cache, [(text, start, likely) for text, likely in enumerate(goes_on)])]
+    ahead: list[Any] = [(None, mask, cache, begin)]
     while ahead:
         ids, mask, cache, ways = ahead.pop()
         if ids is not None:
             logits, cache = forward(ids, mask, cache, 1)
         probabilities = logits[:, -1].float().softmax(-1)
-        further: list[tuple[int, int, tuple[int, Node, float]]] = []
-        for row, (text, node, likely) in enumerate(ways):
+        further: list[tuple[int, int, _Way]] = []
+        for row, (text, node, likely, left) in enumerate(ways):
             values = (probabilities[row, node.index.to(logits.device)] * likely).tolist()
             for i, child, value in zip(node.ids, node.children.values(), values, strict=True):
                 if (tag := child.only) is not None:
                     found[text][tag] = found[text].get(tag, 0.0) + value
-                elif value >= LEAST:
-                    further.append((row, i, (text, child, value)))
+                elif value >= LEAST and left > 0:
+                    further.append((row, i, (text, child, value, left - 1)))
         for first in range(0, len(further), most):
             rows, tokens, onward = zip(*further[first : first + most], strict=True)
             at = torch.tensor(rows, device=logits.device)

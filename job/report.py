@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job import data, interruption, page, plots
+from job.alike import alike
 from job.card import card, score_table
-from job.decoding import LEAST, Decoding
 from job.evaluate import score_tags
 from job.page import Block, Picture
 from job.results import Prediction, Published, PushFailed, Refused, Scores, Summary, Tagged, Trained, Verdict
@@ -24,9 +24,6 @@ log = logging.getLogger(__name__)
 
 LONGEST_NAME = 200
 """Bytes; file systems take 255, and the name is longer while the file is being written."""
-
-ROUNDING = 0.01
-"""Of a probability, on another device or in another precision."""
 
 TAGS_SHOWN = 15
 """The most frequent ones; tags.jsonl has all."""
@@ -144,39 +141,12 @@ def check_round_trip(run: RunFolder, load: Callable[[], Tagger], settings: Setti
         ) from refusal
     show_samples(samples, settings.sample.output)
     for old, new in zip(before, samples, strict=True):
-        was: Any = old["raw"]
-        now: Any = new.raw
-        alike = was == now
-        if tagger.decoding.decoding == "likely":
-            alike = _nearly(old, new, tagger.decoding)
+        if not alike(old, asdict(new), tagger.decoding):
             was, now = (dict(zip(t["tags"], t["confidences"], strict=True)) for t in (old, asdict(new)))
-        if not alike:
             raise PushFailed(
-                f"loaded anew, the adapter answers {now!r} to {new.text!r}, and answered {was!r} after training: what "
-                f"was saved is not what was trained; look at {run.path} before using it"
+                f"loaded anew, the adapter answers {new.raw!r} to {new.text!r} ({now}), and answered {old['raw']!r} "
+                f"after training ({was}): what was saved is not what was trained; look at {run.path} before using it"
             )
-
-
-def _nearly(old: Mapping[str, Any], new: Tagged, decoding: Decoding) -> bool:
-    """Whether the tags are as likely as they were, but for what another machine rounds otherwise.
-
-    One that only one side has may have been at the threshold, or among the least likely of as many as
-    an answer holds. Where two tags were as likely to go on with and the lists part, confidences are those of other
-    lists from there on, and only what was written before is compared; in the first place, how likely the two were.
-    """
-    was = dict(zip(old["tags"], old["confidences"], strict=True))
-    now = dict(zip(new.tags, new.confidences, strict=True))
-    written, again = (data.parse_list(raw) or [] for raw in (old["raw"], new.raw))
-    pairs = [(tag, tag) for tag in was | now]
-    if written != again and written and again:
-        alike = next((n for n, (one, other) in enumerate(zip(written, again, strict=False)) if one != other), None)
-        pairs = list(zip(written, again, strict=False))[: None if alike is None else max(1, alike)]
-
-    def confidence(found: dict[str, float], tag: str) -> float:
-        full = len(found) == decoding.max_tags
-        return found.get(tag, min(found.values()) if full else max(decoding.threshold, LEAST))
-
-    return all(abs(confidence(was, one) - confidence(now, other)) <= ROUNDING for one, other in pairs)
 
 
 def show_samples(samples: Sequence[Tagged], output: Path | None) -> None:

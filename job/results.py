@@ -118,7 +118,7 @@ class Tagged:
     parsed: bool
     """Whether the list came to its end."""
     confidences: tuple[float, ...] = field(compare=False)
-    """For each tag the probability that it is written, as the model gives it; of `likely`, anywhere in the list."""
+    """For each tag the probability that it is written, as the model gives it; of `likely` see likely.likely_tags."""
 
 
 @dataclass(frozen=True)

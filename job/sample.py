@@ -116,7 +116,7 @@ class Tagger:
         ]
 
     def _likely(self, prompts: list[list[int]]) -> list[_Answer]:
-        """The tags that are likely enough after each prompt, the likeliest first."""
+        """The tags that are likely enough after each prompt, the most confident first."""
         assert isinstance(self._grammar, Vocabulary)
         ids, mask = self._padded(prompts)
         with torch.inference_mode(), self._machine.autocast():
@@ -125,7 +125,7 @@ class Tagger:
                 ids,
                 mask,
                 self._grammar,
-                places=min(self.decoding.places, self.decoding.max_tags),
+                places=self.decoding.places,
                 room=self._sample.max_new_tokens,
             )
         answers: list[_Answer] = []

@@ -339,8 +339,8 @@ class Sample(Group):
     )
     places: Annotated[int, Field(ge=1, le=1000)] | None = Field(
         None,
-        description="Places of the list that TAGGER_SAMPLE_DECODING=likely looks at: 1 is faster and less right; "
-        "empty: as the adapter was published, and when training 20.",
+        description="Places of the list that TAGGER_SAMPLE_DECODING=likely looks at, which a threshold belongs to: 1 "
+        "is faster and less right; empty: as the adapter was published, and when training 20.",
     )
     batch_size: int = Field(16, ge=1, le=65536, description="Texts in one forward pass when tagging.")
 

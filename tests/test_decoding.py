@@ -63,6 +63,8 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, text: str) -> Non
         ("threshold", "auto"),
         ("max_tags", 0),
         ("places", 0),
+        ("places", None),
+        ("threshold", None),
         ("decoding", "beam"),
         ("vocabulary", "all"),
         ("tags", [1]),
