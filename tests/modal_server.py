@@ -283,16 +283,19 @@ class Modal:
         committed, mounted = self.committed(request.volume_id), self._mount(request.volume_id)
         shutil.rmtree(committed)
         shutil.copytree(mounted, committed, symlinks=True)
-        self._lose(lambda loss: loss.folder is not None and any(committed.glob(loss.folder)))
+        if self._lose(lambda loss: loss.folder is not None and any(committed.glob(loss.folder))):
+            await asyncio.sleep(0.5)  # an exception that comes with the answer to its call is lost in Modal's client
         return api.VolumeCommitResponse(skip_reload=True)
 
     def _mount(self, volume: str) -> Path:
         return self.folder / "mounted" / volume
 
-    def _lose(self, is_due: Callable[[Loss], bool]) -> None:
-        for loss in [loss for loss in self.losses if is_due(loss)]:
+    def _lose(self, is_due: Callable[[Loss], bool]) -> bool:
+        due = [loss for loss in self.losses if is_due(loss)]
+        for loss in due:
             self.losses.remove(loss)
             self.containers[-1][1].send_signal(loss.signal)
+        return bool(due)
 
     async def _work(self, function: str) -> None:
         """Start containers until every input has an output; one that is lost leaves its input for the next."""
