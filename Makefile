@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RECIPE ?= recipes/offline.env
+RECIPE ?= job/config/recipes/offline.env
 BENCH ?=
 QUALITY ?=
 KILLS ?= 100
@@ -31,7 +31,7 @@ hadolint: install  ## the Dockerfile against the rules of hadolint and, for its 
 workflows-check: install  ## CI's files and the report's schema against their schemas; zizmor for security
 	$(SCHEMA) --builtin-schema vendor.github-workflows .github/workflows/ci.yml .github/workflows/retrain.yml
 	$(SCHEMA) --builtin-schema vendor.gitlab-ci --data-transform gitlab-ci deploy/gitlab-ci.yml
-	$(SCHEMA) --check-metaschema job/report.schema.json
+	$(SCHEMA) --check-metaschema job/runs/report.schema.json
 	$(TOOL) zizmor==1.32.0 zizmor --offline --no-progress .github/workflows
 
 manifests: install  ## compose.yaml and deploy/k8s-job.yaml against their schemas

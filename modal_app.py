@@ -11,12 +11,12 @@ from typing import Any
 
 import modal
 
-from job import launch
+from job.cloud import modal_launcher
 
 HOURS = 60 * 60
 ROOT = Path(__file__).parent
 
-asked = launch.request(__file__) if modal.is_local() else launch.Request()
+asked = modal_launcher.request(__file__) if modal.is_local() else modal_launcher.Request()
 
 # root, as Modal expects: this file comes to lie in /root, and the volumes are root's
 image = (
@@ -32,7 +32,7 @@ on_a_gpu: dict[str, Any] = {
     "gpu": asked.modal.gpu.split(","),
     "cpu": 2.0,
     "memory": 4096,  # MiB at least; Modal gives more where there is more
-    "volumes": {launch.RUNS: runs, launch.CACHE: cache},
+    "volumes": {modal_launcher.RUNS: runs, modal_launcher.CACHE: cache},
     "timeout": round(asked.modal.timeout_hours * HOURS),
     "startup_timeout": HOURS // 2,
     # a preemption is not counted; a retry goes on from the newest checkpoint
@@ -42,9 +42,9 @@ on_a_gpu: dict[str, Any] = {
 
 @app.function(**on_a_gpu, secrets=[token], single_use_containers=True)
 def perform(command: str, given: dict[str, str]) -> dict[str, Any]:
-    from job import remote
+    from job.cloud import modal_worker
 
-    return remote.perform(command, given, call=_call(), commit=runs.commit)
+    return modal_worker.perform(command, given, call=_call(), commit=runs.commit)
 
 
 @app.function(
@@ -54,9 +54,10 @@ def perform(command: str, given: dict[str, str]) -> dict[str, Any]:
     single_use_containers=True,
 )
 def scheduled() -> dict[str, Any]:
-    from job import remote, settings
+    from job import settings
+    from job.cloud import modal_worker
 
-    outcome = remote.perform("retrain", settings.given(), call=_call(), commit=runs.commit)
+    outcome = modal_worker.perform("retrain", settings.given(), call=_call(), commit=runs.commit)
     if outcome["exit_code"]:
         raise RuntimeError(outcome["said"])  # there is no caller who would look at the exit code
     return outcome
@@ -71,30 +72,30 @@ def _call() -> str:
 
 @app.function(**on_a_gpu, secrets=[token], max_containers=10)
 def tag_texts(texts: list[str], given: dict[str, str]) -> dict[str, Any]:
-    from job import remote
+    from job.cloud import modal_worker
 
-    return remote.tag(given, texts)
+    return modal_worker.tag(given, texts)
 
 
 @app.local_entrypoint()
 def main(*arguments: str) -> None:
     """Do what was asked for. The arguments are in `asked` already."""
     given, texts = asked.given, asked.texts
-    with launch.in_sentences():
+    with modal_launcher.in_sentences():
         match asked.command:
             case "main":
-                launch.wait(perform.spawn("run", given), asked, runs)
+                modal_launcher.wait(perform.spawn("run", given), asked, runs)
             case "retrain":
-                launch.wait(perform.spawn("retrain", given), asked, runs)
+                modal_launcher.wait(perform.spawn("retrain", given), asked, runs)
             case "status":
-                launch.status(runs, given.get("TAGGER_RUN_ID"))
+                modal_launcher.status(runs, given.get("TAGGER_RUN_ID"))
             case "fetch":
-                print(launch.fetch(runs, given["TAGGER_RUN_ID"], asked.options.to))
+                print(modal_launcher.fetch(runs, given["TAGGER_RUN_ID"], asked.options.to))
             case "sample":
-                launch.show_answers(launch.collect(texts, [tag_texts.spawn(list(texts), given).get()]))
+                modal_launcher.show_answers(modal_launcher.collect(texts, [tag_texts.spawn(list(texts), given).get()]))
             case "tag":
-                outcomes = tag_texts.map(launch.shards(texts), kwargs={"given": given})
-                launch.save_answers(launch.collect(texts, outcomes), asked.options.output)
+                outcomes = tag_texts.map(modal_launcher.shards(texts), kwargs={"given": given})
+                modal_launcher.save_answers(modal_launcher.collect(texts, outcomes), asked.options.output)
 
 
 retrain = status = fetch = sample = tag = main  # the commands after `::`; with one entry point none need be named

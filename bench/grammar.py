@@ -12,16 +12,16 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from bench.bases import BASES, model_setting
 from job import data
-from job.device import Machine
-from job.grammar import Open, Vocabulary, enforce
+from job.decoding.constraints import Open, Vocabulary, enforce
 from job.quantize import load_model, load_tokenizer
 from job.settings import Settings
+from job.system.device import Machine
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.grammar", description=__doc__)
     parser.add_argument("--base", default="smollm2-135m", help=f"{', '.join(BASES)}, or a TAGGER_BASE_MODEL")
-    parser.add_argument("--data", default="package:job/sayings.jsonl", help="a TAGGER_DATA_DATASET")
+    parser.add_argument("--data", default="package:job/dataset/sayings.jsonl", help="a TAGGER_DATA_DATASET")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)

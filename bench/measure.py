@@ -15,8 +15,8 @@ import peft
 import torch
 
 from job.data import NO_LOSS
-from job.device import Machine
-from job.results import Encoded
+from job.system.device import Machine
+from job.types import Encoded
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 

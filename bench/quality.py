@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 from bench.bases import SMOLLM2, model_setting
 from job import data
-from job.decoding import LEAST
-from job.results import Example, Examples
+from job.decoding.config import LEAST
 from job.settings import Data, Settings
+from job.types import Example, Examples
 
 if TYPE_CHECKING:
-    from job.device import Machine
     from job.evaluate import Ranked
     from job.sample import Tagger
+    from job.system.device import Machine
 
 TEST_SHARE, TEST_SEED = 0.15, 2026
 DEVELOPMENT_SHARE = 0.15
@@ -160,7 +160,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description="Measure how good the tags are.")
-    parser.add_argument("--data", default="package:job/sayings.jsonl", help="a TAGGER_DATA_DATASET")
+    parser.add_argument("--data", default="package:job/dataset/sayings.jsonl", help="a TAGGER_DATA_DATASET")
     parser.add_argument("--base", default=SMOLLM2, help="a base model, as for bench.train, or a TAGGER_BASE_MODEL")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--folds", nargs="+", type=int, default=list(FOLDS))
@@ -211,8 +211,8 @@ def _settings(options: argparse.Namespace, variant: Variant) -> Settings:
 def _kept(options: argparse.Namespace, fold: int | str, name: str, examples: Examples) -> Record:
     """The record of a measurement: that of the work folder for the same settings and data, or else made now."""
     from bench.measure import describe
-    from job.device import Machine
-    from job.whole import write_whole
+    from job.runs.atomic import write_whole
+    from job.system.device import Machine
 
     reference = name in REFERENCES
     what = [] if reference else [_settings(options, VARIANTS[name]).digest(), VARIANTS[name]]
@@ -237,9 +237,9 @@ def _digest(*what: Any) -> str:
 
 
 def _reference(name: str, examples: Examples) -> Record:
-    from job import references
+    from job.metrics import baselines
 
-    answers = getattr(references, name)(examples.train, examples.held_out)
+    answers = getattr(baselines, name)(examples.train, examples.held_out)
     return _record(examples.train, examples.held_out, answers, [True] * len(examples.held_out))
 
 
@@ -259,7 +259,7 @@ def _record(
 
 
 def _measure(options: argparse.Namespace, name: str, fold: int | str, examples: Examples, machine: Machine) -> Record:
-    from job.decoding import for_training
+    from job.decoding.config import for_training
     from job.evaluate import calibrate
 
     variant = VARIANTS[name]
@@ -306,7 +306,7 @@ def _trained(folder: Path, settings: Settings, train: Sequence[Example], machine
     from job.freeze import freeze
     from job.lora import add_adapters, save_adapter
     from job.quantize import load_model, load_tokenizer
-    from job.run_folder import RunFolder
+    from job.runs.run_folder import RunFolder
     from job.train import train as train_adapters
 
     tokenizer = load_tokenizer(settings.base)

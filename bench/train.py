@@ -53,7 +53,7 @@ def _parser(variants: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--bases", nargs="+", default=list(BASES), help=f"{', '.join(BASES)}, or a TAGGER_BASE_MODEL")
     parser.add_argument("--quantize", nargs="+", default=["int8", "none"], choices=["int8", "nf4", "none"])
     parser.add_argument("--variants", nargs="+", default=variants, choices=variants)
-    parser.add_argument("--data", default="package:job/sayings.jsonl", help="a TAGGER_DATA_DATASET")
+    parser.add_argument("--data", default="package:job/dataset/sayings.jsonl", help="a TAGGER_DATA_DATASET")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help=f"counted steps, after {WARM_UP} to warm up")
     parser.add_argument("--seed", type=int, default=42, help="of the choice of examples")
@@ -138,11 +138,11 @@ def _measure(options: argparse.Namespace) -> Record:
 def _work(base: str, quantize: str, options: argparse.Namespace, folder: Path) -> Any:
     from bench.variants import Work
     from job import data
-    from job.device import Machine
     from job.freeze import freeze
     from job.lora import add_adapters
     from job.quantize import load_model, load_tokenizer
     from job.settings import Lora, Settings, Train
+    from job.system.device import Machine
 
     # adapters and steps are the recipe's; of the environment's settings only those that say how to read the data count
     chosen: Any = {"base": {"model": model_setting(base), "quantize": quantize}, "data": {"dataset": options.data}}

@@ -27,14 +27,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from job import lean
-from job.batches import Collator, label_count, micro_batches
 from job.data import NO_LOSS
-from job.device import Machine
-from job.packed import PackedAttention
-from job.results import Encoded
 from job.settings import Settings
+from job.system.device import Machine
 from job.train import MAX_GRAD_NORM, MICRO_TOKENS, accumulate, learning_rate, micro_overhead
+from job.training import memory_efficient
+from job.training.batching import Collator, label_count, micro_batches
+from job.training.packing import PackedAttention
+from job.types import Encoded
 
 Tick = Callable[[], None]
 Run = Callable[[Tick], list[float]]
@@ -92,7 +92,10 @@ def _job(work: Work, *, recompute: bool = False, cut: bool = False, packed: bool
     def run(tick: Tick) -> list[float]:
         losses = []
         work.model.train()
-        with lean.installed(work.model) if slim else nullcontext(), packing.installed() if packing else nullcontext():
+        with (
+            memory_efficient.installed(work.model) if slim else nullcontext(),
+            packing.installed() if packing else nullcontext(),
+        ):
             for number, step in enumerate(work.steps):
                 optimizer.param_groups[0]["lr"] = learning_rate(work.settings.train, number)
                 labels = label_count(step)

@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job import hub
 from job.evaluate import normalise_tag
-from job.locate import FORMATS, is_local, local_path
-from job.results import Encoded, Example, Examples, Prediction, Refused
+from job.hub import client as hub
 from job.settings import Data, Sample, Settings, is_unicode
+from job.system.paths import FORMATS, is_local, local_path
+from job.types import Encoded, Example, Examples, Prediction, Refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from job import quantize
-from job.batches import label_count
-from job.device import Machine, why_no_gpu
 from job.lora import add_adapters, count_parameters
-from job.results import Encoded
 from job.settings import Settings, Train
+from job.system.device import Machine, why_no_gpu
+from job.training.batching import label_count
+from job.types import Encoded
 
 GIB = 2**30
 RESERVE = 0.5 * GIB

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from job.decoding import LEAST
-from job.results import Example, Prediction, Scores, TagScores
+from job.decoding.config import LEAST
+from job.types import Example, Prediction, Scores, TagScores
 
 if TYPE_CHECKING:
     import numpy as np

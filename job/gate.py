@@ -8,14 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from job import decoding, hub, promote, push, quantize, report
+from job import promote, push, quantize, report
+from job.decoding import config as decoding
 from job.evaluate import f1_difference
-from job.results import Example, Examples, GateFailed, Prediction, PushFailed, Refused, Scores, Verdict
-from job.run_folder import RunFolder
+from job.hub import client as hub
+from job.runs.run_folder import RunFolder
 from job.settings import Eval, Hub, Settings
+from job.types import Example, Examples, GateFailed, Prediction, PushFailed, Refused, Scores, Verdict
 
 if TYPE_CHECKING:
-    from job.device import Machine
+    from job.system.device import Machine
 
 log = logging.getLogger(__name__)
 

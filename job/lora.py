@@ -11,8 +11,8 @@ import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 from job.quantize import identity
-from job.results import ParameterCount, Refused
 from job.settings import Base, Lora
+from job.types import ParameterCount, Refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

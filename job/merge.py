@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import peft
 
 from job import quantize
-from job.alike import alike
 from job.data import texts_to_tag
-from job.decoding import of_adapter
-from job.device import Machine
-from job.results import JobError
+from job.decoding.config import of_adapter
+from job.decoding.equivalence import alike
 from job.sample import Tagger
+from job.system.device import Machine
+from job.types import JobError
 
 if TYPE_CHECKING:
-    from job.run_folder import RunFolder
+    from job.runs.run_folder import RunFolder
     from job.settings import Settings
 
 log = logging.getLogger(__name__)

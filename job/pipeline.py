@@ -7,15 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job import hub, preflight, report, run_folder
+from job import preflight, report
+from job.hub import client as hub
 from job.preflight import Checked
-from job.results import Summary
-from job.run_folder import RunFolder
+from job.runs import run_folder
+from job.runs.run_folder import RunFolder
 from job.settings import Settings
+from job.types import Summary
 
 if TYPE_CHECKING:
-    from job.device import Machine
     from job.sample import Tagger
+    from job.system.device import Machine
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +56,9 @@ def run_checked(checked: Checked, on_saved: Callable[[RunFolder], None] | None =
         return report.summary(run)
 
     # torch and transformers take seconds to import: not before all is checked that needs neither
-    from job.device import Machine
     from job.gate import decide
     from job.merge import merge
+    from job.system.device import Machine
 
     machine = Machine.resolve(settings.run.device, settings.train.precision)
     if run.begun:
@@ -76,12 +78,12 @@ def run_checked(checked: Checked, on_saved: Callable[[RunFolder], None] | None =
 def fine_tune(checked: Checked, machine: Machine) -> None:
     """Everything up to an adapter that is saved with what is known of it."""
     from job.data import encode, texts_to_tag, without_rare_tags
-    from job.decoding import for_training
+    from job.decoding.config import for_training
     from job.evaluate import calibrate, evaluate
     from job.freeze import freeze
     from job.lora import add_adapters, count_parameters, digest, save_adapter
+    from job.metrics.baselines import references
     from job.quantize import load_model, load_tokenizer
-    from job.references import references
     from job.sample import Tagger
     from job.train import train
 
@@ -165,7 +167,7 @@ def tagger(chosen: Settings, *as_trained: str) -> Tagger:
     names = tuple(f"TAGGER_{name}" for name in as_trained)
     chosen = chosen.with_result_values({name: value for name, value in trained.items() if name.startswith(names)})
 
-    from job.device import Machine
     from job.sample import load_tagger
+    from job.system.device import Machine
 
     return load_tagger(chosen, adapter, Machine.resolve(chosen.run.device, chosen.train.precision))

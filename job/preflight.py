@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from job import data, decoding, gate, hub, push, quantize, report, run_folder
-from job.locate import FORMATS, WEIGHTS, is_local
-from job.results import Examples, GateFailed, Refused, Resolved
-from job.run_folder import RunFolder
+from job import data, gate, push, quantize, report
+from job.decoding import config as decoding
+from job.hub import client as hub
+from job.runs import run_folder
+from job.runs.run_folder import RunFolder
 from job.settings import Settings
+from job.system.paths import FORMATS, WEIGHTS, is_local
+from job.types import Examples, GateFailed, Refused, Resolved
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def check_machine(checked: Checked) -> list[str]:
     model's config and tokenizer if they are not there.
     """
     from job import estimate
-    from job.device import Machine, why_no_gpu
+    from job.system.device import Machine, why_no_gpu
 
     settings, examples = checked.settings, checked.examples
     machine = Machine.resolve(settings.run.device, settings.train.precision)

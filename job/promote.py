@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from job import hub, interruption
+from job.hub import client as hub
 from job.push import since
-from job.results import Published, PushFailed, Refused
-from job.run_folder import RunFolder
+from job.runs import shutdown
+from job.runs.run_folder import RunFolder
 from job.settings import Hub
+from job.types import Published, PushFailed, Refused
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationCopy, CommitOperationDelete, HfApi
@@ -50,7 +51,7 @@ def promote(repo: str, revision: str, settings: Hub, *, parent: str | None = Non
         if not operations:
             return stands_on
         source = client.list_repo_commits(repo, revision=wanted)[0]
-        interruption.check()  # what was interrupted publishes nothing
+        shutdown.check()  # what was interrupted publishes nothing
         return client.create_commit(
             repo,
             operations=operations,

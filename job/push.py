@@ -10,11 +10,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job import hub, interruption
-from job.results import Account, Published, Refused, Verdict
-from job.run_folder import RunFolder
+from job.hub import client as hub
+from job.runs import shutdown
+from job.runs.atomic import file_digest
+from job.runs.run_folder import RunFolder
 from job.settings import Hub, Settings
-from job.whole import file_digest
+from job.types import Account, Published, Refused, Verdict
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, GitCommitInfo
@@ -78,7 +79,7 @@ def push(run: RunFolder, repo: str, settings: Hub, verdict: Verdict | None = Non
         commits = client.list_repo_commits(repo, revision=branch)
         made = [commit.commit_id for commit in since(commits, parent) if mark in commit.message]
         if not made:
-            interruption.check()  # what was interrupted publishes nothing
+            shutdown.check()  # what was interrupted publishes nothing
             commit = client.create_commit(
                 repo,
                 operations=_operations(run, merged=settings.merge),

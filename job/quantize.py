@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from job import hub
-from job.locate import WEIGHTS, hub_snapshot, is_local, local_path
-from job.results import Refused
+from job.hub import client as hub
 from job.settings import Base
+from job.system.paths import WEIGHTS, hub_snapshot, is_local, local_path
+from job.types import Refused
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from job.device import Machine
+    from job.system.device import Machine
 
 log = logging.getLogger(__name__)
 

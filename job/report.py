@@ -10,15 +10,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job import data, interruption, page, plots
-from job.alike import alike
-from job.card import card, score_table
+from job import data
+from job.decoding.equivalence import alike
 from job.evaluate import score_tags
-from job.page import Block, Picture
-from job.results import Prediction, Published, PushFailed, Refused, Scores, Summary, Tagged, Trained, Verdict
-from job.run_folder import RunFolder, try_to_write
+from job.model_card import card, score_table
+from job.runs import markup, plots, shutdown
+from job.runs.atomic import json_lines, write_whole
+from job.runs.markup import Block, Picture
+from job.runs.run_folder import RunFolder, try_to_write
 from job.settings import Settings
-from job.whole import json_lines, write_whole
+from job.types import Prediction, Published, PushFailed, Refused, Scores, Summary, Tagged, Trained, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def save_verdict(run: RunFolder, verdict: Verdict, published: Scores | None) -> 
     metrics = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
     metrics["scores"].pop("published", None)
     metrics["scores"] |= {} if published is None else {"published": asdict(published)}
-    with interruption.deferred():
+    with shutdown.deferred():
         run.write("metrics.json", json.dumps(metrics | {"gate": asdict(verdict)}, indent=2) + "\n")
         run.seal("metrics.json")
 
@@ -179,7 +180,7 @@ def check_output(output: Path | None, *inputs: str | Path | None) -> None:
 
 
 def save_report(run: RunFolder, outcome: str, published: Published | None = None) -> None:
-    """Write report.json (its schema is job/report.schema.json), and report.md and report.html: the run on a page.
+    """Write report.json (its schema is job/runs/report.schema.json), and report.md and report.html: the run on a page.
 
     `outcome` is `judged` until more is known, then `published`, `not pushed` or `refused`; a run that
     stays `judged` could not be published.
@@ -221,8 +222,8 @@ def save_report(run: RunFolder, outcome: str, published: Published | None = None
         "Seconds: " + ", ".join(f"{chapter} {seconds:g}" for chapter, seconds in manifest["timings"].items()) + ".",
     ]
     title = f"{run.path.name}: {outcome}"
-    run.write("report.md", page.markdown(title, blocks))
-    run.write("report.html", page.html(title, blocks))
+    run.write("report.md", markup.markdown(title, blocks))
+    run.write("report.html", markup.html(title, blocks))
 
 
 def _curve(title: str, history: Sequence[Mapping[str, Any]], what: str) -> str:

@@ -10,14 +10,15 @@ import httpx2
 import peft
 import torch
 
-from job import data, hub, quantize
-from job.decoding import Decoding, of_adapter
-from job.device import Machine
+from job import data, quantize
+from job.decoding.config import Decoding, of_adapter
+from job.decoding.constraints import Open, Vocabulary, enforce
+from job.decoding.marginals import WAYS, likely_tags
 from job.freeze import freeze
-from job.grammar import Open, Vocabulary, enforce
-from job.likely import WAYS, likely_tags
-from job.results import Published, Refused, Tagged
+from job.hub import client as hub
 from job.settings import Data, Sample, Settings
+from job.system.device import Machine
+from job.types import Published, Refused, Tagged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -30,7 +30,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from job.results import Refused
+from job.types import Refused
 
 PREFIX = "TAGGER_"
 DOTENV = Path(".env")

@@ -17,15 +17,16 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from job import checkpoint, interruption, lean
-from job.batches import Collator, examples_of_step, label_count, micro_batches
-from job.checkpoint import Progress
-from job.device import Machine
 from job.estimate import budget
-from job.packed import PackedAttention
-from job.results import Diverged, Encoded, JobError, Refused, Trained
-from job.run_folder import RunFolder
+from job.runs import shutdown
+from job.runs.run_folder import RunFolder
 from job.settings import Train
+from job.system.device import Machine
+from job.training import checkpoints, memory_efficient
+from job.training.batching import Collator, examples_of_step, label_count, micro_batches
+from job.training.checkpoints import Progress
+from job.training.packing import PackedAttention
+from job.types import Diverged, Encoded, JobError, Refused, Trained
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ class _Training:
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one."""
-        found = checkpoint.load_newest(self._run.checkpoints)
+        found = checkpoints.load_newest(self._run.checkpoints)
         if found is None:
             return
         tensors, self.progress = found
@@ -175,10 +176,14 @@ class _Training:
         self._model.train()
         bar = tqdm(total=settings.max_steps, initial=progress.step, desc="train", disable=not sys.stderr.isatty())
         last, last_step = time.monotonic(), progress.step
-        with lean.installed(self._model), self._packing.installed() if self._packing else nullcontext(), bar:
+        with (
+            memory_efficient.installed(self._model),
+            self._packing.installed() if self._packing else nullcontext(),
+            bar,
+        ):
             try:
                 while self.progress.step < settings.max_steps:
-                    interruption.check()
+                    shutdown.check()
                     self._step()
                     bar.update()
                     step = self.progress.step
@@ -187,7 +192,7 @@ class _Training:
                         self._show(bar, (now - last) / (step - last_step))
                         last, last_step = now, step
                     if self._save_is_due():
-                        with interruption.deferred():
+                        with shutdown.deferred():
                             self._save()
             except BaseException as stop:
                 # Ctrl-C, a signal, or Modal's end of time: not an error
@@ -240,7 +245,7 @@ class _Training:
         rate = learning_rate(settings, progress.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        with interruption.deferred():
+        with shutdown.deferred():
             self._whole = False  # what comes through all the same (Modal's end of time) must not save half a step
             self._scaler.unscale_(self._optimizer)
             norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), MAX_GRAD_NORM))
@@ -318,7 +323,7 @@ class _Training:
         self.progress.loss_scale = self._scaler.state_dict()
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         if self._written(
-            lambda: checkpoint.save(self._run.checkpoints, tensors, self.progress, keep=self._settings.keep)
+            lambda: checkpoints.save(self._run.checkpoints, tensors, self.progress, keep=self._settings.keep)
         ):
             self._saved = self.progress.step
             self._run.saved()

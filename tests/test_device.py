@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import CPU, make_settings
 
-from job import device
-from job.device import Machine, why_no_gpu
 from job.estimate import CPU_PARAMETERS, Need, cpu_problems
-from job.results import Refused
+from job.system import device
+from job.system.device import Machine, why_no_gpu
+from job.types import Refused
 
 PROPRIETARY = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Mar  5 22:23:56 UTC 2024\nGCC version:  gcc 11.4.0"

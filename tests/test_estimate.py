@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import CPU, make_settings
 
-from job.device import Machine, _left_of_limit
 from job.estimate import Need, budget, disk_problems, estimate, memory_problems
 from job.lora import add_adapters
 from job.quantize import load_model
-from job.results import Encoded
 from job.settings import Base, Lora, Train
+from job.system.device import Machine, _left_of_limit
+from job.types import Encoded
 
 LONGEST = [Encoded([7] * 40, [-100] * 30 + [7] * 10), Encoded([7] * 25, [-100] * 20 + [7] * 5)]
 

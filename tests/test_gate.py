@@ -6,8 +6,8 @@ import pytest
 
 from job.evaluate import score
 from job.gate import judge
-from job.results import Prediction, Scores, Verdict
 from job.settings import Eval
+from job.types import Prediction, Scores, Verdict
 
 Evaluated = tuple[Scores, list[Prediction]]
 

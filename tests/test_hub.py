@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from hub import READ_TOKEN, SCOPED_TOKEN, WRITE_TOKEN, Fault, Hub, Repo
 
-from job import hub, push
-from job.results import Refused
+from job import push
+from job.hub import client as hub
 from job.settings import Settings
+from job.types import Refused
 
 
 def settings(**knobs: object) -> Settings:

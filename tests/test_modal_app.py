@@ -23,9 +23,10 @@ from modal.types import FileEntryType
 from modal_proto import api_pb2
 from modal_server import MODAL, Loss, Modal, caller
 
-from job import launch, pipeline, remote
-from job.results import Refused, Resolved, Tagged
+from job import pipeline
+from job.cloud import modal_launcher, modal_worker
 from job.settings import Settings
+from job.types import Refused, Resolved, Tagged
 
 ROOT = Path(__file__).parents[1]
 APP = str(ROOT / "modal_app.py")
@@ -171,17 +172,17 @@ def test_the_image_is_the_dockerfile_with_what_it_copies_and_no_entry_point(worl
     assert {
         "/requirements.lock",
         "/pyproject.toml",
-        "/job/train.py",
+        "/job/training/checkpoints.py",
         "/deploy/entrypoint.sh",
         "/root/modal_app.py",
     } <= sent
-    assert not [name for name in sent if "test" in name or ".env" in name or ".git" in name]
+    assert not [name for name in sent if "test" in name or name.endswith("/.env") or ".git" in name]
 
 
 def test_where_the_image_expects_the_volumes_they_are() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
-    assert f"TAGGER_RUN_DIR={launch.RUNS}\n" in dockerfile
-    assert f"HF_HOME={launch.CACHE} " in dockerfile
+    assert f"TAGGER_RUN_DIR={modal_launcher.RUNS}\n" in dockerfile
+    assert f"HF_HOME={modal_launcher.CACHE} " in dockerfile
 
 
 def test_no_secret_of_the_caller_travels(world: World) -> None:
@@ -212,7 +213,7 @@ def test_status_lists_the_runs_and_fetch_brings_one_whole(world: World) -> None:
 
 
 def test_a_file_is_tagged_in_order_though_a_container_dies(world: World) -> None:
-    texts = [f"text number {i}" for i in range(launch.SHARD + 3)]
+    texts = [f"text number {i}" for i in range(modal_launcher.SHARD + 3)]
     (world.home / "texts.jsonl").write_text("".join(json.dumps({"quote": text}) + "\n" for text in texts))
     call = f"fc-{len({each.call for each in world.modal.inputs}) + 1}"
     world.modal.losses = [Loss(signal.SIGKILL, input=f"in-{call}-0")]
@@ -310,7 +311,7 @@ def test_what_no_container_could_do_is_refused_here(
     Path("tags.env").write_text("TAGGER_SAMPLE_VOCABULARY=my_tags.txt\n")
     Path("sample.env").write_text("TAGGER_SAMPLE_INPUT=here.jsonl\n")
     with pytest.raises(SystemExit) as ended:
-        launch.request(APP, ["modal", "run", f"{APP}::{command}", *words])
+        modal_launcher.request(APP, ["modal", "run", f"{APP}::{command}", *words])
     assert ended.value.code == 2
     assert f"error: {said}" in capsys.readouterr().err
 
@@ -322,7 +323,7 @@ def test_options_recipe_dotenv_and_environment_reach_the_container_as_text(monke
     monkeypatch.setenv("TAGGER_RUN_DIR", "here")
     monkeypatch.setenv("TAGGER_TRAIN_MAX_STEPS", "50")
     words = ["modal", "run", "--detach", "-m", "modal_app", "--recipe", "some.env", "--max-steps", "20"]
-    asked = launch.request(APP, words)
+    asked = modal_launcher.request(APP, words)
     assert asked.command == "main"
     assert asked.given == {
         "TAGGER_LORA_R": "8",
@@ -330,10 +331,10 @@ def test_options_recipe_dotenv_and_environment_reach_the_container_as_text(monke
         "TAGGER_TRAIN_SEED": "7",
         "TAGGER_TRAIN_MAX_STEPS": "20",
     }
-    assert launch.request(APP, ["modal", "deploy", APP, "--name", "mine"]).command == "deploy"
+    assert modal_launcher.request(APP, ["modal", "deploy", APP, "--name", "mine"]).command == "deploy"
     Path("here.jsonl").touch()
     monkeypatch.setenv("TAGGER_DATA_DATASET", "here.jsonl")  # which only training reads
-    assert launch.request(APP, ["modal", "run", f"{APP}::status"]).command == "status"
+    assert modal_launcher.request(APP, ["modal", "run", f"{APP}::status"]).command == "status"
 
 
 @pytest.mark.parametrize("detach", [[], ["--detach"]])
@@ -366,15 +367,15 @@ def test_a_warm_container_tags_with_the_adapter_that_the_repo_has_now(monkeypatc
         loaded.append(chosen.hub.revision)
         return Silent()
 
-    monkeypatch.setattr("job.hub.resolve", lambda *_: Resolved(next(heads), None))
+    monkeypatch.setattr("job.hub.client.resolve", lambda *_: Resolved(next(heads), None))
     monkeypatch.setattr("job.pipeline.tagger", load)
     for _ in range(3):
-        assert remote.tag({"TAGGER_HUB_REPO": REPO}, ["a text"])["exit_code"] == 0
+        assert modal_worker.tag({"TAGGER_HUB_REPO": REPO}, ["a text"])["exit_code"] == 0
     assert loaded == ["first", "second"]
 
 
 def test_time_that_is_up_for_good_is_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended, launch.in_sentences("the same command goes on"):
+    with pytest.raises(SystemExit) as ended, modal_launcher.in_sentences("the same command goes on"):
         raise FunctionTimeoutError("Function execution timed out.")
     assert ended.value.code == 75
     assert "the time of the last attempt is up; the same command goes on" in capsys.readouterr().err
@@ -412,9 +413,9 @@ def test_the_image_of_the_job_has_no_modal() -> None:
 
 def test_the_readme_has_every_command_and_option() -> None:
     readme = (ROOT / "README.md").read_text()
-    for command in launch.COMMANDS:
+    for command in modal_launcher.COMMANDS:
         assert ("modal run modal_app.py" if command == "main" else f"modal run modal_app.py::{command}") in readme
-    for option in (*launch.OVERRIDES, "--recipe", "--output", "--to", "--text", "--input"):
+    for option in (*modal_launcher.OVERRIDES, "--recipe", "--output", "--to", "--text", "--input"):
         assert f"`{option}" in readme or f" {option} " in readme, option
 
 
@@ -446,7 +447,7 @@ def test_a_call_keeps_to_its_run_though_the_data_set_moves_in_between(
     runs = tmp_path / "runs"
     interrupted = Volume(runs, "checkpoint-2", InputCancellation, times=1)
     with pytest.raises(InputCancellation):
-        remote.perform("run", here, call="fc-1", commit=interrupted.commit)
+        modal_worker.perform("run", here, call="fc-1", commit=interrupted.commit)
     assert interrupted.commits > 2, "at the beginning, after the checkpoint, and when it stops"
     [run] = [path for path in runs.iterdir() if not path.name.startswith(".")]
     assert [path.name for path in (run / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
@@ -455,12 +456,12 @@ def test_a_call_keeps_to_its_run_though_the_data_set_moves_in_between(
     more = SAYINGS.read_bytes().splitlines(keepends=True)[::-1]
     loopback_hub.datasets["tiny/sayings"].commit("main", "other data", {"train.jsonl": b"".join(more)})
     volume = Volume(runs)
-    outcome = remote.perform("run", here, call="fc-1", commit=volume.commit)
+    outcome = modal_worker.perform("run", here, call="fc-1", commit=volume.commit)
     assert (outcome["exit_code"], outcome["run_id"], outcome["status"]) == (0, run.name, "complete")
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["settings"]["TAGGER_LORA_R"] == 16
     assert volume.commits > 3
-    other = remote.perform("run", {**here, "TAGGER_HUB_REPO": ""}, call="fc-2", commit=Volume(runs).commit)
+    other = modal_worker.perform("run", {**here, "TAGGER_HUB_REPO": ""}, call="fc-2", commit=Volume(runs).commit)
     assert other["run_id"] != run.name, "another call takes the data as it is now"
 
 
@@ -469,7 +470,7 @@ def test_a_volume_that_keeps_nothing_is_said_and_at_the_end_is_an_error(
 ) -> None:
     volume = Volume(tmp_path / "runs", "*", OSError, times=99)
     with pytest.raises(OSError, match="volume busy"):
-        remote.perform("run", here, call="fc-1", commit=volume.commit)
+        modal_worker.perform("run", here, call="fc-1", commit=volume.commit)
     assert "modal: the volume keeps nothing of this yet (volume busy)" in caplog.text
     [run] = [path for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")]
     assert json.loads((run / "manifest.json").read_text())["status"] == "complete"
@@ -479,11 +480,11 @@ def test_what_the_gate_refuses_is_an_outcome_with_its_exit_code(
     here: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     strict = {"TAGGER_EVAL_GATE": "floor", "TAGGER_EVAL_MIN_F1": "0.99"}
-    outcome = remote.perform("run", here | strict, call="fc-1", commit=Volume(tmp_path).commit)
+    outcome = modal_worker.perform("run", here | strict, call="fc-1", commit=Volume(tmp_path).commit)
     assert (outcome["exit_code"], outcome["status"]) == (3, "refused")
     assert outcome["gate"]["verdict"] == "fail"
     with pytest.raises(SystemExit) as ended:
-        launch.raise_ended(outcome)
+        modal_launcher.raise_ended(outcome)
     assert ended.value.code == 3
     assert "error: fail: " in capsys.readouterr().err
 
@@ -499,7 +500,7 @@ def test_what_the_gate_refuses_is_an_outcome_with_its_exit_code(
 )
 def test_seconds_have_a_price_if_one_is_known(device: str, gpus: str, said: str) -> None:
     outcome = {"exit_code": 0, "said": "the end", "gpu_seconds": 1000.0, "device": device}
-    line, last = launch.summary(outcome, gpus)
+    line, last = modal_launcher.summary(outcome, gpus)
     assert line.endswith(said)
     assert last == "the end"
 
@@ -508,15 +509,15 @@ def test_answers_that_are_not_those_for_the_texts_are_never_written() -> None:
     def outcome(*texts: str) -> dict[str, Any]:
         return {"exit_code": 0, "answers": [{"text": text} for text in texts]}
 
-    assert launch.collect(["a", "b", "c"], [outcome("a", "b"), outcome("c")]) == [{"text": t} for t in "abc"]
+    assert modal_launcher.collect(["a", "b", "c"], [outcome("a", "b"), outcome("c")]) == [{"text": t} for t in "abc"]
     for wrong in ([outcome("a", "b")], [outcome("a", "b"), outcome("c", "c")], [outcome("c"), outcome("a", "b")]):
         with pytest.raises(RuntimeError, match="not those for the texts"):
-            launch.collect(["a", "b", "c"], wrong)
+            modal_launcher.collect(["a", "b", "c"], wrong)
 
 
 def test_answers_are_shown_as_the_job_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
     whole = {"text": "a", "prompt": "a ->:", "raw": "['b']", "tags": ("b",), "parsed": True}
-    launch.show_answers([whole, {**whole, "raw": "['b', 'c", "parsed": False}])
+    modal_launcher.show_answers([whole, {**whole, "raw": "['b', 'c", "parsed": False}])
     out = capsys.readouterr().out
     assert out == "a ->: ['b']\na ->: ['b']   (not a whole list: \"['b', 'c\")\n"
 
@@ -543,13 +544,13 @@ def test_what_changes_while_it_is_fetched_leaves_nothing_and_nothing_else_is_rep
     volume = Files(**{"manifest.json": manifest % b"today", "log.jsonl": b"1"})
     volume.read_file = lambda path: iter([b"longer"] if path == "tiny/log.jsonl" else [volume.files[path]])
     with pytest.raises(Refused, match="tiny changed while it was fetched"):
-        launch.fetch(volume, "tiny", tmp_path)
+        modal_launcher.fetch(volume, "tiny", tmp_path)
     assert list(tmp_path.iterdir()) == []
     del volume.read_file
     for log in (b"1", b"2"):  # it has got further, and replaces what was fetched before
         volume.files["tiny/log.jsonl"] = log
-        assert (launch.fetch(volume, "tiny", tmp_path) / "log.jsonl").read_bytes() == log
+        assert (modal_launcher.fetch(volume, "tiny", tmp_path) / "log.jsonl").read_bytes() == log
     other = Files(**{"manifest.json": manifest % b"yesterday"})
     with pytest.raises(Refused, match="is there already and is not this run"):
-        launch.fetch(other, "tiny", tmp_path)
+        modal_launcher.fetch(other, "tiny", tmp_path)
     assert (tmp_path / "tiny" / "log.jsonl").read_bytes() == b"2"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench import quality
-from job.results import Example
+from job.types import Example
 
 
 @pytest.fixture

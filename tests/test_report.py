@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from job import report
-from job.decoding import Decoding
+from job.decoding.config import Decoding
 from job.evaluate import score
 from job.report import check_round_trip, kept_evaluation, kept_threshold, save_samples
-from job.results import Prediction, PushFailed, Scores, Tagged
-from job.run_folder import RunFolder
+from job.runs.run_folder import RunFolder
 from job.settings import Settings
+from job.types import Prediction, PushFailed, Scores, Tagged
 
 OUTCOME = (score([["x", "y"]], [["x"]]), [Prediction("a text", ("x", "y"), ("x",), "['x']")])
 

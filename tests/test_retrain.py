@@ -15,7 +15,7 @@ import pytest
 from hub import WRITE_TOKEN, Fault, Hub, Repo
 
 from job import data
-from job.__main__ import main
+from job.cli import main
 from job.settings import Data
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +125,7 @@ def test_the_first_is_published_by_the_floor_a_better_one_promoted_and_a_worse_o
     assert "so it is worse: it is not published" in err
     assert f"`tagger-job promote --revision {left.oid}` would publish it" in err
 
-    schema = json.loads((ROOT / "job" / "report.schema.json").read_text())
+    schema = json.loads((ROOT / "job" / "runs" / "report.schema.json").read_text())
     reports = [json.loads(file.read_text()) for file in Path().glob("*/*/report.json")]
     assert sorted(report["outcome"] for report in reports) == ["published", "published", "refused"]
     for report in reports:
@@ -270,7 +270,7 @@ def test_promote_publishes_a_refused_candidate_and_rolls_back_without_loading_an
     assert repo.branches["main"][-1].files == left.files
 
     code = (
-        "import sys; from job.__main__ import main; assert main(['promote', '--revision', 'v1']) == 0;"
+        "import sys; from job.cli import main; assert main(['promote', '--revision', 'v1']) == 0;"
         "heavy = {'torch', 'transformers', 'peft', 'sklearn'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from job.results import Example, Examples, Refused
-from job.run_folder import RunFolder, find
+from job.runs.run_folder import RunFolder, find
 from job.settings import Settings
+from job.types import Example, Examples, Refused
 
 EXAMPLES = Examples((Example("a", ("x",)),), (Example("b", ("y",)),), skipped=1, fingerprint="f1")
 OTHER = Examples(EXAMPLES.train, EXAMPLES.held_out, skipped=1, fingerprint="f2")
@@ -169,7 +169,7 @@ def test_the_adapter_of_the_newest_run_is_found(tmp_path: Path) -> None:
 
 def test_a_run_has_one_owner(tmp_path: Path) -> None:
     code = (
-        "from job.run_folder import RunFolder; from pathlib import Path; from job.results import Refused\n"
+        "from job.runs.run_folder import RunFolder; from pathlib import Path; from job.types import Refused\n"
         f"try: RunFolder(Path({str(tmp_path / 'one')!r}), {{}}).lock()\n"
         "except Refused as refusal: print(refusal)"
     )

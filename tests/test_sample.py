@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from conftest import CPU, make_settings
 
-from job.decoding import for_training
+from job.decoding.config import for_training
 from job.freeze import freeze
 from job.lora import add_adapters, save_adapter
 from job.quantize import load_model, load_tokenizer
-from job.results import Example, Refused
 from job.sample import Tagger, load_tagger
 from job.settings import Settings
+from job.types import Example, Refused
 
 KNOWN = [Example("a text", ("music", "rain", "don't", "the sea")), Example("another", ("rain", "rainfall", "a,b"))]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from job import settings
-from job.results import Refused
 from job.settings import Settings
+from job.types import Refused
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,7 +179,7 @@ def test_what_does_not_change_the_result_does_not_change_the_digest() -> None:
 
 
 def test_the_shipped_recipes_are_valid() -> None:
-    recipes = sorted((ROOT / "recipes").glob("*.env"))
+    recipes = sorted((ROOT / "job" / "config" / "recipes").glob("*.env"))
     assert recipes
     for recipe in recipes:
         settings.load(recipe)
@@ -187,7 +187,7 @@ def test_the_shipped_recipes_are_valid() -> None:
 
 def test_the_settings_command_imports_nothing_heavy_and_masks_the_token() -> None:
     code = (
-        "import sys; from job.__main__ import main; assert main(['settings']) == 0;"
+        "import sys; from job.cli import main; assert main(['settings']) == 0;"
         "heavy = {'torch', 'transformers', 'datasets', 'sklearn', 'numpy', 'huggingface_hub'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

@@ -16,17 +16,18 @@ import torch
 from conftest import CPU
 from transformers import get_scheduler
 
-from job import checkpoint, logs
-from job.batches import label_count
 from job.data import NO_LOSS
 from job.freeze import freeze
 from job.lora import add_adapters
-from job.packed import PackedAttention
 from job.quantize import load_model, load_tokenizer
-from job.results import Diverged, Encoded, JobError, Refused
-from job.run_folder import RunFolder
+from job.runs.run_folder import RunFolder
 from job.settings import Base, Lora, Train
+from job.system import logging_setup
 from job.train import is_out_of_memory, learning_rate, train
+from job.training import checkpoints
+from job.training.batching import label_count
+from job.training.packing import PackedAttention
+from job.types import Diverged, Encoded, JobError, Refused
 
 ROOT = Path(__file__).parents[1]
 
@@ -255,7 +256,7 @@ def test_a_run_that_was_interrupted_ends_bitwise_as_one_that_was_not(
         calls = -20  # the examples are counted first
         with pytest.raises(by):
             trained_on(tmp_path / "cut", llama, model=with_dropout(llama), **knobs)
-    newest = checkpoint.load_newest(tmp_path / "cut" / "checkpoints")
+    newest = checkpoints.load_newest(tmp_path / "cut" / "checkpoints")
     assert newest is not None
     assert newest[1].step == interrupted_at, "the last whole step is saved"
     model = with_dropout(llama)
@@ -317,7 +318,7 @@ def test_memory_that_really_runs_out_is_survived(tmp_path: Path, llama: Path) ->
 
 
 def train_with_little_memory(folder: Path, scratch: Path) -> None:
-    logs.configure()
+    logging_setup.configure()
     long = [Encoded([10 + (7 * i + j) % 500 for j in range(400)], [NO_LOSS] * 390 + [11] * 10) for i in range(64)]
     for micro_tokens in (1000, 100_000):
         model, run = adapted(folder), run_folder(scratch / str(micro_tokens))

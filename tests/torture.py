@@ -26,7 +26,7 @@ import conftest  # the Hub's address and an empty cache, before huggingface_hub 
 import torch
 from hub import WRITE_TOKEN, Hub, Repo
 
-from job import __main__
+from job import cli
 
 SETTINGS = {
     "TAGGER_BASE_MODEL": "tiny/llama",
@@ -80,7 +80,7 @@ def attempt(folder: Path, repo: str) -> int:
         os.dup2(output, 2)
         os.environ.update(SETTINGS, TAGGER_HUB_REPO=repo)
         sys.argv = ["tagger-job"]
-        __main__.command()
+        cli.command()
     except SystemExit as end:
         sys.stdout.flush()
         os._exit(int(end.code or 0))

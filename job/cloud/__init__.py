@@ -1,0 +1,1 @@
+"""Modal: the caller, the worker, and the GPUs there are."""

@@ -1,0 +1,358 @@
+"""Modal from the caller's side: what was asked for, checked before anything is uploaded, and what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from job import settings
+from job.runs.atomic import json_lines, whole_folder, write_whole
+from job.runs.run_folder import read_manifest, try_to_write
+from job.runs.shutdown import EXIT_CODE as INTERRUPTED
+from job.settings import Modal, Settings, is_unicode
+from job.system.paths import FORMATS, PACKAGE, WEIGHTS, is_local
+from job.types import JobError, Refused
+
+if TYPE_CHECKING:
+    import modal
+
+COMMANDS = ("main", "retrain", "status", "fetch", "sample", "tag")
+RUNS, CACHE = "/runs", "/cache"
+"""Where the image expects the two volumes."""
+SHARD = 256
+"""Texts that one container tags at a time."""
+OVERRIDES = {
+    "--gpu": "TAGGER_MODAL_GPU",
+    "--timeout-hours": "TAGGER_MODAL_TIMEOUT_HOURS",
+    "--run-id": "TAGGER_RUN_ID",
+    "--max-steps": "TAGGER_TRAIN_MAX_STEPS",
+    "--learning-rate": "TAGGER_TRAIN_LEARNING_RATE",
+    "--model": "TAGGER_BASE_MODEL",
+    "--dataset": "TAGGER_DATA_DATASET",
+    "--repo": "TAGGER_HUB_REPO",
+}
+PRICES = {
+    "T4": 0.000164,
+    "L4": 0.000222,
+    "A10": 0.000306,
+    "A10G": 0.000306,
+    "L40S": 0.000542,
+    "A100": 0.000694,
+    "6000": 0.000842,
+    "H100": 0.001097,
+    "H200": 0.001261,
+    "B200": 0.001736,
+}
+"""US dollars a second by a word of the GPU's name, modal.com/pricing as of May 2026 (of the larger A100).
+
+CPU, memory and a choice of region come on top.
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command with what it needs; without one, what is declared when the container imports the app."""
+
+    command: str = ""
+    options: argparse.Namespace = field(default_factory=argparse.Namespace)
+    modal: Modal = field(default_factory=Modal)
+    given: dict[str, str] = field(default_factory=dict)
+    """The TAGGER_ variables for the container. Never a secret: those come from Modal's."""
+    texts: tuple[str, ...] = ()
+
+
+def request(app: str, words: Sequence[str] | None = None) -> Request:
+    """What `modal run APP::COMMAND ...` asks for, or the settings alone under any other program.
+
+    Modal parses a command's options after it has made the app, too late to refuse any: hence from the
+    command line itself. Ends the process with code 2 and a sentence for each thing that is wrong.
+    """
+    try:
+        command, rest = _command(Path(app), sys.argv if words is None else words)
+        options = _parser(command).parse_args(rest)
+        _override(options)
+        chosen = settings.load(options.recipe)
+        texts = _checked(command, options, chosen)
+        return Request(command, options, chosen.modal, settings.given(options.recipe), texts)
+    except Refused as refusal:
+        _fail(refusal)
+
+
+def _command(app: Path, words: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The command after `::` and its arguments; `deploy` when this is not `modal run`."""
+    for number, word in enumerate(words):
+        before, (file, _, command) = words[1:number], word.partition("::")
+        is_app = file == app.stem if "-m" in before else Path(file).resolve() == app.resolve()
+        if "run" in before and is_app and (command := command.removeprefix("app.") or "main") in COMMANDS:
+            return command, words[number + 1 :]
+    return "deploy", []
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="modal run modal_app.py" + ("" if command == "main" else f"::{command}"),
+        description="Settings are environment variables named TAGGER_<GROUP>_<KNOB>, as everywhere; these options win.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="file of settings as NAME=value lines")
+    for option, variable in OVERRIDES.items():
+        parser.add_argument(option, metavar="VALUE", help=f"in the place of {variable}")
+    if command in ("main", "retrain"):
+        parser.add_argument("--output", type=Path, metavar="FILE", help="file that gets the outcome, as JSON")
+        parser.add_argument("--to", type=Path, metavar="DIR", help="folder into which the run is fetched")
+    elif command == "fetch":
+        parser.add_argument("--to", type=Path, metavar="DIR", default=Path("runs"), help="folder for the run's")
+    elif command == "sample":
+        parser.add_argument("--text", action="append", required=True, metavar="TEXT", help="a text to tag")
+    elif command == "tag":
+        parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="JSON lines with the texts")
+        parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines with the answers")
+    return parser
+
+
+def _override(options: argparse.Namespace) -> None:
+    for option, variable in OVERRIDES.items():
+        value = getattr(options, option.removeprefix("--").replace("-", "_"))
+        if value == "":
+            raise Refused(f"{option} is empty; expected a value for {variable}")
+        if value is not None:
+            os.environ[variable] = value
+
+
+def _checked(command: str, options: argparse.Namespace, chosen: Settings) -> tuple[str, ...]:
+    """Raise Refused for what this command could not do in a container; returns the texts to tag, if it is to."""
+    problems = _only_here(chosen) if command in ("main", "retrain", "deploy") else []
+    problems += [] if command in ("status", "fetch") else _vocabulary_here(chosen)
+    output, to = getattr(options, "output", None), getattr(options, "to", None)
+    if output is not None and (output.is_dir() or not output.name):
+        problems.append(f"--output {output} is a folder; expected the path of a file")
+    if problems:
+        raise Refused(*problems)
+    if output is not None:
+        try_to_write(output.parent, "the folder of --output", "it to a file in one")
+    if to is not None:
+        try_to_write(to, "the folder --to", "it to one")
+    if command == "fetch" and chosen.run.id is None:
+        raise Refused("fetch needs the run's name: add --run-id; `modal run modal_app.py::status` lists them")
+    if command == "tag":
+        return read_texts(options.input, chosen.data.text_column)
+    texts = tuple(getattr(options, "text", ()))
+    if any(not text.strip() or not is_unicode(text) for text in texts):
+        raise Refused("a --text to tag is empty or not readable text; expected some words")
+    return texts
+
+
+def _vocabulary_here(chosen: Settings) -> list[str]:
+    tags = chosen.sample.vocabulary
+    if tags in (None, "open", "seen") or tags.startswith((f"{RUNS}/", f"{CACHE}/")):
+        return []
+    return [
+        f"TAGGER_SAMPLE_VOCABULARY={tags} is not in Modal's container; expected open, seen, or a path on a volume "
+        f"({RUNS}/..., {CACHE}/...)"
+    ]
+
+
+def _only_here(chosen: Settings) -> list[str]:
+    """A sentence for each file that is on this machine, or in a package, and not in the container."""
+    named = {"TAGGER_BASE_MODEL": chosen.base.model, "TAGGER_DATA_DATASET": chosen.data.dataset}
+    problems = [
+        f"{variable}={name} is not in Modal's container; expected a Hub id, a file of the job's own package "
+        f"(package:job/...), or a path on a volume ({RUNS}/..., {CACHE}/...)"
+        for variable, name in named.items()
+        if not name.startswith((f"{PACKAGE}job/", f"{RUNS}/", f"{CACHE}/"))
+        and (name.startswith((PACKAGE, "~")) or is_local(name, (*FORMATS, *WEIGHTS)))
+    ]
+    for variable, file in {"INPUT": chosen.sample.input, "OUTPUT": chosen.sample.output}.items():
+        if file is not None:
+            problems.append(
+                f"TAGGER_SAMPLE_{variable}={file} is a file of this machine, which Modal's container does not see; "
+                "unset it and use `modal run modal_app.py::tag --input FILE --output FILE`"
+            )
+    return problems
+
+
+def read_texts(path: Path, column: str) -> tuple[str, ...]:
+    """The texts of a file of JSON lines, which are texts or objects with the column; raises Refused with the line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"--input {path} cannot be read ({error}); expected a UTF-8 file of JSON lines") from error
+    texts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        text = row.get(column) if isinstance(row, dict) else row
+        if not isinstance(text, str) or not text.strip() or not is_unicode(text):
+            raise Refused(
+                f'{path} line {number} holds no text; expected {{"{column}": "a text"}}. Repair it, or set '
+                "TAGGER_DATA_TEXT_COLUMN"
+            )
+        texts.append(text)
+    if not texts:
+        raise Refused(f"{path} is empty; expected at least one text")
+    return tuple(texts)
+
+
+@contextmanager
+def in_sentences(goes_on: str = "the same command begins anew") -> Iterator[None]:
+    """Within, an error with a sentence of its own ends the process with it and its exit code, without a traceback.
+
+    So do, with 75, the end of the last attempt's time, and Ctrl-C: Modal's own answer to it, 0, would
+    pass for a run that was done. `goes_on` says what the same command would do then.
+    """
+    import modal
+
+    try:
+        yield
+    except JobError as error:
+        _fail(error)
+    except (KeyboardInterrupt, modal.exception.FunctionTimeoutError) as end:
+        why = "interrupted here" if isinstance(end, KeyboardInterrupt) else "the time of the last attempt is up"
+        print(f"{why}; {goes_on}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def wait(call: modal.FunctionCall[dict[str, Any]], asked: Request, runs: modal.Volume) -> None:
+    """Wait for the job's end, show it, save and fetch what is asked for, and end with the job's exit code."""
+    with in_sentences("the same command goes on from what the volume holds"):
+        print(f"call {call.object_id}; `modal run modal_app.py::status` tells how it stands", file=sys.stderr)
+        outcome = call.get()
+        if asked.options.output is not None:
+            write_whole(asked.options.output, json.dumps(outcome, indent=2, ensure_ascii=False) + "\n")
+        print("\n".join(summary(outcome, asked.modal.gpu)))
+        if asked.options.to is not None and "run_id" in outcome:
+            try:
+                fetch(runs, outcome["run_id"], asked.options.to)
+            except Refused as refusal:
+                raise JobError(f"the call has ended as above, but {refusal}") from refusal
+        raise_ended(outcome)
+
+
+def summary(outcome: Mapping[str, Any], gpus: str) -> list[str]:
+    """How a call ended and what it cost, line by line."""
+    lines = [f"run: {outcome['run_id']}, {outcome['status']}", *outcome.get("table", [])] if "run_id" in outcome else []
+    seconds, device = outcome["gpu_seconds"], outcome.get("device") or "a GPU that was not used"
+    words = re.split(r"[\s-]+", device)
+    price = next((price for name, price in PRICES.items() if name in words), None)
+    count = max(int(gpu.partition(":")[2] or 1) for gpu in gpus.split(","))
+    cost = "" if price is None else f", about ${price * count * seconds:.2f}"
+    lines.append(f"GPU: {seconds:.0f} s on {device}{cost}")
+    return lines if outcome["exit_code"] else [*lines, outcome["said"]]
+
+
+def raise_ended(outcome: Mapping[str, Any]) -> None:
+    """End as the job did: with its sentences and its exit code, if that is not 0."""
+    if outcome["exit_code"]:
+        print("\n".join(f"error: {line}" for line in outcome["said"].splitlines()), file=sys.stderr)
+        raise SystemExit(outcome["exit_code"])
+
+
+def status(runs: modal.Volume, run_id: str | None) -> None:
+    """Print how a run stands, or every run there is, by what was last committed to the volume."""
+    if run_id is not None:
+        print("\n".join(_standing(runs, run_id)))
+        return
+    for entry in runs.iterdir("/", recursive=False):
+        with suppress(Refused):  # a folder of something else
+            print("\n".join(_standing(runs, entry.path.strip("/"))))
+
+
+def _standing(runs: modal.Volume, run_id: str) -> list[str]:
+    manifest = json.loads(_read(runs, run_id, "manifest.json"))
+    device, steps = manifest.get("device", "no device yet"), manifest["settings"]["TAGGER_TRAIN_MAX_STEPS"]
+    lines = [f"{run_id}: {manifest['status']}, begun {manifest['started']} on {device}"]
+    with suppress(Refused, IndexError):  # no step has been logged yet
+        last = json.loads(_read(runs, run_id, "log.jsonl").splitlines()[-1])
+        lines.append(f"  step {last['step']} of {steps}, loss {last['loss']:.4f}")
+    lines.append("  seconds: " + ", ".join(f"{name} {seconds:g}" for name, seconds in manifest["timings"].items()))
+    if manifest.get("published"):
+        lines.append(f"  the adapter is at {manifest['published']['url']}")
+    return lines
+
+
+def fetch(runs: modal.Volume, run_id: str, to: Path) -> Path:
+    """Bring a run's folder down: whole, or not at all; one that is there is only replaced by the same run, later."""
+    import modal
+
+    target = to / run_id
+    began = json.loads(_read(runs, run_id, "manifest.json"))["started"]
+    if target.exists() and (not (target / "manifest.json").is_file() or read_manifest(target)["started"] != began):
+        raise Refused(f"{target} is there already and is not this run; remove it, or name another folder with --to")
+    to.mkdir(parents=True, exist_ok=True)
+    try:
+        with whole_folder(target) as folder:
+            for entry in runs.iterdir(run_id, recursive=True):
+                if entry.type == modal.types.FileEntryType.FILE:
+                    _bring(runs, entry.path, folder / PurePosixPath(entry.path).relative_to(run_id), entry.size)
+    except (FileNotFoundError, modal.exception.NotFoundError) as error:
+        raise Refused(f"{run_id} changed while it was fetched ({error}); fetch it again") from error
+    return target
+
+
+def _bring(runs: modal.Volume, path: str, to: Path, size: int) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with to.open("wb") as file:
+        for chunk in runs.read_file(path):
+            file.write(chunk)
+        if file.tell() != size:
+            raise FileNotFoundError(f"{path} has {file.tell()} bytes instead of {size}")
+
+
+def _read(runs: modal.Volume, run_id: str, name: str) -> str:
+    import modal
+
+    try:
+        return b"".join(runs.read_file(f"{run_id}/{name}")).decode()
+    except (FileNotFoundError, modal.exception.NotFoundError):
+        raise Refused(
+            f"the volume has no {name} of a run {run_id}; `modal run modal_app.py::status` lists the runs"
+        ) from None
+
+
+def shards(texts: Sequence[str]) -> list[list[str]]:
+    """The texts in parts for one container each, in order."""
+    return [list(texts[i : i + SHARD]) for i in range(0, len(texts), SHARD)]
+
+
+def collect(texts: Sequence[str], outcomes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The answers of all parts, in order; ends as a part that was refused.
+
+    Raises RuntimeError unless there is one answer for each text, and for that very text.
+    """
+    answers: list[dict[str, Any]] = []
+    for outcome in outcomes:
+        raise_ended(outcome)
+        answers += outcome["answers"]
+    if [answer["text"] for answer in answers] != list(texts):
+        raise RuntimeError("the answers are not those for the texts that were sent; nothing is written")
+    return answers
+
+
+def show_answers(answers: Iterable[Mapping[str, Any]]) -> None:
+    """Print a line for each answer, as `tagger-job sample` does."""
+    for answer in answers:
+        unparsed = "" if answer["parsed"] else f"   (not a whole list: {answer['raw']!r})"
+        print(f"{answer['prompt']} {list(answer['tags'])}{unparsed}")
+
+
+def save_answers(answers: Sequence[Mapping[str, Any]], output: Path) -> None:
+    """Write the answers as JSON lines, whole."""
+    write_whole(output, json_lines(answers))
+    print(f"{len(answers)} texts are tagged, in {output}")
+
+
+def _fail(error: JobError) -> NoReturn:
+    print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+    raise SystemExit(error.exit_code)

@@ -1,0 +1,1 @@
+"""Read settings from the environment, .env and recipes."""

@@ -1,0 +1,1 @@
+"""How answers are decoded: constraints, marginal probabilities, configuration."""

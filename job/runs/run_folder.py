@@ -1,0 +1,304 @@
+"""A run on disk: where its files are, what of it is done, and who owns it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from job.runs import shutdown
+from job.types import Examples, Published, Refused
+from job.settings import Run, Settings
+from job.runs.atomic import broken, json_lines, seal, whole_folder, write_whole
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+CARD = "adapter/README.md"
+"""Not sealed: a model card may be edited before it is pushed."""
+RESULTS = ("adapter", "metrics.json", "log.jsonl", "predictions.jsonl", "tags.jsonl", "samples.jsonl")
+"""What there is before the gate, and is sealed then."""
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
+
+
+class RunFolder:
+    """The folder of one run and its manifest."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.on_saved: Callable[[RunFolder], None] | None = None
+        """Called after each checkpoint and each change of the manifest, for a volume that has to be told to keep it."""
+        self._locked = False
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def begun(self) -> bool:
+        return (self.path / "manifest.json").is_file()
+
+    @property
+    def trained(self) -> bool:
+        """Whether all that comes before the gate is done and as it was written."""
+        return self.sealed(*RESULTS)
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.manifest["status"] == "complete") and "published" in self.manifest and self.trained
+
+    @property
+    def published(self) -> bool:
+        return self.manifest.get("published") is not None
+
+    @classmethod
+    def open(cls, settings: Settings, examples: Examples) -> RunFolder:
+        """The run's folder as it is found. Nothing is written before `begin`.
+
+        Raises Refused when it cannot be written, holds something else, or a run of other settings or data.
+        """
+        run_id = settings.run.id or default_run_id(settings, examples)
+        path = settings.run.dir / run_id
+        try_to_write(path)
+        if (path / "manifest.json").is_file():
+            run = cls(path, read_manifest(path))
+            run._refuse_other(settings, examples)
+            return run
+        if path.is_dir() and any(path.iterdir()):
+            raise Refused(f"{path} holds files but no run (no manifest.json); set TAGGER_RUN_ID to another name")
+        return cls(path, _new_manifest(run_id, settings, examples))
+
+    def _refuse_other(self, settings: Settings, examples: Examples) -> None:
+        before, now = self.manifest["settings"], settings.values()
+        differences = [
+            f"{name} was {before.get(name)!r} and is {now[name]!r}"
+            for name in settings.result_values()
+            if before.get(name) != now[name]
+        ]
+        if not differences and self.manifest["dataset"]["fingerprint"] != examples.fingerprint:
+            tags = settings.sample.vocabulary
+            files = settings.data.dataset if tags in (None, "open", "seen") else f"{settings.data.dataset} or {tags}"
+            differences = [f"the contents of {files} have changed"]
+        if differences:
+            raise Refused(
+                f"the run {self.path} was made with something else: {'; '.join(differences)}. "
+                "Set it back, or set TAGGER_RUN_ID to another name"
+            )
+
+    def begin(self, device: str) -> None:
+        """Make the folder, now that everything that can be refused has been looked at."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        for left in (*self.path.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        self.update(status="running", device=device)
+
+    def lock(self) -> None:
+        """Take the run until this object or its process ends; raises Refused when another has it."""
+        if self._locked:
+            return
+        if self.on_saved is None:  # a volume's other machines do not see the lock, and an open file is in its way
+            self._take_lock()
+        self._locked = True
+        if self.begun:
+            self.manifest = read_manifest(self.path)  # the owner before may have got further since it was read
+
+    def _take_lock(self) -> None:
+        file = os.open(self.path / "lock", os.O_WRONLY | os.O_CREAT, 0o666)
+        weakref.finalize(self, os.close, file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(
+                f"another process is at work on {self.path}; wait for it, or set TAGGER_RUN_ID to another name"
+            ) from None
+
+    def seal(self, *names: str) -> None:
+        """Record size and digest of files and folders that are done: what is sealed is not made again."""
+        files = [file for name in names for file in self._files(name) if file != self.path / CARD]
+        self.update(sealed=self.manifest.get("sealed", {}) | seal(self.path, files))
+
+    def sealed(self, *names: str) -> bool:
+        """Whether all of these files and folders were sealed, and are as they were then."""
+        for name in names:
+            was = {
+                file: entry
+                for file, entry in self.manifest.get("sealed", {}).items()
+                if file == name or file.startswith(f"{name}/")
+            }
+            if not was:
+                return False
+            if (why := broken(self.path, was)) is not None:
+                log.warning("run: %s; it is made again", why)
+                return False
+        return True
+
+    def _files(self, name: str) -> list[Path]:
+        path = self.path / name
+        return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+    def judged(self, *, passed: bool) -> None:
+        """Record whether the gate lets the adapter be published."""
+        self.update(status="passed" if passed else "refused")
+
+    @property
+    def publishable(self) -> bool:
+        return self.manifest["status"] in ("passed", "complete")
+
+    def finish(self, published: Published | None) -> None:
+        """Record that the run is complete, and where its adapter is."""
+        finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        pushed = None if published is None else asdict(published)
+        self.update(status="complete", finished=finished, published=pushed)
+
+    def update(self, **entries: Any) -> None:
+        """Add entries to the manifest and write it."""
+        self.manifest.update(entries)
+        self.write("manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+        self.saved()
+
+    def saved(self) -> None:
+        """Say that a resume could go on from further than before."""
+        if self.on_saved is not None:
+            self.on_saved(self)
+
+    @contextmanager
+    def chapter(self, name: str) -> Iterator[None]:
+        """Note how many seconds a chapter took, all its attempts together; the next `update` writes it.
+
+        An interruption that came before it ends the job here.
+        """
+        shutdown.check()
+        started = time.monotonic()
+        try:
+            yield
+        except BaseException as stop:
+            self._add_time(name, started)
+            if not isinstance(stop, Exception) and self._locked and self.manifest["status"] == "running":
+                with suppress(OSError):  # the interruption is what matters
+                    self.update(status="interrupted")
+            raise
+        self._add_time(name, started)
+
+    def _add_time(self, chapter: str, started: float) -> None:
+        timings = self.manifest["timings"]
+        timings[chapter] = round(timings.get(chapter, 0.0) + time.monotonic() - started, 2)
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the run: beside, then renamed, so that it is whole or absent."""
+        write_whole(self.path / name, text)
+
+    def write_lines(self, name: str, entries: Iterable[object]) -> None:
+        """Write a file of JSON lines."""
+        self.write(name, json_lines(entries))
+
+    @contextmanager
+    def folder(self, name: str) -> Iterator[Path]:
+        """A folder to fill, which takes its name when it is left without an error."""
+        with whole_folder(self.path / name) as folder:
+            yield folder
+
+
+def default_run_id(settings: Settings, examples: Examples) -> str:
+    """The base model's name and a digest of settings and data: the same command finds the same run."""
+    return f"{Path(settings.base.model).stem}-{settings.digest(examples.fingerprint)}"
+
+
+def as_begun(settings: Settings) -> Settings:
+    """The settings with the revisions at which the named run began, where none are asked for.
+
+    So that a run goes on with the model and data it has, though the Hub has newer ones by now.
+    """
+    path = settings.run.dir / (settings.run.id or "")
+    if settings.run.id is None or not (path / "manifest.json").is_file():
+        return settings
+    was = read_manifest(path)["settings"]
+    same = {
+        group: was.get(f"TAGGER_{group}_{name}".upper()) == getattr(getattr(settings, group), name)
+        for group, name in (("base", "model"), ("data", "dataset"))
+    }
+    return settings.pinned(
+        base=settings.base.revision or (was.get("TAGGER_BASE_REVISION") if same["base"] else None),
+        data=settings.data.revision or (was.get("TAGGER_DATA_REVISION") if same["data"] else None),
+    )
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a run's folder; raises Refused when it is not one."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        whole = isinstance(manifest["settings"], dict) and isinstance(manifest["timings"], dict)
+        whole = whole and {"status", "dataset", "versions"} <= manifest.keys() and manifest["dataset"]["fingerprint"]
+        if manifest["schema_version"] != SCHEMA_VERSION or not whole:
+            raise ValueError
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(
+            f"{path}/manifest.json is not a manifest of this version of the job; set TAGGER_RUN_ID to another name"
+        ) from error
+    return manifest
+
+
+def try_to_write(path: Path, what: str = "the run folder", remedy: str = "TAGGER_RUN_DIR to a folder") -> None:
+    """Raise Refused unless a folder can be made at, or in, this path; leaves nothing behind."""
+    ancestor = path.absolute()
+    try:
+        while not os.path.lexists(ancestor):
+            ancestor = ancestor.parent
+        with tempfile.TemporaryDirectory(dir=ancestor):
+            pass
+    except OSError as error:
+        raise Refused(f"{what} {path} cannot be written: {error.strerror or error}; set {remedy} that can") from error
+
+
+def _new_manifest(run_id: str, settings: Settings, examples: Examples) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": run_id,
+        "status": "running",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "settings": settings.values(),
+        "seed": settings.train.seed,
+        "dataset": {
+            "fingerprint": examples.fingerprint,
+            "train": len(examples.train),
+            "calibration": len(examples.calibration),
+            "held_out": len(examples.held_out),
+            "near_duplicates": examples.near_duplicates,
+            "skipped": examples.skipped,
+        },
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
+        "timings": {},
+    }
+
+
+def find(settings: Run) -> RunFolder:
+    """The run that is named, or else the one whose adapter was written last.
+
+    Raises Refused when there is none that has an adapter.
+    """
+    runs = [settings.dir / settings.id] if settings.id else settings.dir.glob("*")
+    adapters = [run / "adapter" for run in runs if (run / "adapter" / "adapter_config.json").is_file()]
+    if not adapters:
+        where = f"in {settings.dir / settings.id}" if settings.id else f"under {settings.dir}"
+        raise Refused(
+            f"there is no trained adapter {where}; run the job first, or set TAGGER_HUB_REPO or TAGGER_RUN_ID"
+        )
+    path = max(adapters, key=lambda adapter: adapter.stat().st_mtime).parent
+    return RunFolder(path, read_manifest(path))

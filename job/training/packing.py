@@ -1,0 +1,160 @@
+"""Texts end to end in one row: every layer but attention then computes no padding."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor, dropout_add
+
+from job.training.batching import cut
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "tagger_packed"
+THROUGH_THE_INTERFACE = ("llama", "qwen2")
+"""Architectures whose attention transformers lets one replace by name, and whose positions one may give."""
+GROUP_OVERHEAD = {"cpu": 64, "cuda": 1024}
+"""What one more attention call costs, in padded tokens."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Consecutive texts of like length, padded on the right for one attention call."""
+
+    tokens: slice
+    """Where they are in the row."""
+    rows: int
+    width: int
+    gather: torch.Tensor
+    """int64 [rows * width]: the token at each padded position, any token where there is none."""
+    scatter: torch.Tensor
+    """int64 [tokens]: the padded position of each token."""
+
+    def pad(self, row: torch.Tensor) -> torch.Tensor:
+        """From [tokens of the row, heads, head size] to [rows, heads, width, head size]."""
+        padded = row[self.tokens].index_select(0, self.gather)
+        return padded.view(self.rows, self.width, *row.shape[1:]).transpose(1, 2)
+
+
+class PackedAttention:
+    """Causal self-attention within each text of a packed row.
+
+    Texts of like length are padded into a group, so that no text attends to another and the padding
+    costs attention alone, which is little of the work. Padding is on the right, where causal
+    attention never looks from a real position.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._groups: list[_Group] = []
+        self._alibi: torch.Tensor | None = None
+
+    @staticmethod
+    def fits(model: PreTrainedModel) -> bool:
+        """Whether this architecture's texts can be packed; others are padded."""
+        config = model.config
+        if config.model_type == "bloom":
+            return not config.slow_but_exact
+        return config.model_type in THROUGH_THE_INTERFACE and not getattr(config, "use_sliding_window", False)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Put this attention into the model, and take it out again: generation uses the model's own."""
+        if self._model.config.model_type == "bloom":
+            replaced = [module for module in self._model.modules() if isinstance(module, BloomAttention)]
+            for module in replaced:
+                module.forward = types.MethodType(self._bloom_forward, module)  # type: ignore[method-assign]
+            try:
+                yield
+            finally:
+                for module in replaced:
+                    del module.forward
+        else:
+            before = self._model.config._attn_implementation
+            AttentionInterface.register(NAME, self._interface_forward)
+            self._model.set_attn_implementation(NAME)
+            try:
+                yield
+            finally:
+                self._model.set_attn_implementation(before)
+
+    def lay_out(self, lengths: Sequence[int], device: torch.device) -> None:
+        """Set the lengths of the texts in the next row, ascending."""
+        overhead = GROUP_OVERHEAD.get(device.type, GROUP_OVERHEAD["cuda"])
+        self._groups, start = [], 0
+        for part in cut(lengths, limit=sum(lengths), overhead=overhead, padded=True):
+            own = torch.tensor(lengths[part])
+            width = int(own[-1])
+            real = torch.arange(width) < own[:, None]
+            scatter = real.flatten().nonzero().flatten()
+            gather = torch.zeros(real.numel(), dtype=torch.int64)
+            gather[scatter] = torch.arange(len(scatter))
+            tokens = slice(start, start + len(scatter))
+            self._groups.append(_Group(tokens, len(own), width, gather.to(device), scatter.to(device)))
+            start = tokens.stop
+        if self._model.config.model_type == "bloom":
+            self._alibi = _alibi(self._model.config.n_head, max(lengths), device)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float, dropout: float
+    ) -> torch.Tensor:
+        """Attention for [tokens, heads, head size]; returns [1, tokens, heads, head size]."""
+        outputs = []
+        for group in self._groups:
+            q, k, v = (group.pad(x) for x in (query, key, value))
+            if self._alibi is None:
+                bias: dict[str, Any] = {"is_causal": True, "enable_gqa": query.shape[1] != key.shape[1]}
+            else:
+                bias = {"attn_mask": self._alibi[:, :, : group.width, : group.width].to(query.dtype)}
+            attended = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, **bias)
+            outputs.append(attended.transpose(1, 2).flatten(0, 1).index_select(0, group.scatter))
+        return torch.cat(outputs)[None]
+
+    def _interface_forward(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))
+        return self._attend(*rows, scale=scaling, dropout=dropout), None
+
+    @property
+    def _bloom_forward(self) -> Any:
+        def forward(
+            module: Any, hidden_states: torch.Tensor, residual: torch.Tensor, **_: Any
+        ) -> tuple[torch.Tensor, None]:
+            fused = module.query_key_value(hidden_states)[0]
+            query, key, value = fused.view(len(fused), module.num_heads, 3, module.head_dim).unbind(2)
+            dropout = module.attention_dropout.p if module.training else 0.0
+            attended = self._attend(query, key, value, scale=module.inv_norm_factor, dropout=dropout)
+            output = module.dense(attended.flatten(-2))
+            return dropout_add(output, residual, module.hidden_dropout, module.training), None
+
+        return forward
+
+
+def _alibi(heads: int, width: int, device: torch.device) -> torch.Tensor:
+    """ALiBi (Press et al., 2022) and the causal mask as one additive bias, fp32 [1, heads, width, width].
+
+    Relative to the query and not to the text's beginning: softmax sees no difference, and half
+    precision keeps the near distances, which matter, exact.
+    """
+    ones = torch.ones(1, width, device=device)
+    by_key = build_alibi_tensor(ones, heads, torch.float32)
+    future = torch.ones(width, width, dtype=torch.bool, device=device).triu(1)
+    return (by_key - by_key.transpose(1, 2)).masked_fill(future, float("-inf"))[None]
