@@ -16,24 +16,24 @@ from job.cloud import modal_launcher
 HOURS = 60 * 60
 ROOT = Path(__file__).parent
 
-asked = modal_launcher.request(__file__) if modal.is_local() else modal_launcher.Request()
+request = modal_launcher.parse_request(__file__) if modal.is_local() else modal_launcher.Request()
 
 # root, as Modal expects: this file comes to lie in /root, and the volumes are root's
 image = (
     modal.Image.from_dockerfile(ROOT / "Dockerfile", context_dir=ROOT).dockerfile_commands("USER root").entrypoint([])
 )
-token = modal.Secret.from_name(asked.modal.secret, required_keys=["HF_TOKEN"])
-runs = modal.Volume.from_name(asked.modal.runs_volume, create_if_missing=True)
-cache = modal.Volume.from_name(asked.modal.cache_volume, create_if_missing=True)
+token = modal.Secret.from_name(request.modal.secret, required_keys=["HF_TOKEN"])
+runs = modal.Volume.from_name(request.modal.runs_volume, create_if_missing=True)
+cache = modal.Volume.from_name(request.modal.cache_volume, create_if_missing=True)
 app = modal.App("tagger-job")
 
 on_a_gpu: dict[str, Any] = {
     "image": image,
-    "gpu": asked.modal.gpu.split(","),
+    "gpu": request.modal.gpu.split(","),
     "cpu": 2.0,
     "memory": 4096,  # MiB at least; Modal gives more where there is more
     "volumes": {modal_launcher.RUNS: runs, modal_launcher.CACHE: cache},
-    "timeout": round(asked.modal.timeout_hours * HOURS),
+    "timeout": round(request.modal.timeout_hours * HOURS),
     "startup_timeout": HOURS // 2,
     # a preemption is not counted; a retry goes on from the newest checkpoint
     "retries": modal.Retries(max_retries=3, initial_delay=10.0, backoff_coefficient=2.0),
@@ -44,22 +44,22 @@ on_a_gpu: dict[str, Any] = {
 def perform(command: str, given: dict[str, str]) -> dict[str, Any]:
     from job.cloud import modal_worker
 
-    return modal_worker.perform(command, given, call=_call(), commit=runs.commit)
+    return modal_worker.run_command(command, given, call=_call(), commit=runs.commit)
 
 
 @app.function(
     **on_a_gpu,
-    secrets=[token, modal.Secret.from_dict({**asked.given})],  # the settings are those of `modal deploy`
-    schedule=None if asked.modal.cron == "never" else modal.Cron(asked.modal.cron),
+    secrets=[token, modal.Secret.from_dict({**request.given})],  # the settings are those of `modal deploy`
+    schedule=None if request.modal.cron == "never" else modal.Cron(request.modal.cron),
     single_use_containers=True,
 )
 def scheduled() -> dict[str, Any]:
     from job import settings
     from job.cloud import modal_worker
 
-    outcome = modal_worker.perform("retrain", settings.given(), call=_call(), commit=runs.commit)
+    outcome = modal_worker.run_command("retrain", settings.explicit_values(), call=_call(), commit=runs.commit)
     if outcome["exit_code"]:
-        raise RuntimeError(outcome["said"])  # there is no caller who would look at the exit code
+        raise RuntimeError(outcome["message"])  # there is no caller who would look at the exit code
     return outcome
 
 
@@ -79,23 +79,23 @@ def tag_texts(texts: list[str], given: dict[str, str]) -> dict[str, Any]:
 
 @app.local_entrypoint()
 def main(*arguments: str) -> None:
-    """Do what was asked for. The arguments are in `asked` already."""
-    given, texts = asked.given, asked.texts
-    with modal_launcher.in_sentences():
-        match asked.command:
+    """Do what was asked for. The arguments are in `request` already."""
+    given, texts = request.given, request.texts
+    with modal_launcher.exit_on_job_error():
+        match request.command:
             case "main":
-                modal_launcher.wait(perform.spawn("run", given), asked, runs)
+                modal_launcher.wait(perform.spawn("run", given), request, runs)
             case "retrain":
-                modal_launcher.wait(perform.spawn("retrain", given), asked, runs)
+                modal_launcher.wait(perform.spawn("retrain", given), request, runs)
             case "status":
                 modal_launcher.status(runs, given.get("TAGGER_RUN_ID"))
             case "fetch":
-                print(modal_launcher.fetch(runs, given["TAGGER_RUN_ID"], asked.options.to))
+                print(modal_launcher.fetch(runs, given["TAGGER_RUN_ID"], request.options.to))
             case "sample":
                 modal_launcher.show_answers(modal_launcher.collect(texts, [tag_texts.spawn(list(texts), given).get()]))
             case "tag":
                 outcomes = tag_texts.map(modal_launcher.shards(texts), kwargs={"given": given})
-                modal_launcher.save_answers(modal_launcher.collect(texts, outcomes), asked.options.output)
+                modal_launcher.save_answers(modal_launcher.collect(texts, outcomes), request.options.output)
 
 
 retrain = status = fetch = sample = tag = main  # the commands after `::`; with one entry point none need be named

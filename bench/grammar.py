@@ -12,10 +12,10 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from bench.bases import BASES, model_setting
 from job import data
-from job.decoding.constraints import Open, Vocabulary, enforce
+from job.decoding.constraints import ClosedVocabulary, OpenVocabulary, constrain
 from job.quantize import load_model, load_tokenizer
 from job.settings import Settings
-from job.system.device import Machine
+from job.system.device import ComputeSpec
 
 
 def main() -> None:
@@ -31,14 +31,18 @@ def main() -> None:
         "data": {"dataset": options.data},
     }
     settings = Settings(**chosen)
-    machine = Machine.resolve("auto", "auto")
+    machine = ComputeSpec.resolve("auto", "auto")
     tokenizer, model = load_tokenizer(settings.base), load_model(settings.base, machine)
     examples = data.load(settings.data).train
     tags = {tag: None for example in examples for tag in example.tags}
     prompts = [example.text + settings.data.separator.rstrip() for example in examples[: options.rows]]
     tokenizer.padding_side = "left"
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(machine.device)
-    grammars = {"free": None, "open": Open(tokenizer, " ", 20), "seen": Vocabulary(tokenizer, tags, " ", 20)}
+    grammars = {
+        "free": None,
+        "open": OpenVocabulary(tokenizer, " ", 20),
+        "seen": ClosedVocabulary(tokenizer, tags, " ", 20),
+    }
     taken: dict[str, list[float]] = {name: [] for name in grammars}
     for number in range(options.rounds + 1):  # the first warms up
         for name, grammar in grammars.items():
@@ -51,14 +55,16 @@ def main() -> None:
         print(f"{name}: {1000 * statistics.median(seconds):.2f} ms, {statistics.median(ratios):.3f} of free")
 
 
-def _generate(model: Any, inputs: Any, grammar: Open | Vocabulary | None, tokens: int, settings: Settings) -> None:
+def _generate(
+    model: Any, inputs: Any, grammar: OpenVocabulary | ClosedVocabulary | None, tokens: int, settings: Settings
+) -> None:
     """So many tokens for each text, whether or not its list is at its end: a closed one begins anew."""
-    walks = [grammar.walk() for _ in inputs.input_ids] if grammar is not None else []
+    walks = [grammar.new_state() for _ in inputs.input_ids] if grammar is not None else []
 
     def process(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         assert grammar is not None
-        walks[:] = [grammar.walk() if walk.closed else walk for walk in walks]
-        return enforce(walks, logits)
+        walks[:] = [grammar.new_state() if walk.closed else walk for walk in walks]
+        return constrain(walks, logits)
 
     config = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=None, pad_token_id=0)
     processors = LogitsProcessorList([process] if walks else [])

@@ -14,9 +14,9 @@ from pathlib import Path
 import peft
 import torch
 
-from job.data import NO_LOSS
-from job.system.device import Machine
-from job.types import Encoded
+from job.data import IGNORE_INDEX
+from job.system.device import ComputeSpec
+from job.types import EncodedExample
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 
@@ -59,7 +59,7 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def peak_gflops(machine: Machine) -> float:
+def peak_gflops(machine: ComputeSpec) -> float:
     """GFLOP/s of large matrix products in the machine's dtype: what this machine has at its best, just now."""
     side, repeats = (4096, 20) if machine.device.type == "cuda" else (2048, 5)
     left = torch.randn(side, side, device=machine.device, dtype=machine.dtype)
@@ -72,7 +72,7 @@ def peak_gflops(machine: Machine) -> float:
     return 2 * side**3 / statistics.median(clock.seconds) / 1e9
 
 
-def useful_gflop(model: peft.PeftModel, examples: Sequence[Encoded]) -> float:
+def useful_gflop(model: peft.PeftModel, examples: Sequence[EncodedExample]) -> float:
     """GFLOP that a step over these examples cannot do without; padding, recomputation and unread logits are none.
 
     A frozen weight costs 2 FLOP a token in the forward pass and 2 for the gradient of its input, an adapter's 2 more
@@ -87,12 +87,12 @@ def useful_gflop(model: peft.PeftModel, examples: Sequence[Encoded]) -> float:
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     squares = sum(len(example.input_ids) ** 2 for example in examples)
     attention = 3 * 4 * width * config.num_hidden_layers * squares / 2
-    labels = sum(label != NO_LOSS for example in examples for label in example.labels[1:])
+    labels = sum(label != IGNORE_INDEX for example in examples for label in example.labels[1:])
     tokens = sum(len(example.input_ids) for example in examples)
     return float(body * tokens + 4 * head.weight.numel() * labels + attention) / 1e9
 
 
-def describe(machine: Machine) -> str:
+def describe(machine: ComputeSpec) -> str:
     """The machine and the versions, in a line."""
     return f"{platform.platform()}; {_processor()}; {machine}; {', '.join(map(_version, PACKAGES))}"
 

@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 from bench.bases import SMOLLM2, model_setting
 from job import data
-from job.decoding.config import LEAST
+from job.decoding.config import MIN_PROBABILITY
 from job.settings import Data, Settings
-from job.types import Example, Examples
+from job.types import Example, SplitData
 
 if TYPE_CHECKING:
-    from job.evaluate import Ranked
+    from job.evaluate import ScoredTags
     from job.sample import Tagger
-    from job.system.device import Machine
+    from job.system.device import ComputeSpec
 
 TEST_SHARE, TEST_SEED = 0.15, 2026
 DEVELOPMENT_SHARE = 0.15
@@ -49,7 +49,7 @@ FIGURES = {
     "macro-F1": "macro_f1",
     "precision": "precision",
     "recall": "recall",
-    "parsed": "parse_rate",
+    "well_formed": "well_formed",
 }
 SECONDS = {"training, s": "training_seconds", "tagging, s": "tagging_seconds"}
 
@@ -91,8 +91,8 @@ def trainings(steps: int) -> dict[str, Groups]:
         "rate 2e-4": but(train={"learning_rate": 2e-4}),
         "rate 2e-3": but(train={"learning_rate": 2e-3}),
         "warm-up of a third": but(train={"warmup_steps": steps // 3}),
-        "cosine": but(train={"schedule": "cosine"}),
-        "constant rate": but(train={"schedule": "constant"}),
+        "cosine": but(train={"lr_scheduler_type": "cosine"}),
+        "constant rate": but(train={"lr_scheduler_type": "constant"}),
         "attention only": but(lora={"targets": None}),
         "rank 64": but(lora={"r": 64, "alpha": 128}),
         "no dropout": but(lora={"dropout": 0.0}),
@@ -100,27 +100,28 @@ def trainings(steps: int) -> dict[str, Groups]:
         # alpha k times as large, but for the clipping; so is alpha / sqrt(r) (rsLoRA), with k = 4 for r = 16
         "rsLoRA, or LoRA+ with 4": but(lora={"alpha": 128}),
         "LoRA+ with 16, rate 2.5e-4": but(lora={"alpha": 512}, train={"learning_rate": 2.5e-4}),
-        "averaged": but(train={"schedule": "constant", "average": 0.5}),
+        "averaged": but(train={"lr_scheduler_type": "constant", "weight_averaging": 0.5}),
         "8 texts a step": but(
             train={"batch_size": 8, "accumulation": 1, "max_steps": 2 * steps, "warmup_steps": 2 * warm_up}
         ),
         "half the steps": but(train={"max_steps": steps // 2, "warmup_steps": warm_up // 2}),
-        "loss on all": but(train={"loss_on": "all"}),
+        "loss on all": but(train={"completion_only_loss": False}),
         "int8": but(base={"quantize": "int8"}),
         "nf4": but(base={"quantize": "nf4"}),
         "another prompt": but(data={"separator": "\nTags: "}),
         "no rare tags": but(data={"min_tag_count": 2}),
         "together": but(lora={"alpha": 128, "dropout": 0.0}, data={"min_tag_count": 2}),
         "loss on all, averaged": but(
-            lora={"dropout": 0.0}, train={"loss_on": "all", "schedule": "constant", "average": 0.5}
+            lora={"dropout": 0.0},
+            train={"completion_only_loss": False, "lr_scheduler_type": "constant", "weight_averaging": 0.5},
         ),
     }
-    common = {"batch_size": 4, "accumulation": 4, "max_steps": steps, "micro_tokens": 1024}
+    common = {"batch_size": 4, "accumulation": 4, "max_steps": steps, "micro_batch_tokens": 1024}
     return {name: groups | {"train": common | groups.get("train", {})} for name, groups in found.items()}
 
 
-LIKELY = {"decoding": "likely", "threshold": "auto"}
-ALL_TEXTS = {"decoding": "likely", "threshold": 0.07}
+LIKELY = {"decoding": "marginal", "threshold": "auto"}
+ALL_TEXTS = {"decoding": "marginal", "threshold": 0.07}
 """No texts are set aside: the threshold is the best one on fold 2 of the English quotes, after 320 steps of the
 embedded base model, so that scores on that fold flatter. With --places 1 that is 0.04."""
 VARIANTS = {
@@ -153,7 +154,7 @@ def main() -> None:
     for fold in [test] if options.test else options.folds:
         train, held_out = folds(options.data, fold)
         for name in (*REFERENCES, *([options.test] if options.test else options.variants)):
-            records.append(_kept(options, fold, name, Examples(train, held_out, 0, "")))
+            records.append(_kept(options, fold, name, SplitData(train, held_out, 0, "")))
     print(report(records, options.against), *measured_on(records), sep="\n")
     print(*by_threshold(records), sep="\n", end="")
 
@@ -167,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--test", choices=list(VARIANTS), metavar="VARIANT", help="score this one on the test split")
     parser.add_argument("--second", action="store_true", help="with --test: on the second one")
-    parser.add_argument("--places", type=int, help="TAGGER_SAMPLE_PLACES")
+    parser.add_argument("--places", type=int, help="TAGGER_SAMPLE_MAX_POSITIONS")
     parser.add_argument(
         "--against", default="tfidf", choices=[*REFERENCES, *VARIANTS], metavar="VARIANT", help="what to compare with"
     )
@@ -203,22 +204,22 @@ def _settings(options: argparse.Namespace, variant: Variant) -> Settings:
         **groups,
         "base": {"model": model_setting(options.base), "quantize": "none"} | groups.get("base", {}),
         "data": {"dataset": options.data} | groups.get("data", {}),
-        "sample": {"max_new_tokens": 40, "batch_size": 32, "places": options.places} | variant.sample,
+        "sample": {"max_new_tokens": 40, "batch_size": 32, "max_positions": options.max_positions} | variant.sample,
     }
     return Settings(**chosen)
 
 
-def _kept(options: argparse.Namespace, fold: int | str, name: str, examples: Examples) -> Record:
+def _kept(options: argparse.Namespace, fold: int | str, name: str, examples: SplitData) -> Record:
     """The record of a measurement: that of the work folder for the same settings and data, or else made now."""
     from bench.measure import describe
-    from job.runs.atomic import write_whole
-    from job.system.device import Machine
+    from job.runs.atomic import atomic_write
+    from job.system.device import ComputeSpec
 
     reference = name in REFERENCES
     what = [] if reference else [_settings(options, VARIANTS[name]).digest(), VARIANTS[name]]
     file = options.work / "records" / f"{name}, {fold}, {_digest(RECORD, what, examples)}.json"
     if not file.is_file():
-        machine = Machine.resolve("auto", "auto")
+        machine = ComputeSpec.resolve("auto", "auto")
         about = {
             "variant": name,
             "fold": fold,
@@ -226,7 +227,7 @@ def _kept(options: argparse.Namespace, fold: int | str, name: str, examples: Exa
             "machine": describe(machine),
         }
         record = _reference(name, examples) if reference else _measure(options, name, fold, examples, machine)
-        write_whole(file, json.dumps(about | record))
+        atomic_write(file, json.dumps(about | record))
     found: Record = json.loads(file.read_text(encoding="utf-8"))
     print(_row(name, [found], []), file=sys.stderr, flush=True)
     return found
@@ -236,7 +237,7 @@ def _digest(*what: Any) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()[:8]
 
 
-def _reference(name: str, examples: Examples) -> Record:
+def _reference(name: str, examples: SplitData) -> Record:
     from job.metrics import baselines
 
     answers = getattr(baselines, name)(examples.train, examples.held_out)
@@ -250,7 +251,7 @@ def _record(
     return {
         "gold": [example.tags for example in held_out],
         "predicted": list(map(list, answers)),
-        "parsed": list(parsed),
+        "well_formed": list(parsed),
         "invented": [sum(tag not in known for tag in answer) for answer in answers],
     }
 
@@ -258,24 +259,28 @@ def _record(
 # ---- one measurement -----------------------------------------------------------------------------------------------
 
 
-def _measure(options: argparse.Namespace, name: str, fold: int | str, examples: Examples, machine: Machine) -> Record:
-    from job.decoding.config import for_training
+def _measure(
+    options: argparse.Namespace, name: str, fold: int | str, examples: SplitData, machine: ComputeSpec
+) -> Record:
+    from job.decoding.config import initial_config
     from job.evaluate import calibrate
 
     variant = VARIANTS[name]
     settings = _settings(options, variant)
     # of variants without a threshold of their own the same texts are set aside, so that they can share a training
-    parts = examples if isinstance(settings.sample.threshold, float) else data.set_aside(examples, settings.data)
-    chosen = data.without_rare_tags(_fewer(parts.train, variant), settings.data.min_tag_count)
+    parts = (
+        examples if isinstance(settings.sample.threshold, float) else data.split_calibration(examples, settings.data)
+    )
+    chosen = data.drop_rare_tags(_fewer(parts.train, variant), settings.data.min_tag_count)
     # adapters are the same however they are decoded
-    folder = options.work / "trained" / f"{fold}, {settings.decoded_as_published().digest(_digest(chosen))}"
+    folder = options.work / "trained" / f"{fold}, {settings.with_published_decoding().digest(_digest(chosen))}"
     model, tokenizer, seconds = _trained(folder, settings, chosen, machine)
-    decoding = for_training(settings.sample, chosen)
+    decoding = initial_config(settings.sample, chosen)
     tagger = (_free_tagger() if variant.free else _tagger())(model, tokenizer, settings, machine, decoding)
     if settings.sample.threshold == "auto":
         calibrate(tagger, parts.calibration)
     threshold = tagger.decoding.threshold
-    likely = decoding.decoding == "likely"
+    likely = decoding.decoding == "marginal"
     if likely:  # every tag that any threshold may keep
         tagger.decoding = replace(tagger.decoding, threshold=0.0)
     started = time.monotonic()
@@ -283,7 +288,7 @@ def _measure(options: argparse.Namespace, name: str, fold: int | str, examples: 
     seconds_tagging = time.monotonic() - started
     ranked = [list(zip(a.tags, a.confidences, strict=True)) for a in answers]
     kept = [[tag for tag, confidence in tags if confidence >= threshold] for tags in ranked]
-    record = _record(parts.train, parts.held_out, kept, [a.parsed for a in answers])
+    record = _record(parts.train, parts.held_out, kept, [a.well_formed for a in answers])
     record |= {"training_seconds": seconds, "tagging_seconds": seconds_tagging, "threshold": threshold}
     if likely:
         record["ranked"] = ranked
@@ -296,10 +301,12 @@ def _fewer(train: Sequence[Example], variant: Variant) -> list[Example]:
     texts = [example for example in train if draw.random() < variant.texts]
     counts = Counter(tag for example in texts for tag in example.tags)
     rare = {tag for tag in sorted(counts) if counts[tag] == 1 and draw.random() >= variant.rare}
-    return data.without_tags(texts, rare.__contains__)
+    return data.drop_tags(texts, rare.__contains__)
 
 
-def _trained(folder: Path, settings: Settings, train: Sequence[Example], machine: Machine) -> tuple[Any, Any, float]:
+def _trained(
+    folder: Path, settings: Settings, train: Sequence[Example], machine: ComputeSpec
+) -> tuple[Any, Any, float]:
     """The base model with the adapter of a folder, which is trained if it is not there, and the seconds that took."""
     import peft
 
@@ -340,7 +347,7 @@ def _free_tagger() -> type[Tagger]:
     from job.sample import Tagger
 
     class Free(Tagger):
-        def _lists(self, prompts: list[list[int]]) -> Any:
+        def _greedy(self, prompts: list[list[int]]) -> Any:
             ids, mask = self._padded(prompts)
             stop = [i for token, i in self._tokenizer.get_vocab().items() if "]" in token]
             config = GenerationConfig(
@@ -392,14 +399,14 @@ def measured_on(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _row(name: str, records: Sequence[Record], against: Sequence[Record]) -> str:
-    from job.evaluate import f1_difference, interval, resamples, score
+    from job.evaluate import bootstrap_weights, f1_difference, interval, score
 
-    gold, predicted, parsed = (list(_joined(records, what)) for what in ("gold", "predicted", "parsed"))
+    gold, predicted, parsed = (list(_joined(records, what)) for what in ("gold", "predicted", "well_formed"))
     scores = score(gold, predicted, parsed)
     cells = [name, str(len(records))]
     cells += [_figure(getattr(scores, what), scores.intervals[what]) for what in FIGURES.values()]
     invented, answers = list(_joined(records, "invented")), list(map(len, predicted))
-    drawn = resamples(len(gold))
+    drawn = bootstrap_weights(len(gold))
     rates = (drawn @ invented) / (drawn @ answers).clip(min=1)
     cells.append(_figure(sum(invented) / max(1, sum(answers)), interval(rates)))
     ranked = all("ranked" in record for record in records)
@@ -420,15 +427,19 @@ def _row(name: str, records: Sequence[Record], against: Sequence[Record]) -> str
 
 def by_threshold(records: Sequence[Record]) -> Iterator[str]:
     """For each variant that ranks tags, the micro-F1 of its folds' texts together at each threshold up to a tenth."""
-    from job.evaluate import f1_by_threshold
+    from job.evaluate import f1_curve
 
     for name in dict.fromkeys(record["variant"] for record in records if "ranked" in record):
         own = [record for record in records if record["variant"] == name]
-        scores = f1_by_threshold(list(_joined(own, "gold")), list(_joined(own, "ranked"))).items()
-        yield f"\n{name}: " + ", ".join(f"{f1:.3f} from {t:g} on" for t, f1 in scores if LEAST <= t <= 0.1) + "\n"
+        scores = f1_curve(list(_joined(own, "gold")), list(_joined(own, "ranked"))).items()
+        yield (
+            f"\n{name}: "
+            + ", ".join(f"{f1:.3f} from {t:g} on" for t, f1 in scores if MIN_PROBABILITY <= t <= 0.1)
+            + "\n"
+        )
 
 
-def average_precision(gold: Sequence[Sequence[str]], ranked: Sequence[Ranked]) -> tuple[float, list[float]]:
+def average_precision(gold: Sequence[Sequence[str]], ranked: Sequence[ScoredTags]) -> tuple[float, list[float]]:
     """How well tags are ranked, whatever the threshold, and the 95% interval by a bootstrap of the texts.
 
     The mean, over the texts' tags, of the precision of all answers of all texts that are at least as
@@ -436,13 +447,13 @@ def average_precision(gold: Sequence[Sequence[str]], ranked: Sequence[Ranked]) -
     """
     import numpy as np
 
-    from job.evaluate import interval, judged, resamples
+    from job.evaluate import bootstrap_weights, interval, match_predictions
 
-    answers, positives = judged(gold, ranked)
+    answers, positives = match_predictions(gold, ranked)
     if not answers:
         return 0.0, [0.0, 0.0]
     confidences, texts, hits = map(np.array, zip(*sorted(answers, reverse=True), strict=True))
-    drawn = np.vstack([np.ones(len(gold)), resamples(len(gold))])
+    drawn = np.vstack([np.ones(len(gold)), bootstrap_weights(len(gold))])
     weights = drawn[:, texts]
     as_sure = np.searchsorted(-confidences, -confidences, side="right") - 1  # ties have one place in the ranking
     precision = ((weights * hits).cumsum(1) / weights.cumsum(1).clip(min=1))[:, as_sure]

@@ -142,16 +142,16 @@ def _work(base: str, quantize: str, options: argparse.Namespace, folder: Path) -
     from job.lora import add_adapters
     from job.quantize import load_model, load_tokenizer
     from job.settings import Lora, Settings, Train
-    from job.system.device import Machine
+    from job.system.device import ComputeSpec
 
     # adapters and steps are the recipe's; of the environment's settings only those that say how to read the data count
     chosen: Any = {"base": {"model": model_setting(base), "quantize": quantize}, "data": {"dataset": options.data}}
     settings = Settings(**chosen, lora=Lora().model_dump(), train=Train().model_dump())
-    machine = Machine.resolve(options.device, "auto")
+    machine = ComputeSpec.resolve(options.device, "auto")
     tokenizer = load_tokenizer(settings.base)
     encoded = data.encode(tokenizer, data.load(settings.data).train, settings)
     draw = random.Random(options.seed)
-    size = settings.train.batch_size * settings.train.accumulation
+    size = settings.train.batch_size * settings.train.gradient_accumulation_steps
     steps = [draw.sample(encoded, size) for _ in range(WARM_UP + options.steps)]
     model = load_model(settings.base, machine)
     freeze(model)

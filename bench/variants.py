@@ -27,14 +27,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from job.data import NO_LOSS
+from job.data import IGNORE_INDEX
 from job.settings import Settings
-from job.system.device import Machine
-from job.train import MAX_GRAD_NORM, MICRO_TOKENS, accumulate, learning_rate, micro_overhead
+from job.system.device import ComputeSpec
+from job.train import MAX_GRAD_NORM, MICRO_BATCH_TOKENS, accumulate, learning_rate, micro_batch_overhead
 from job.training import memory_efficient
-from job.training.batching import Collator, label_count, micro_batches
+from job.training.batching import Collator, micro_batches, num_label_tokens
 from job.training.packing import PackedAttention
-from job.types import Encoded
+from job.types import EncodedExample
 
 Tick = Callable[[], None]
 Run = Callable[[Tick], list[float]]
@@ -46,9 +46,9 @@ class Work:
 
     model: peft.PeftModel
     tokenizer: PreTrainedTokenizerBase
-    machine: Machine
+    machine: ComputeSpec
     settings: Settings
-    steps: list[list[Encoded]]
+    steps: list[list[EncodedExample]]
     folder: Path
     """For whatever has to be written; it is gone afterwards."""
 
@@ -78,7 +78,7 @@ def job_variants() -> dict[str, Variant]:
 
 def _job(work: Work, *, recompute: bool = False, cut: bool = False, packed: bool = False, slim: bool = False) -> Run:
     base: Any = work.model.get_base_model()
-    packing = PackedAttention(base) if packed and PackedAttention.fits(base) else None
+    packing = PackedAttention(base) if packed and PackedAttention.supports(base) else None
     collator = Collator(work.tokenizer.pad_token_id, packed=packing is not None)
     if recompute:
         work.model.enable_input_require_grads()
@@ -86,20 +86,20 @@ def _job(work: Work, *, recompute: bool = False, cut: bool = False, packed: bool
     parameters = [parameter for parameter in work.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
     scaler = torch.amp.GradScaler(work.machine.device.type, enabled=work.machine.precision == "fp16")
-    limit, overhead = MICRO_TOKENS[work.machine.device.type], micro_overhead(work.machine)
+    limit, overhead = MICRO_BATCH_TOKENS[work.machine.device.type], micro_batch_overhead(work.machine)
     rows = work.settings.train.batch_size
 
     def run(tick: Tick) -> list[float]:
         losses = []
         work.model.train()
         with (
-            memory_efficient.installed(work.model) if slim else nullcontext(),
+            memory_efficient.patched(work.model) if slim else nullcontext(),
             packing.installed() if packing else nullcontext(),
         ):
             for number, step in enumerate(work.steps):
                 optimizer.param_groups[0]["lr"] = learning_rate(work.settings.train, number)
-                labels = label_count(step)
-                parts: Iterable[Sequence[Encoded]] = (step[i : i + rows] for i in range(0, len(step), rows))
+                labels = num_label_tokens(step)
+                parts: Iterable[Sequence[EncodedExample]] = (step[i : i + rows] for i in range(0, len(step), rows))
                 if cut:
                     parts = micro_batches(step, limit=limit, overhead=overhead, padded=packing is None)
                 loss = accumulate(
@@ -166,7 +166,7 @@ def _trl(work: Work, **options: Any) -> Run:
     from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined,import-not-found,unused-ignore]
 
     rows = [
-        {"input_ids": example.input_ids, "completion_mask": [int(label != NO_LOSS) for label in example.labels]}
+        {"input_ids": example.input_ids, "completion_mask": [int(label != IGNORE_INDEX) for label in example.labels]}
         for step in work.steps
         for example in step
     ]
@@ -183,7 +183,7 @@ def _options(work: Work) -> dict[str, Any]:
         "output_dir": str(work.folder),
         "max_steps": len(work.steps),
         "per_device_train_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.accumulation,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "linear",
         "warmup_steps": settings.warmup_steps,
@@ -220,11 +220,11 @@ class _Ticks(TrainerCallback):
         self._tick()
 
 
-def _padded(examples: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.Tensor]:
+def _padded(examples: Sequence[EncodedExample], pad_token_id: int) -> dict[str, torch.Tensor]:
     ids = [torch.tensor(example.input_ids) for example in examples]
     labels = [torch.tensor(example.labels) for example in examples]
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=NO_LOSS),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
     }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from job import __version__
 from job.runs import shutdown
 from job.system import logging_setup
-from job.types import JobError, Refused
+from job.types import InvalidInputError, JobError
 
 if TYPE_CHECKING:
     from job.settings import Settings
@@ -32,13 +32,13 @@ EXIT_CODES = """exit codes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     with shutdown.handled():
-        return _until_interrupted(arguments)
+        return _run_until_interrupted(arguments)
 
 
 def command() -> NoReturn:
     """Run as a program: as `main`, and nothing that a library left running delays the end of what was interrupted."""
     with shutdown.handled(then=signal.SIG_IGN):  # once it is over, its code is known
-        code = _until_interrupted(None)
+        code = _run_until_interrupted(None)
     if code == shutdown.EXIT_CODE:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -46,11 +46,11 @@ def command() -> NoReturn:
     sys.exit(code)
 
 
-def _until_interrupted(arguments: Sequence[str] | None) -> int:
+def _run_until_interrupted(arguments: Sequence[str] | None) -> int:
     try:
         options = _parser().parse_args(arguments, argparse.Namespace(recipe=None))
         logging_setup.configure()
-        code = _perform(options)
+        code = _run_command(options)
         shutdown.check()
     except KeyboardInterrupt:
         by = f" by {shutdown.received()}" if shutdown.received() else ""
@@ -59,12 +59,12 @@ def _until_interrupted(arguments: Sequence[str] | None) -> int:
     return code
 
 
-def _perform(options: argparse.Namespace) -> int:
+def _run_command(options: argparse.Namespace) -> int:
     """Run the command; its errors become sentences and exit codes."""
     from job import settings  # takes 0.2 s, in which a signal is handled already
 
     try:
-        for name, value in settings.ecosystem(options.recipe).items():
+        for name, value in settings.third_party_variables(options.recipe).items():
             os.environ.setdefault(name, value)
         options.command(options, settings.load(options.recipe))
     except BrokenPipeError:  # the reader of our output, such as head, has gone
@@ -179,29 +179,31 @@ def _prefetch(options: argparse.Namespace, chosen: Settings) -> None:
     from job import data, quantize
 
     print(f"data: {len(data.load(chosen.data).train)} examples to train on")
-    print(f"base model: {quantize.source(chosen.base)}")
+    print(f"base model: {quantize.resolve_weights(chosen.base)}")
 
 
 def _push(options: argparse.Namespace, chosen: Settings) -> None:
     from job import push
     from job.runs import run_folder
 
-    run = run_folder.find(chosen.run)
+    run = run_folder.find_run(chosen.run)
     if not run.publishable:
-        raise Refused(
+        raise InvalidInputError(
             f"{run.path} was refused by its gate, or was cut off before it; run the job again with the same settings, "
             "it goes on from there"
         )
     chosen = chosen.with_result_values(run.manifest["settings"])
-    repo = push.prepare(chosen)
+    repo = push.prepare_repo(chosen)
     if repo is None:
-        raise Refused("there is no token to push with, or TAGGER_HUB_PUSH or HF_HUB_OFFLINE forbids it; set HF_TOKEN")
+        raise InvalidInputError(
+            "there is no token to push with, or TAGGER_HUB_PUSH or HF_HUB_OFFLINE forbids it; set HF_TOKEN"
+        )
 
     from job import pipeline
-    from job.system.device import Machine
+    from job.system.device import ComputeSpec
 
     run.lock()
-    print(pipeline.finish(run, chosen, repo, Machine.resolve(chosen.run.device, chosen.train.precision)))
+    print(pipeline.finish(run, chosen, repo, ComputeSpec.resolve(chosen.run.device, chosen.train.precision)))
 
 
 def _retrain(options: argparse.Namespace, chosen: Settings) -> None:
@@ -215,9 +217,11 @@ def _promote(options: argparse.Namespace, chosen: Settings) -> None:
     from job.hub import client as hub
 
     if hub.token() is None:
-        raise Refused("promote changes a repo on the Hub and there is no token; set HF_TOKEN to one with write access")
-    repo = push.repo_name(chosen, hub.account())
-    with hub.publishing(f"{repo} could not be changed", "the same command again tries anew"):
+        raise InvalidInputError(
+            "promote changes a repo on the Hub and there is no token; set HF_TOKEN to one with write access"
+        )
+    repo = push.repo_name(chosen, hub.token_info())
+    with hub.publish_errors(f"{repo} could not be changed", "the same command again tries anew"):
         published = promote.promote(repo, options.revision, chosen.hub)
     print(f"{published.url} is published, as {published.tag}")
 
@@ -227,8 +231,8 @@ def _sample(options: argparse.Namespace, chosen: Settings) -> None:
     from job.settings import is_unicode
 
     if any(not text.strip() or not is_unicode(text) for text in options.texts):
-        raise Refused("a TEXT to tag is empty or not readable text; expected some words")
-    texts = options.texts or data.texts_to_tag(chosen.sample)
+        raise InvalidInputError("a TEXT to tag is empty or not readable text; expected some words")
+    texts = options.texts or data.inference_texts(chosen.sample)
     report.check_output(chosen.sample.output, chosen.sample.input)
     report.show_samples(pipeline.tagger(chosen, "BASE", "DATA").tag(texts), chosen.sample.output)
 
@@ -255,8 +259,8 @@ def _settings(options: argparse.Namespace, chosen: Settings) -> None:
         return
     sources = settings.sources(options.recipe)
     for name, value in chosen.values().items():
-        print(f"{name}={settings.show(value)}   # {sources.get(name, 'default')}")
-    in_files = settings.ecosystem(options.recipe)
+        print(f"{name}={settings.to_env(value)}   # {sources.get(name, 'default')}")
+    in_files = settings.third_party_variables(options.recipe)
     for name in ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "CUDA_VISIBLE_DEVICES"):
         if (value := os.environ.get(name)) is not None:
             source = "a file" if in_files.get(name) == value else "environment"

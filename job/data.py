@@ -18,26 +18,26 @@ from typing import TYPE_CHECKING, Any
 from job.evaluate import normalise_tag
 from job.hub import client as hub
 from job.settings import Data, Sample, Settings, is_unicode
-from job.system.paths import FORMATS, is_local, local_path
-from job.types import Encoded, Example, Examples, Prediction, Refused
+from job.system.paths import DATA_SUFFIXES, is_local, local_path
+from job.types import EncodedExample, Example, InvalidInputError, Prediction, SplitData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHARED_GRAMS = 0.6
+NEAR_DUPLICATE_OVERLAP = 0.6
 """Two texts are near-duplicates when they share this part of the shorter one's 5-grams."""
-WORTH_CACHING = 10_000
+MIN_TEXTS_TO_CACHE = 10_000
 """Texts; fewer are tokenized in the time that the cache takes."""
-ORDERS = 16
+MAX_TAG_ORDERS = 16
 """Of shuffled tags; further epochs begin with the first again."""
-NO_LOSS = -100
+IGNORE_INDEX = -100
 """The label that torch's cross entropy leaves out."""
 
 
-def load(settings: Data) -> Examples:
+def load(settings: Data) -> SplitData:
     """Read the data set, leave out rows without text or tags, hold examples out.
 
-    Raises Refused when it cannot be read, lacks a column, or has too few usable rows.
+    Raises InvalidInputError when it cannot be read, lacks a column, or has too few usable rows.
     """
     rows = _rows(settings)
     examples: list[Example] = []
@@ -51,9 +51,9 @@ def load(settings: Data) -> Examples:
         if len(examples) == settings.limit:
             break
     if not examples and not skipped:
-        raise Refused(f"{settings.dataset} has no rows; expected at least two examples")
+        raise InvalidInputError(f"{settings.dataset} has no rows; expected at least two examples")
     if skipped > len(examples):
-        raise Refused(
+        raise InvalidInputError(
             f"{settings.dataset}: {skipped} of {skipped + len(examples)} rows have no usable text in "
             f"{settings.text_column!r} or no tags in {settings.tags_column!r}; expected most rows to have both. "
             "Set TAGGER_DATA_TEXT_COLUMN and TAGGER_DATA_TAGS_COLUMN, or repair the data"
@@ -61,28 +61,30 @@ def load(settings: Data) -> Examples:
     train, held_out = split(examples, settings)
     digest = hashlib.sha256(json.dumps([[(e.text, e.tags) for e in part] for part in (train, held_out)]).encode())
     near_duplicates = len(examples) - len(train) - len(held_out)
-    return Examples(tuple(train), tuple(held_out), skipped, digest.hexdigest(), near_duplicates=near_duplicates)
+    return SplitData(tuple(train), tuple(held_out), skipped, digest.hexdigest(), near_duplicates=near_duplicates)
 
 
 def _rows(settings: Data) -> Iterator[dict[str, Any]]:
     """The data set's rows. Columns are checked before the first one is handed out."""
-    if not is_local(settings.dataset, FORMATS):
+    if not is_local(settings.dataset, DATA_SUFFIXES):
         rows = _hub_rows(settings)
     else:
         path = local_path(settings.dataset, "TAGGER_DATA_DATASET")
         readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
         if path.suffix.lower() not in readers or not path.is_file():
-            raise Refused(f"{path} is not a data file; expected one that ends in {', '.join(FORMATS)}")
+            raise InvalidInputError(f"{path} is not a data file; expected one that ends in {', '.join(DATA_SUFFIXES)}")
         try:
             rows = readers[path.suffix.lower()](path)
         except UnicodeDecodeError as error:
-            raise Refused(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+            raise InvalidInputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
         except OSError as error:
-            raise Refused(f"{path} cannot be read: {error.strerror or error}; expected a readable file") from error
+            raise InvalidInputError(
+                f"{path} cannot be read: {error.strerror or error}; expected a readable file"
+            ) from error
     columns = list(dict.fromkeys(column for row in rows for column in row))
     for variable, column in (("TEXT", settings.text_column), ("TAGS", settings.tags_column)):
         if rows and column not in columns:
-            raise Refused(
+            raise InvalidInputError(
                 f"{settings.dataset} has no column {column!r}; it has {', '.join(map(str, columns))}. "
                 f"Set TAGGER_DATA_{variable}_COLUMN"
             )
@@ -98,11 +100,11 @@ def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise Refused(
+                raise InvalidInputError(
                     f"{path} line {number} is not JSON ({error}); expected one object a line. Repair or remove the line"
                 ) from error
             if not isinstance(row, dict):
-                raise Refused(
+                raise InvalidInputError(
                     f"{path} line {number} is a JSON {type(row).__name__}; expected an object such as "
                     '{"quote": "...", "tags": ["..."]}'
                 )
@@ -117,17 +119,17 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
         try:
             columns = next(reader, [])
             if len(set(columns)) < len(columns):
-                raise Refused(f"{path} names a column twice: {', '.join(columns)}; give each its own name")
+                raise InvalidInputError(f"{path} names a column twice: {', '.join(columns)}; give each its own name")
             rows = []
             for row in reader:
                 if row and len(row) != len(columns):
-                    raise Refused(
+                    raise InvalidInputError(
                         f"{path} line {reader.line_num} has {len(row)} fields and the first line {len(columns)}; "
                         "put quotes around a field that holds a comma"
                     )
                 rows += [dict(zip(columns, row, strict=True))] if row else []
         except csv.Error as error:
-            raise Refused(f"{path} line {reader.line_num} is not CSV ({error}); repair the line") from error
+            raise InvalidInputError(f"{path} line {reader.line_num} is not CSV ({error}); repair the line") from error
     return rows
 
 
@@ -138,7 +140,7 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:
-        raise Refused(f"{path} is not Parquet ({error}); write it again") from error
+        raise InvalidInputError(f"{path} is not Parquet ({error}); write it again") from error
     return rows
 
 
@@ -152,7 +154,7 @@ def _hub_rows(settings: Data) -> list[dict[str, Any]]:
         )
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         at = f" at revision {settings.revision}" if settings.revision else ""
-        raise Refused(
+        raise InvalidInputError(
             f"data set {settings.dataset}{at}, split {settings.split}, cannot be read from the Hub: {error} "
             "Check TAGGER_DATA_DATASET, _REVISION and _SPLIT, the network, and that HF_TOKEN may read it"
         ) from error
@@ -204,51 +206,51 @@ def split(examples: Sequence[Example], settings: Data) -> tuple[list[Example], l
     """
     size = settings.eval_size
     if size >= len(examples):
-        raise Refused(
+        raise InvalidInputError(
             f"TAGGER_DATA_EVAL_SIZE={size:g} holds out everything: the data has {len(examples)} examples. "
             f"Set it below {len(examples)}, or to a share such as 0.1"
         )
-    positions = [_unit_hash(settings.seed, example.text) for example in examples]
+    positions = [hash_to_unit_interval(settings.seed, example.text) for example in examples]
     by_position = sorted(range(len(examples)), key=lambda i: positions[i])
     held_out = set(by_position[: int(size)]) if size >= 1 else {i for i in by_position if positions[i] < size}
     groups = near_duplicate_groups([example.text for example in examples])
     beside = {groups[i] for i in held_out}
     train = [example for example, group in zip(examples, groups, strict=True) if group not in beside]
     if not held_out or not train:
-        raise Refused(
+        raise InvalidInputError(
             f"TAGGER_DATA_EVAL_SIZE={size:g} leaves {len(held_out)} of {len(examples)} examples for evaluation and "
             f"{len(train)} for training, near-duplicates left out; expected some of each. Change it, or bring more data"
         )
     return train, [example for i, example in enumerate(examples) if i in held_out]
 
 
-def set_aside(examples: Examples, settings: Data) -> Examples:
+def split_calibration(examples: SplitData, settings: Data) -> SplitData:
     """The same, with some of the training examples set aside to choose the threshold with."""
     apart = settings.model_copy(update={"eval_size": settings.calibration_size, "seed": settings.seed + 1})
     try:
         train, calibration = split(examples.train, apart)
-    except Refused as refusal:
+    except InvalidInputError as refusal:
         text = str(refusal).replace("TAGGER_DATA_EVAL_SIZE", "TAGGER_DATA_CALIBRATION_SIZE")
-        raise Refused(text.replace("for evaluation", "for TAGGER_SAMPLE_THRESHOLD=auto")) from None
+        raise InvalidInputError(text.replace("for evaluation", "for TAGGER_SAMPLE_THRESHOLD=auto")) from None
     return replace(examples, train=tuple(train), calibration=tuple(calibration))
 
 
-def without_rare_tags(examples: Sequence[Example], least: int) -> list[Example]:
+def drop_rare_tags(examples: Sequence[Example], least: int) -> list[Example]:
     """The examples without the tags that fewer than `least` of them have, where that leaves a tag.
 
-    Spellings that are compared as one tag count as one. Raises Refused when all tags are rare.
+    Spellings that are compared as one tag count as one. Raises InvalidInputError when all tags are rare.
     """
     counts = Counter(tag for example in examples for tag in set(map(normalise_tag, example.tags)))
     most = max(counts.values(), default=0)
     if most < least:
-        raise Refused(
+        raise InvalidInputError(
             f"TAGGER_DATA_MIN_TAG_COUNT={least} makes every tag rare: the most frequent one is on {most} of "
             f"{len(examples)} training examples; lower it"
         )
-    return without_tags(examples, lambda tag: counts[normalise_tag(tag)] < least)
+    return drop_tags(examples, lambda tag: counts[normalise_tag(tag)] < least)
 
 
-def without_tags(examples: Sequence[Example], unwanted: Callable[[str], bool]) -> list[Example]:
+def drop_tags(examples: Sequence[Example], unwanted: Callable[[str], bool]) -> list[Example]:
     """The examples without such tags; one that has no others keeps them."""
     left = [tuple(tag for tag in example.tags if not unwanted(tag)) for example in examples]
     return [replace(example, tags=tags or example.tags) for example, tags in zip(examples, left, strict=True)]
@@ -263,7 +265,7 @@ def _normalise(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def _unit_hash(seed: int, text: str) -> float:
+def hash_to_unit_interval(seed: int, text: str) -> float:
     digest = hashlib.sha256(f"{seed}:{_normalise(text)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -295,7 +297,7 @@ def near_duplicate_groups(texts: Sequence[str]) -> list[int]:
             shared = (present[start : start + 500] @ present.T).tocoo()
             rows, columns = shared.row + start, shared.col
             smaller = np.minimum(sizes[rows], sizes[columns])
-            near = (rows < columns) & (smaller >= 8) & (shared.data >= SHARED_GRAMS * smaller)
+            near = (rows < columns) & (smaller >= 8) & (shared.data >= NEAR_DUPLICATE_OVERLAP * smaller)
             pairs += zip(rows[near].tolist(), columns[near].tolist(), strict=True)
     left, right = zip(*pairs, strict=True)
     graph = coo_array((np.ones(len(pairs)), (left, right)), shape=(len(texts), len(texts)))
@@ -328,10 +330,10 @@ def prompt(text: str, separator: str) -> str:
     The white space after the mark belongs to the answer, because byte-level tokenizers put a
     space into the same token as the bracket that follows it.
     """
-    return _bare(text, separator) + separator.rstrip()
+    return strip_separator(text, separator) + separator.rstrip()
 
 
-def _bare(text: str, separator: str) -> str:
+def strip_separator(text: str, separator: str) -> str:
     """The text without white space around it, and without the mark, should it be there already."""
     return text.strip().removesuffix(separator.strip()).rstrip()
 
@@ -341,17 +343,17 @@ def target(tags: Iterable[str], separator: str) -> str:
     return separator[len(separator.rstrip()) :] + str(list(tags))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, settings: Data, *, answer_room: int) -> list[int]:
-    """Token ids of the prompt, the text's end cut off where `answer_room` tokens would not fit.
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, settings: Data, *, reserved_tokens: int) -> list[int]:
+    """Token ids of the prompt, the text's end cut off where `reserved_tokens` tokens would not fit.
 
-    Raises Refused when not one token of the text would be left.
+    Raises InvalidInputError when not one token of the text would be left.
     """
-    text_ids = tokenizer(_bare(text, settings.separator), add_special_tokens=False, verbose=False).input_ids
-    beginning, mark_ids = _around(tokenizer, settings.separator)
-    return _prompt_ids(beginning + text_ids, mark_ids, text, settings, answer_room)
+    text_ids = tokenizer(strip_separator(text, settings.separator), add_special_tokens=False, verbose=False).input_ids
+    beginning, mark_ids = special_tokens(tokenizer, settings.separator)
+    return _prompt_ids(beginning + text_ids, mark_ids, text, settings, reserved_tokens)
 
 
-def _around(tokenizer: PreTrainedTokenizerBase, separator: str) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase, separator: str) -> tuple[list[int], list[int]]:
     """Ids of what stands before a text (the tokenizer's own first token, if it has one) and after it (the mark).
 
     Texts are tokenized apart from them, and from the tags, so that the prompt at sampling is the
@@ -361,26 +363,26 @@ def _around(tokenizer: PreTrainedTokenizerBase, separator: str) -> tuple[list[in
     return beginning, tokenizer(separator.rstrip(), add_special_tokens=False).input_ids
 
 
-def _prompt_ids(text_ids: list[int], mark_ids: list[int], text: str, settings: Data, answer_room: int) -> list[int]:
-    room = settings.max_length - len(mark_ids) - answer_room
+def _prompt_ids(text_ids: list[int], mark_ids: list[int], text: str, settings: Data, reserved_tokens: int) -> list[int]:
+    room = settings.max_length - len(mark_ids) - reserved_tokens
     if room < 1:
-        raise Refused(
+        raise InvalidInputError(
             f"TAGGER_DATA_MAX_LENGTH={settings.max_length} leaves no room for the text {text[:60]!r}: separator and "
-            f"tags take {len(mark_ids) + answer_room} tokens; raise it, or shorten the tags"
+            f"tags take {len(mark_ids) + reserved_tokens} tokens; raise it, or shorten the tags"
         )
     return text_ids[:room] + mark_ids
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: Settings) -> list[Encoded]:
+def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: Settings) -> list[EncodedExample]:
     """Token ids and labels of `text separator tags end-of-sequence` for each example.
 
     A text too long for `max_length` is cut so that its tags fit, or the longest answer sampling
     may give if that is more: sampling, which does not know the tags, cuts it at the same place.
-    Raises Refused when an example's tags leave no room for its text.
+    Raises InvalidInputError when an example's tags leave no room for its text.
     """
     separator = settings.data.separator
-    beginning, mark_ids = _around(tokenizer, separator)
-    texts = _tokenized(tokenizer, [_bare(example.text, separator) for example in examples])
+    beginning, mark_ids = special_tokens(tokenizer, separator)
+    texts = _tokenized(tokenizer, [strip_separator(example.text, separator) for example in examples])
     orders = []
     for answers in _ordered(examples, settings):
         targets = _tokenized(tokenizer, [target(tags, separator) for tags in answers])
@@ -390,10 +392,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], sett
             room = max(len(answer_ids), settings.sample.max_new_tokens)
             prompt_ids = _prompt_ids(beginning + text_ids, mark_ids, example.text, settings.data, room)
             ids = prompt_ids + answer_ids
-            labels = ids if settings.train.loss_on == "all" else [NO_LOSS] * len(prompt_ids) + answer_ids
-            encoded.append(Encoded(ids, list(labels)))
+            labels = ids if not settings.train.completion_only_loss else [IGNORE_INDEX] * len(prompt_ids) + answer_ids
+            encoded.append(EncodedExample(ids, list(labels)))
         orders.append(encoded)
-    return [replace(first, others=tuple(others)) for first, *others in zip(*orders, strict=True)]
+    return [replace(first, permutations=tuple(others)) for first, *others in zip(*orders, strict=True)]
 
 
 def _ordered(examples: Sequence[Example], settings: Settings) -> Iterator[list[tuple[str, ...]]]:
@@ -405,8 +407,8 @@ def _ordered(examples: Sequence[Example], settings: Settings) -> Iterator[list[t
         yield [tuple(sorted(example.tags, key=lambda tag: -counts[tag])) for example in examples]
     else:
         train = settings.train
-        epochs = -(-train.max_steps * train.batch_size * train.accumulation // max(1, len(examples)))
-        for order in range(min(epochs, ORDERS)):
+        epochs = -(-train.max_steps * train.batch_size * train.gradient_accumulation_steps // max(1, len(examples)))
+        for order in range(min(epochs, MAX_TAG_ORDERS)):
             draw = random.Random(f"{train.seed}:{order}")
             yield [tuple(draw.sample(example.tags, len(example.tags))) for example in examples]
 
@@ -417,7 +419,7 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[lis
     def ids(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return {"input_ids": tokenizer(batch["text"], add_special_tokens=False, verbose=False).input_ids}
 
-    if len(texts) < WORTH_CACHING:
+    if len(texts) < MIN_TEXTS_TO_CACHE:
         return ids({"text": texts})["input_ids"] if texts else []
     import datasets
 
@@ -434,14 +436,14 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[lis
     return found
 
 
-def texts_to_tag(settings: Sample) -> list[str]:
-    """The prompts and the lines of the input file; raises Refused when that cannot be read."""
+def inference_texts(settings: Sample) -> list[str]:
+    """The prompts and the lines of the input file; raises InvalidInputError when that cannot be read."""
     texts = list(settings.prompts)
     if settings.input is not None:
         try:
             lines = settings.input.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise Refused(
+            raise InvalidInputError(
                 f"TAGGER_SAMPLE_INPUT={settings.input} cannot be read ({error}); "
                 "expected a UTF-8 file with one text a line"
             ) from error

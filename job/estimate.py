@@ -13,12 +13,12 @@ import torch
 from job import quantize
 from job.lora import add_adapters, count_parameters
 from job.settings import Settings, Train
-from job.system.device import Machine, why_no_gpu
-from job.training.batching import label_count
-from job.types import Encoded
+from job.system.device import ComputeSpec, gpu_unavailable_reason
+from job.training.batching import num_label_tokens
+from job.types import EncodedExample
 
 GIB = 2**30
-RESERVE = 0.5 * GIB
+CUDA_OVERHEAD = 0.5 * GIB
 """What a CUDA context and the allocator's fragments take, roughly."""
 CPU_PARAMETERS = 250_000_000
 """The largest base model that `auto` trains on a CPU. On two cores a step of SmolLM2-135M takes about 5 s and the
@@ -27,20 +27,20 @@ recipe a quarter of an hour, which grows with the size: beyond this, a GPU was m
 
 LOGIT_BYTES = 8.0
 """For each logit of a labelled position: in fp32, and once more in half precision or in passing."""
-ROOM = 0.8
+MEMORY_FRACTION = 0.8
 """The share of free memory that is planned with: estimates are rough, and others allocate too."""
 
 
 @dataclass(frozen=True)
-class Budget:
+class BatchPlan:
     """How a step is cut to fit into memory."""
 
-    micro_tokens: int
+    micro_batch_tokens: int
     recompute: bool
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """Bytes that training takes at its largest micro-batch, and those that a run leaves on disk."""
 
     parameters: int
@@ -61,13 +61,13 @@ class Need:
         return f"{self.memory / GIB:.1f} GiB: " + ", ".join(f"{name} {size:.2f}" for name, size in parts.items())
 
 
-def estimate(settings: Settings, machine: Machine, longest: Sequence[Encoded]) -> Need:
+def estimate(settings: Settings, machine: ComputeSpec, longest: Sequence[EncodedExample]) -> MemoryEstimate:
     """What a run with these settings needs, `longest` being its largest micro-batch.
 
     With recomputation, which `auto` falls back to, the layers' inputs alone are kept. An adapter parameter takes 16
     bytes (itself, its gradient, two moments of Adam), and four more if its mean is kept too.
     """
-    model = quantize.empty_model(settings.base)
+    model = quantize.meta_model(settings.base)
     config = model.config.get_text_config()
     with torch.device("meta"):
         head = model.get_output_embeddings()
@@ -78,40 +78,43 @@ def estimate(settings: Settings, machine: Machine, longest: Sequence[Encoded]) -
         )
         rest = sum(parameter.numel() for parameter in model.parameters()) - linear
         trainable = count_parameters(add_adapters(model, settings.lora, seed=0)).trainable
-    averaged = settings.train.average > 0
+    averaged = settings.train.weight_averaging > 0
     itemsize = machine.dtype.itemsize
     quantized = {"int8": 1.0, "nf4": 0.5625, "none": float(itemsize)}[settings.base.quantize]  # nf4: and its scales
     width = max(len(example.input_ids) for example in longest)
     tokens = len(longest) * width
-    return Need(
+    return MemoryEstimate(
         parameters=linear + rest,
         weights=linear * quantized + rest * itemsize,
         adapters=(16.0 + 4.0 * averaged) * trainable,
-        activations=tokens * _token_bytes(config, width, itemsize, recompute=settings.train.checkpointing != "off"),
-        logits=LOGIT_BYTES * label_count(longest) * config.vocab_size,
+        activations=tokens
+        * _token_bytes(config, width, itemsize, recompute=settings.train.gradient_checkpointing != "off"),
+        logits=LOGIT_BYTES * num_label_tokens(longest) * config.vocab_size,
         # an adapter, two checkpoints with Adam's moments and the mean; the rest
         disk=4.0 * trainable * (1 + 2 * (3 + averaged)) + 64 * 2**20,
     )
 
 
-def budget(config: Any, examples: Sequence[Encoded], settings: Train, machine: Machine, *, most: int) -> Budget:
+def plan_batches(
+    config: Any, examples: Sequence[EncodedExample], settings: Train, machine: ComputeSpec, *, most: int
+) -> BatchPlan:
     """Micro-batches of as many tokens as are set, or else up to `most`, that fit into the memory now free.
 
     With checkpointing `auto`, activations are recomputed only if the longest example would not fit otherwise.
     """
     config = config.get_text_config()
     longest = max(len(example.input_ids) for example in examples)
-    labels = label_count(examples) / sum(len(example.input_ids) for example in examples)
-    free = ROOM * machine.free_memory() - (RESERVE if machine.device.type == "cuda" else 0.0)
+    labels = num_label_tokens(examples) / sum(len(example.input_ids) for example in examples)
+    free = MEMORY_FRACTION * machine.free_memory() - (CUDA_OVERHEAD if machine.device.type == "cuda" else 0.0)
 
     def fitting(*, recompute: bool) -> int:
         token = _token_bytes(config, longest, machine.dtype.itemsize, recompute=recompute)
         return int(max(1.0, free / (token + labels * LOGIT_BYTES * config.vocab_size)))
 
-    recompute = settings.checkpointing == "on"
-    if settings.checkpointing == "auto":
+    recompute = settings.gradient_checkpointing == "on"
+    if settings.gradient_checkpointing == "auto":
         recompute = fitting(recompute=False) < longest
-    return Budget(settings.micro_tokens or min(most, fitting(recompute=recompute)), recompute)
+    return BatchPlan(settings.micro_batch_tokens or min(most, fitting(recompute=recompute)), recompute)
 
 
 def _token_bytes(config: Any, width: int, itemsize: int, *, recompute: bool) -> float:
@@ -125,31 +128,31 @@ def _token_bytes(config: Any, width: int, itemsize: int, *, recompute: bool) -> 
     return float(layers * config.hidden_size * itemsize + layer if recompute else layers * layer)
 
 
-def cpu_problems(need: Need, settings: Settings, machine: Machine) -> list[str]:
+def cpu_problems(need: MemoryEstimate, settings: Settings, machine: ComputeSpec) -> list[str]:
     """What is wrong if the model is one for a GPU and there is none, unless the CPU was asked for."""
     if settings.run.device != "auto" or machine.device.type != "cpu" or need.parameters <= CPU_PARAMETERS:
         return []
     return [
         f"{settings.base.model} has {need.parameters / 1e6:.0f} million parameters, TAGGER_RUN_DEVICE=auto trains at "
-        f"most {CPU_PARAMETERS / 1e6:.0f} million on a CPU, and {why_no_gpu()}, or set TAGGER_RUN_DEVICE=cpu to train "
-        "on the CPU all the same"
+        f"most {CPU_PARAMETERS / 1e6:.0f} million on a CPU, and {gpu_unavailable_reason()}, or set TAGGER_RUN_DEVICE=cpu "
+        "to train on the CPU all the same"
     ]
 
 
-def memory_problems(need: Need, machine: Machine) -> list[str]:
+def memory_problems(need: MemoryEstimate, machine: ComputeSpec) -> list[str]:
     """What is wrong if the run does not fit into the GPU's free memory. Not asked of a CPU, which can swap."""
     if machine.device.type != "cuda":
         return []
     free, total = torch.cuda.mem_get_info(machine.device)
-    if need.memory + RESERVE <= free:
+    if need.memory + CUDA_OVERHEAD <= free:
         return []
     return [
         f"one example at a time needs {need} and the GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free; lower "
-        "TAGGER_DATA_MAX_LENGTH, leave TAGGER_TRAIN_CHECKPOINTING at auto, or take a larger GPU"
+        "TAGGER_DATA_MAX_LENGTH, leave TAGGER_TRAIN_GRADIENT_CHECKPOINTING at auto, or take a larger GPU"
     ]
 
 
-def disk_problems(need: Need, folder: Path) -> list[str]:
+def disk_problems(need: MemoryEstimate, folder: Path) -> list[str]:
     """What is wrong if the run's files do not fit on the disk."""
     place = folder.absolute()
     while not place.exists():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from job.decoding.config import LEAST
+from job.decoding.config import MIN_PROBABILITY
 from job.types import Example, Prediction, Scores, TagScores
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Ranked = Sequence[tuple[str, float]]
+ScoredTags = Sequence[tuple[str, float]]
 """Tags with their confidences."""
-RESAMPLES = 1000
+BOOTSTRAP_SAMPLES = 1000
 """Of the held-out examples, drawn with replacement and a fixed seed, for every interval."""
 PERCENTILES = (2.5, 97.5)
 
@@ -30,7 +30,7 @@ PERCENTILES = (2.5, 97.5)
 def evaluate(tagger: Tagger, examples: Sequence[Example]) -> tuple[Scores, list[Prediction]]:
     """Tag the examples' texts by generation and score the answers against their tags."""
     answers = tagger.tag([example.text for example in examples])
-    scores = score([e.tags for e in examples], [a.tags for a in answers], [a.parsed for a in answers])
+    scores = score([e.tags for e in examples], [a.tags for a in answers], [a.well_formed for a in answers])
     predictions = [Prediction(e.text, e.tags, a.tags, a.raw) for e, a in zip(examples, answers, strict=True)]
     return scores, predictions
 
@@ -52,16 +52,16 @@ def score(
     """
     import numpy as np
 
-    counted = _Counted.of(gold, predicted)
+    counted = ConfusionCounts.of(gold, predicted)
     whole = np.ones(len(gold)) if parsed is None else np.array(parsed, float)
-    drawn = resamples(len(gold))
+    drawn = bootstrap_weights(len(gold))
     # the first row is the examples themselves, the others are the samples drawn of them
     weights = np.vstack([np.ones(len(gold)), drawn])
     union = counted.gold + counted.predicted - counted.hits
     a_text = {
         "jaccard": _ratio(counted.hits, union),
         "exact_match": (union == counted.hits).astype(float),
-        "parse_rate": whole,
+        "well_formed": whole,
     }
     figures = dict(zip(("precision", "recall", "f1"), counted.micro(weights), strict=True))
     figures |= dict(zip(("macro_precision", "macro_recall", "macro_f1"), counted.macro(weights), strict=True))
@@ -74,8 +74,8 @@ def score_tags(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
     """Precision, recall and F1 of each tag that occurs, the most frequent first."""
     import numpy as np
 
-    counted = _Counted.of(gold, predicted)
-    weights = np.vstack([np.ones(len(gold)), resamples(len(gold))])
+    counted = ConfusionCounts.of(gold, predicted)
+    weights = np.vstack([np.ones(len(gold)), bootstrap_weights(len(gold))])
     found: list[TagScores] = []
     for start, (hits, answers, truth) in counted.by_tag(weights):
         precision, recall, f1 = _ratio(hits, answers), _ratio(hits, truth), _ratio(2 * hits, answers + truth)
@@ -94,8 +94,8 @@ def f1_difference(
     """
     import numpy as np
 
-    weights = np.vstack([np.ones(len(gold)), resamples(len(gold))])
-    f1 = [_Counted.of(gold, predicted).micro(weights)[2] for predicted in (new, old)]
+    weights = np.vstack([np.ones(len(gold)), bootstrap_weights(len(gold))])
+    f1 = [ConfusionCounts.of(gold, predicted).micro(weights)[2] for predicted in (new, old)]
     difference = f1[0] - f1[1]
     return float(difference[0]), interval(difference[1:])
 
@@ -110,27 +110,29 @@ def calibrate(tagger: Tagger, examples: Sequence[Example]) -> None:
     log.info("evaluate: threshold %g, micro-F1 %.3f on %d training examples set aside", threshold, f1, len(examples))
 
 
-def best_threshold(gold: Sequence[Sequence[str]], ranked: Sequence[Ranked]) -> tuple[float, float]:
+def best_threshold(gold: Sequence[Sequence[str]], ranked: Sequence[ScoredTags]) -> tuple[float, float]:
     """The confidence that tags had best be left out below for the highest micro-F1, and that F1.
 
     Of several that are as good, the lowest.
     """
-    found = f1_by_threshold(gold, ranked)
+    found = f1_curve(gold, ranked)
     best = max(found, key=lambda threshold: found[threshold])
     return best, found[best]
 
 
-def f1_by_threshold(gold: Sequence[Sequence[str]], ranked: Sequence[Ranked]) -> dict[float, float]:
-    """The micro-F1 that is left when tags below a confidence are left out, for each one in steps of LEAST from 0."""
-    answers, positives = judged(gold, ranked)
+def f1_curve(gold: Sequence[Sequence[str]], ranked: Sequence[ScoredTags]) -> dict[float, float]:
+    """The micro-F1 that is left when tags below a confidence are left out, for each one in steps of MIN_PROBABILITY from 0."""
+    answers, positives = match_predictions(gold, ranked)
     f1 = {}
-    for threshold in (round(LEAST * n, 4) for n in range(int(1 / LEAST))):
+    for threshold in (round(MIN_PROBABILITY * n, 4) for n in range(int(1 / MIN_PROBABILITY))):
         kept = [hit for confidence, _, hit in answers if confidence >= threshold]
         f1[threshold] = 2 * sum(kept) / (len(kept) + sum(positives))
     return f1
 
 
-def judged(gold: Sequence[Sequence[str]], ranked: Sequence[Ranked]) -> tuple[list[tuple[float, int, bool]], list[int]]:
+def match_predictions(
+    gold: Sequence[Sequence[str]], ranked: Sequence[ScoredTags]
+) -> tuple[list[tuple[float, int, bool]], list[int]]:
     """Confidence, text and rightness of each answer, and the number of right ones that each text has.
 
     Answers that are compared as one tag are one, as sure as the surest of them.
@@ -146,7 +148,7 @@ def judged(gold: Sequence[Sequence[str]], ranked: Sequence[Ranked]) -> tuple[lis
 
 
 @dataclass(frozen=True)
-class _Counted:
+class ConfusionCounts:
     """Which tags each text has (`truth`) and was given (`answer`), as sparse matrices of texts by tags."""
 
     tags: Sequence[str]
@@ -158,7 +160,7 @@ class _Counted:
     predicted: Floats
 
     @classmethod
-    def of(cls, gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> _Counted:
+    def of(cls, gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> ConfusionCounts:
         import numpy as np
         from scipy.sparse import csr_array
 
@@ -200,13 +202,13 @@ class _Counted:
             yield start, [(side.T @ weights.T) for side in (truth * answer, answer, truth)]
 
 
-def resamples(n: int) -> Floats:
+def bootstrap_weights(n: int) -> Floats:
     """How often each of n examples is in each bootstrap sample: RESAMPLES rows that each sum to n."""
     import numpy as np
 
-    drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
-    flat = (drawn + n * np.arange(RESAMPLES)[:, None]).ravel()
-    return np.bincount(flat, minlength=RESAMPLES * n).reshape(RESAMPLES, n).astype(float)
+    drawn = np.random.default_rng(0).integers(n, size=(BOOTSTRAP_SAMPLES, n))
+    flat = (drawn + n * np.arange(BOOTSTRAP_SAMPLES)[:, None]).ravel()
+    return np.bincount(flat, minlength=BOOTSTRAP_SAMPLES * n).reshape(BOOTSTRAP_SAMPLES, n).astype(float)
 
 
 def _ratio(part: Floats, whole: Floats) -> Floats:

@@ -14,16 +14,16 @@ from job.evaluate import f1_difference
 from job.hub import client as hub
 from job.runs.run_folder import RunFolder
 from job.settings import Eval, Hub, Settings
-from job.types import Example, Examples, GateFailed, Prediction, PushFailed, Refused, Scores, Verdict
+from job.types import Example, GateRejected, InvalidInputError, Prediction, PublishError, Scores, SplitData, Verdict
 
 if TYPE_CHECKING:
-    from job.system.device import Machine
+    from job.system.device import ComputeSpec
 
 log = logging.getLogger(__name__)
 
-FEWEST = 30
+MIN_EXAMPLES = 30
 """Held-out examples below which nothing is compared: bootstrap intervals of so few are too narrow."""
-AS_TRAINED = (
+KEEP_FROM_PUBLISHED = (
     *("TAGGER_BASE_QUANTIZE", "TAGGER_DATA_SEPARATOR", "TAGGER_DATA_MAX_LENGTH", "TAGGER_SAMPLE_MAX_NEW_TOKENS"),
 )
 """What an adapter is evaluated with as its own run had it."""
@@ -31,40 +31,40 @@ SPLIT = ("TAGGER_DATA_DATASET", "TAGGER_DATA_SEED", "TAGGER_DATA_EVAL_SIZE")
 
 
 def check_published(settings: Settings, repo: str | None) -> None:
-    """Raise Refused, before anything is spent, when the new adapter could not be compared with the published one."""
+    """Raise InvalidInputError if the new adapter could not be compared with the published one."""
     if settings.eval.gate != "published" or repo is None:
         return
     away = f"Roll it back (`tagger-job promote --revision ...`), name another TAGGER_HUB_REPO, or {_OTHER_GATE}"
     try:
         config = hub.published_json(repo, settings.hub.revision, "adapter_config.json")
-    except hub.Unreadable as error:
-        raise Refused(
+    except hub.HubFileError as error:
+        raise InvalidInputError(
             f"the adapter published in {repo} cannot be read ({error}), so none can be compared. {away}"
         ) from None
     if config is None:
         return
     base = config.get("base_model_name_or_path")
-    if base not in (settings.base.model, quantize.identity(settings.base)[0]):
-        raise Refused(
+    if base not in (settings.base.model, quantize.hub_identity(settings.base)[0]):
+        raise InvalidInputError(
             f"the adapter published in {repo} was trained on {base}, not on {settings.base.model}, so they are not "
             f"compared. Set TAGGER_BASE_MODEL={base}, name another TAGGER_HUB_REPO, or {_OTHER_GATE}"
         )
 
 
-def check_split(settings: Settings, examples: Examples) -> None:
-    """Raise Refused when too few examples are held out for any comparison."""
+def check_split(settings: Settings, examples: SplitData) -> None:
+    """Raise InvalidInputError when too few examples are held out for any comparison."""
     n = len(examples.held_out[: settings.eval.limit])
-    if settings.eval.gate == "published" and n < FEWEST:
-        raise Refused(
-            f"TAGGER_EVAL_GATE=published needs {FEWEST} held-out examples or more to tell two adapters apart, and has "
-            f"{n}; raise TAGGER_DATA_EVAL_SIZE (or TAGGER_EVAL_LIMIT), bring more data, or {_OTHER_GATE}"
+    if settings.eval.gate == "published" and n < MIN_EXAMPLES:
+        raise InvalidInputError(
+            f"TAGGER_EVAL_GATE=published needs {MIN_EXAMPLES} held-out examples or more to tell two adapters apart, and "
+            f"has {n}; raise TAGGER_DATA_EVAL_SIZE (or TAGGER_EVAL_LIMIT), bring more data, or {_OTHER_GATE}"
         )
 
 
 _OTHER_GATE = "set TAGGER_EVAL_GATE to floor or off"
 
 
-def decide(run: RunFolder, settings: Settings, repo: str | None, machine: Machine) -> Verdict:
+def run_gate(run: RunFolder, settings: Settings, repo: str | None, machine: ComputeSpec) -> Verdict:
     """Judge the run's adapter, by TAGGER_EVAL_GATE against what the repo has now, and record the verdict.
 
     A run that was promoted already keeps the verdict that it was promoted by.
@@ -73,24 +73,28 @@ def decide(run: RunFolder, settings: Settings, repo: str | None, machine: Machin
     parent, adapter, published, broken = None, None, None, None
     if settings.eval.gate != "off" and repo is not None:
         try:
-            with push.saved(run, "the same command again"):
+            with push.publish_errors_for(run, "the same command again"):
                 was = report.verdict(run)
-                if was is not None and was.parent is not None and promote.promoted(run, repo, settings.hub, was.parent):
+                if (
+                    was is not None
+                    and was.parent is not None
+                    and promote.was_promoted(run, repo, settings.hub, was.parent)
+                ):
                     return was
-                parent = hub.head(repo, settings.hub.revision)
+                parent = hub.branch_head(repo, settings.hub.revision)
                 if settings.eval.gate == "published":
-                    adapter = _fetch(repo, parent, 60 * settings.hub.retry_minutes)
+                    adapter = _fetch_published(repo, parent, 60 * settings.hub.retry_minutes)
             if adapter is not None:
-                published = _evaluate(run, settings, repo, parent, adapter, predictions, machine)
-        except Refused as refusal:
+                published = _evaluate_published(run, settings, repo, parent, adapter, predictions, machine)
+        except InvalidInputError as refusal:
             broken = f"the adapter published in {repo} at {str(parent)[:12]} no longer loads: {refusal}"
-    verdict = judge(settings.eval, scores["adapter"], predictions, published, parent=parent, broken=broken)
+    verdict = compare(settings.eval, scores["adapter"], predictions, published, parent=parent, broken=broken)
     report.save_verdict(run, verdict, None if published is None else published[0])
     log.info("gate: %s: %s", verdict.verdict, verdict.reason)
     return verdict
 
 
-def judge(
+def compare(
     settings: Eval,
     scores: Scores,
     predictions: list[Prediction],
@@ -120,7 +124,7 @@ def judge(
         return verdict("insufficient evidence", f"{broken}, so nothing can be compared with it")
     if published is None:
         return verdict("pass", f"{floor}, and nothing is published yet")
-    if scores.n < FEWEST:
+    if scores.n < MIN_EXAMPLES:
         return verdict("insufficient evidence", f"{scores.n} held-out examples are too few to compare by")
     theirs, their_predictions = published
     gold, new = [was.gold for was in predictions], [was.predicted for was in predictions]
@@ -140,8 +144,8 @@ def judge(
     )
 
 
-def refuse(run: RunFolder, verdict: Verdict, repo: str | None, settings: Hub) -> NoReturn:
-    """Leave the adapter on a branch of its own, if there is a repo, and raise GateFailed with the verdict's reason."""
+def reject(run: RunFolder, verdict: Verdict, repo: str | None, settings: Hub) -> NoReturn:
+    """Push the adapter to its candidate branch, if there is a repo, and raise GateRejected with the reason."""
     left, where = None, f"it is saved in {run.path}"
     if repo is not None and verdict.parent is not None:
         try:
@@ -149,54 +153,56 @@ def refuse(run: RunFolder, verdict: Verdict, repo: str | None, settings: Hub) ->
                 left = push.push(run, repo, settings.model_copy(update={"merge": False}), verdict)
             run.update(candidate=left.revision)
             where = f"it is at {left.url}, and `tagger-job promote --revision {left.revision}` would publish it"
-        except PushFailed as failure:
+        except PublishError as failure:
             where += f" alone, for its branch could not be pushed: {failure}"
     report.save_report(run, "refused", left)
-    raise GateFailed(f"{verdict.verdict}: {verdict.reason}: it is not published; {where}")
+    raise GateRejected(f"{verdict.verdict}: {verdict.reason}: it is not published; {where}")
 
 
-def _fetch(repo: str, revision: str, seconds: float) -> Path | None:
+def _fetch_published(repo: str, revision: str, seconds: float) -> Path | None:
     """The folder with the adapter that a repo has at a revision; None if it has none.
 
-    Raises Refused when it has no weights; a Hub that cannot be reached raises the client's own errors.
+    Raises InvalidInputError when it has no weights; a Hub that cannot be reached raises the client's own errors.
     """
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
-        folder = hub.retrying(lambda: hub.download(repo, revision, "adapter_config.json"), seconds, "gate").parent
+        folder = hub.retry(lambda: hub.download(repo, revision, "adapter_config.json"), seconds, "gate").parent
     except RemoteEntryNotFoundError:
         return None
     try:
-        hub.retrying(lambda: hub.download(repo, revision, "adapter_model.safetensors"), seconds, "gate")
+        hub.retry(lambda: hub.download(repo, revision, "adapter_model.safetensors"), seconds, "gate")
     except RemoteEntryNotFoundError:
-        raise Refused("it has no adapter_model.safetensors") from None
+        raise InvalidInputError("it has no adapter_model.safetensors") from None
     with suppress(RemoteEntryNotFoundError):  # older ones have none
-        hub.retrying(lambda: hub.download(repo, revision, decoding.FILE), seconds, "gate")
+        hub.retry(lambda: hub.download(repo, revision, decoding.CONFIG_NAME), seconds, "gate")
     return folder
 
 
-def _evaluate(
+def _evaluate_published(
     run: RunFolder,
     settings: Settings,
     repo: str,
     revision: str | None,
     adapter: Path,
     predictions: list[Prediction],
-    machine: Machine,
+    machine: ComputeSpec,
 ) -> tuple[Scores, list[Prediction]]:
-    """Scores and predictions of a published adapter, on the texts of these; raises Refused when it does not load."""
+    """Scores and predictions of a published adapter, on the texts of these; raises InvalidInputError when it does not load."""
     from job.evaluate import evaluate
     from job.sample import load_tagger
 
     try:
         trained = (hub.published_json(repo, revision, "manifest.json") or {}).get("settings", {})
-        as_trained = settings.with_result_values({name: trained[name] for name in AS_TRAINED if name in trained})
-        as_trained = as_trained.decoded_as_published()
-    except (hub.Unreadable, TypeError, ValueError) as error:
-        raise Refused(f"its manifest.json cannot be read ({error})") from None
+        as_trained = settings.with_result_values(
+            {name: trained[name] for name in KEEP_FROM_PUBLISHED if name in trained}
+        )
+        as_trained = as_trained.with_published_decoding()
+    except (hub.HubFileError, TypeError, ValueError) as error:
+        raise InvalidInputError(f"its manifest.json cannot be read ({error})") from None
     if any(name in trained and trained[name] != settings.values()[name] for name in SPLIT):
         log.warning("gate: the published adapter was trained on another split and may know held-out texts")
     examples = [Example(was.text, was.gold) for was in predictions]
-    return report.kept_evaluation(
+    return report.cached_evaluation(
         run, "evaluate_published", str(revision), lambda: evaluate(load_tagger(as_trained, adapter, machine), examples)
     )

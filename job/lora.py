@@ -10,9 +10,9 @@ import peft
 import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-from job.quantize import identity
+from job.quantize import hub_identity
 from job.settings import Base, Lora
-from job.types import ParameterCount, Refused
+from job.types import InvalidInputError, ParameterCount
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ ALL_LINEAR = "all-linear"
 def add_adapters(model: PreTrainedModel, settings: Lora, *, seed: int) -> peft.PeftModel:
     """Put LoRA adapters (Hu et al., 2021) on the target modules; they are fp32 and the only trainable parameters.
 
-    Raises Refused when the model has no module of a given name, or no known default targets.
+    Raises InvalidInputError when the model has no module of a given name, or no known default targets.
     """
     config = peft.LoraConfig(
         r=settings.r,
@@ -37,7 +37,7 @@ def add_adapters(model: PreTrainedModel, settings: Lora, *, seed: int) -> peft.P
     try:
         adapted = peft.get_peft_model(model, config)
     except ValueError as error:
-        raise Refused(
+        raise InvalidInputError(
             f"TAGGER_LORA_TARGETS={','.join(settings.targets or ())} does not fit the model: {error}"
         ) from error
     assert isinstance(adapted, peft.PeftModel)
@@ -51,14 +51,14 @@ def _targets(model: PreTrainedModel, settings: Lora) -> list[str] | str:
     if settings.targets is not None:
         missing = [target for target in settings.targets if target.rpartition(".")[2] not in names]
         if missing:
-            raise Refused(
+            raise InvalidInputError(
                 f"TAGGER_LORA_TARGETS: the model has no module named {', '.join(missing)}; "
                 f"it has {', '.join(sorted(names))}"
             )
         return list(settings.targets)
     architecture = model.config.model_type
     if architecture not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-        raise Refused(
+        raise InvalidInputError(
             f"no default LoRA targets are known for the architecture {architecture!r}; set TAGGER_LORA_TARGETS "
             f"to all-linear or to some of {', '.join(sorted(names))}"
         )
@@ -85,6 +85,6 @@ def save_adapter(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, fold
     The embedding is never trained, so it is never saved; asking peft to find out would ask the Hub.
     """
     config = model.peft_config["default"]
-    config.base_model_name_or_path, config.revision = identity(base)
+    config.base_model_name_or_path, config.revision = hub_identity(base)
     model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(str(folder))

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import peft
 
 from job import quantize
-from job.data import texts_to_tag
-from job.decoding.config import of_adapter
-from job.decoding.equivalence import alike
+from job.data import inference_texts
+from job.decoding.config import load_config
+from job.decoding.equivalence import same_answer
 from job.sample import Tagger
-from job.system.device import Machine
+from job.system.device import ComputeSpec
 from job.types import JobError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def merge(run: RunFolder, settings: Settings, machine: Machine) -> None:
+def merge(run: RunFolder, settings: Settings, machine: ComputeSpec) -> None:
     """Write the merged model and its tokenizer to the run's `merged/`.
 
     Merged in fp32 into weights that were never quantized, so that nothing is lost but what rounding
@@ -32,17 +32,17 @@ def merge(run: RunFolder, settings: Settings, machine: Machine) -> None:
     exact = dataclasses.replace(machine, precision="fp32")
     base = quantize.load_model(settings.base.model_copy(update={"quantize": "none"}), exact)
     tokenizer = quantize.load_tokenizer(settings.base)
-    texts = texts_to_tag(settings.sample)
+    texts = inference_texts(settings.sample)
     adapted = peft.PeftModel.from_pretrained(base, str(run.adapter))
-    decoding = of_adapter(settings.decoded_as_published().sample, run.adapter)
+    decoding = load_config(settings.with_published_decoding().sample, run.adapter)
     expected = Tagger(adapted, tokenizer, settings, exact, decoding).tag(texts)
     merged = adapted.merge_and_unload()
     answers = Tagger(merged, tokenizer, settings, exact, decoding).tag(texts)
     pairs = zip(map(dataclasses.asdict, expected), map(dataclasses.asdict, answers), strict=True)
-    if not all(alike(old, new, decoding) for old, new in pairs):
+    if not all(same_answer(old, new, decoding) for old, new in pairs):
         raise JobError("the merged model gives other tags than base and adapter: it is not saved, nothing is pushed")
     with run.folder("merged") as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    run.seal("merged")
+    run.record_checksums("merged")
     log.info("merge: %s", run.path / "merged")

@@ -9,20 +9,22 @@ import yaml
 
 from job import data, quantize
 from job.runs.markup import Table, markdown_table
-from job.settings import Settings, show
-from job.system.paths import FORMATS, WEIGHTS, is_local
+from job.settings import Settings, to_env
+from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local
 from job.types import Scores
 
 
-def card(settings: Settings, scores: Mapping[str, Scores], versions: Mapping[str, str], licence: str | None) -> str:
+def model_card(
+    settings: Settings, scores: Mapping[str, Scores], versions: Mapping[str, str], licence: str | None
+) -> str:
     """README.md of the adapter: metadata that the Hub validates, then use, scores, loss, settings, versions.
 
     A base model or data set is named in the metadata only when it is on the Hub: the Hub refuses
     cards that name a local path.
     """
-    base, revision = quantize.identity(settings.base)
-    on_hub = not is_local(base, WEIGHTS)
-    data_on_hub = not is_local(settings.data.dataset, FORMATS)
+    base, revision = quantize.hub_identity(settings.base)
+    on_hub = not is_local(base, WEIGHT_SUFFIXES)
+    data_on_hub = not is_local(settings.data.dataset, DATA_SUFFIXES)
     metadata: dict[str, Any] = {
         "library_name": "peft",
         "pipeline_tag": "text-generation",
@@ -63,7 +65,7 @@ def card(settings: Settings, scores: Mapping[str, Scores], versions: Mapping[str
         "",
         "| variable | value |",
         "|---|---|",
-        *(f"| `{name}` | `{show(value)}` |" for name, value in settings.result_values().items()),
+        *(f"| `{name}` | `{to_env(value)}` |" for name, value in settings.result_values().items()),
         "",
         "Made with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
     ]
@@ -72,10 +74,10 @@ def card(settings: Settings, scores: Mapping[str, Scores], versions: Mapping[str
 
 def score_table(scores: Mapping[str, Scores]) -> Table:
     """A row for each tagger; micro-F1 with its 95% interval."""
-    rows = [["", "n", "precision", "recall", "micro-F1", "95%", "macro-F1", "Jaccard", "exact", "parsed"]]
+    rows = [["", "n", "precision", "recall", "micro-F1", "95%", "macro-F1", "Jaccard", "exact", "well_formed"]]
     for name, s in scores.items():
         low, high = s.intervals["f1"]
-        before, after = (s.precision, s.recall, s.f1), (s.macro_f1, s.jaccard, s.exact_match, s.parse_rate)
+        before, after = (s.precision, s.recall, s.f1), (s.macro_f1, s.jaccard, s.exact_match, s.well_formed)
         figures = [*(f"{x:.3f}" for x in before), f"{low:.3f} to {high:.3f}", *(f"{x:.3f}" for x in after)]
         rows.append([name, str(s.n), *figures])
     return rows

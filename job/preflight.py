@@ -13,17 +13,17 @@ from job.hub import client as hub
 from job.runs import run_folder
 from job.runs.run_folder import RunFolder
 from job.settings import Settings
-from job.system.paths import FORMATS, WEIGHTS, is_local
-from job.types import Examples, GateFailed, Refused, Resolved
+from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local
+from job.types import GateRejected, HubRevision, InvalidInputError, SplitData
 
 
 @dataclass(frozen=True)
-class Checked:
+class PreflightResult:
     """What the check found, with which the run goes on."""
 
     settings: Settings
     """As given, but with commit hashes for the revisions of base model and data set."""
-    examples: Examples
+    examples: SplitData
     run: RunFolder
     repo: str | None
     """Where the run will be pushed, or None."""
@@ -31,92 +31,92 @@ class Checked:
     """The base model's, as its page on the Hub has it."""
 
 
-def check(settings: Settings) -> Checked:
+def check(settings: Settings) -> PreflightResult:
     """Look at token, repo, base model, data and run folder; on disk nothing is written.
 
-    Raises Refused with every problem found.
+    Raises InvalidInputError with every problem found.
     """
     problems: list[str] = []
 
     def attempt(step: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return step(*arguments)
-        except Refused as refusal:
+        except InvalidInputError as refusal:
             problems.extend(refusal.problems)
             return None
 
-    settings = run_folder.as_begun(settings)
-    base: Resolved | None = None
-    dataset: Resolved | None = None
-    if is_local(settings.base.model, WEIGHTS):
+    settings = run_folder.with_recorded_revisions(settings)
+    base: HubRevision | None = None
+    dataset: HubRevision | None = None
+    if is_local(settings.base.model, WEIGHT_SUFFIXES):
         attempt(quantize.check_local, settings.base.model)
     elif not hub.is_offline():
-        base = attempt(hub.resolve, "model", settings.base.model, settings.base.revision)
-    if not is_local(settings.data.dataset, FORMATS) and not hub.is_offline():
-        dataset = attempt(hub.resolve, "dataset", settings.data.dataset, settings.data.revision)
-    repo = attempt(push.prepare, settings)
+        base = attempt(hub.resolve_revision, "model", settings.base.model, settings.base.revision)
+    if not is_local(settings.data.dataset, DATA_SUFFIXES) and not hub.is_offline():
+        dataset = attempt(hub.resolve_revision, "dataset", settings.data.dataset, settings.data.revision)
+    repo = attempt(push.prepare_repo, settings)
     attempt(gate.check_published, settings, repo)
-    attempt(data.texts_to_tag, settings.sample)
-    listed = attempt(decoding.listed, settings.sample)
+    attempt(data.inference_texts, settings.sample)
+    listed = attempt(decoding.read_vocabulary_file, settings.sample)
     attempt(report.check_output, settings.sample.output, settings.sample.input, settings.data.dataset)
-    if problems and not is_local(settings.data.dataset, FORMATS):
-        raise Refused(*problems)  # before a data set is downloaded
+    if problems and not is_local(settings.data.dataset, DATA_SUFFIXES):
+        raise InvalidInputError(*problems)  # before a data set is downloaded
 
-    settings = settings.pinned(base=base.commit if base else None, data=dataset.commit if dataset else None)
+    settings = settings.with_revisions(base=base.commit if base else None, data=dataset.commit if dataset else None)
     examples = attempt(data.load, settings.data)
     if examples is None:
-        attempt(run_folder.try_to_write, settings.run.dir)
-        raise Refused(*problems)
+        attempt(run_folder.check_writable, settings.run.dir)
+        raise InvalidInputError(*problems)
     attempt(gate.check_split, settings, examples)
     if settings.sample.threshold == "auto":
-        examples = attempt(data.set_aside, examples, settings.data) or examples
-    attempt(data.without_rare_tags, examples.train, settings.data.min_tag_count)
+        examples = attempt(data.split_calibration, examples, settings.data) or examples
+    attempt(data.drop_rare_tags, examples.train, settings.data.min_tag_count)
     if listed:  # the file's name alone would not tell another content
         both = hashlib.sha256(repr((examples.fingerprint, listed)).encode()).hexdigest()
         examples = replace(examples, fingerprint=both)
     run = attempt(RunFolder.open, settings, examples)
     if problems:
-        raise Refused(*problems)
-    return Checked(settings, examples, run, repo, base.licence if base else None)
+        raise InvalidInputError(*problems)
+    return PreflightResult(settings, examples, run, repo, base.licence if base else None)
 
 
-def is_published(checked: Checked) -> bool:
+def already_published(checked: PreflightResult) -> bool:
     """Whether what is published was made with these revisions, data and settings, as its manifest has them.
 
     Not while a run of them is here that has not come to its end: its promotion may still lack the tag.
     """
-    begun = checked.run.begun and not checked.run.complete
-    return not begun and _made_alike(checked, checked.settings.hub.revision)
+    begun = checked.run.started and not checked.run.complete
+    return not begun and same_inputs(checked, checked.settings.hub.revision)
 
 
-def refuse_again(checked: Checked) -> None:
-    """Raise GateFailed when the same was trained elsewhere, compared with what is published now, and refused.
+def skip_known_rejection(checked: PreflightResult) -> None:
+    """Raise GateRejected when the same was trained elsewhere, compared with what is published now, and refused.
 
     A schedule would otherwise train it again and again, on a machine that remembers nothing.
     """
     import httpx2
 
     repo, settings = checked.repo, checked.settings
-    if repo is None or checked.run.begun:
+    if repo is None or checked.run.started:
         return
     try:
-        branch = push.candidate(checked.run, hub.head(repo, settings.hub.revision))
+        branch = push.candidate_branch(checked.run, hub.branch_head(repo, settings.hub.revision))
         gate = (hub.published_json(repo, branch, "metrics.json") or {}).get("gate") or {}
-    except (httpx2.HTTPError, OSError, hub.Unreadable) as error:
-        raise hub.unreachable(error) from None
+    except (httpx2.HTTPError, OSError, hub.HubFileError) as error:
+        raise hub.hub_unreachable(error) from None
     same = {"gate": settings.eval.gate, "min_f1": settings.eval.min_f1, "tolerance": settings.eval.tolerance}
-    if gate.get("verdict", "pass") != "pass" and same.items() <= gate.items() and _made_alike(checked, branch):
-        raise GateFailed(
+    if gate.get("verdict", "pass") != "pass" and same.items() <= gate.items() and same_inputs(checked, branch):
+        raise GateRejected(
             f"{gate['verdict']}: {gate['reason']}: it is not published, and not trained again, for nothing has changed "
             f"since; it is on the branch {branch}"
         )
 
 
-def _made_alike(checked: Checked, revision: str | None) -> bool:
+def same_inputs(checked: PreflightResult, revision: str | None) -> bool:
     """Whether the manifest at a revision of the repo has these revisions, data and settings."""
     if checked.repo is None:
         return False
-    found = hub.manifest(checked.settings.hub.model_copy(update={"repo": checked.repo, "revision": revision}))
+    found = hub.published_manifest(checked.settings.hub.model_copy(update={"repo": checked.repo, "revision": revision}))
     was, now = found.get("settings"), checked.settings.result_values()
     return (
         isinstance(was, dict)
@@ -125,19 +125,19 @@ def _made_alike(checked: Checked, revision: str | None) -> bool:
     )
 
 
-def check_machine(checked: Checked) -> list[str]:
+def check_machine(checked: PreflightResult) -> list[str]:
     """Look at device, precision, memory, disk and the longest examples; returns a line for each.
 
-    Raises Refused with every problem found. Imports torch and transformers, and downloads the base
+    Raises InvalidInputError with every problem found. Imports torch and transformers, and downloads the base
     model's config and tokenizer if they are not there.
     """
     from job import estimate
-    from job.system.device import Machine, why_no_gpu
+    from job.system.device import ComputeSpec, gpu_unavailable_reason
 
     settings, examples = checked.settings, checked.examples
-    machine = Machine.resolve(settings.run.device, settings.train.precision)
+    machine = ComputeSpec.resolve(settings.run.device, settings.train.precision)
     tokenizer = quantize.load_tokenizer(settings.base)
-    taught = data.without_rare_tags(examples.train, settings.data.min_tag_count)
+    taught = data.drop_rare_tags(examples.train, settings.data.min_tag_count)
     longest = sorted(taught, key=lambda e: len(e.text), reverse=True)[:1]  # micro-batches get no smaller
     encoded = data.encode(tokenizer, longest, settings)
     for example in encoded:
@@ -149,8 +149,10 @@ def check_machine(checked: Checked) -> list[str]:
         *estimate.disk_problems(need, checked.run.path),
     ]
     if problems:
-        raise Refused(*problems)
-    because = f", for {why_no_gpu()}" if settings.run.device == "auto" and machine.device.type == "cpu" else ""
+        raise InvalidInputError(*problems)
+    because = (
+        f", for {gpu_unavailable_reason()}" if settings.run.device == "auto" and machine.device.type == "cpu" else ""
+    )
     return [
         f"device: {machine}{because}",
         f"longest example: {len(encoded[0].input_ids)} tokens",

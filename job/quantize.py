@@ -15,18 +15,18 @@ from safetensors import SafetensorError
 
 from job.hub import client as hub
 from job.settings import Base
-from job.system.paths import WEIGHTS, hub_snapshot, is_local, local_path
-from job.types import Refused
+from job.system.paths import WEIGHT_SUFFIXES, hub_snapshot, is_local, local_path
+from job.types import InvalidInputError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from job.system.device import Machine
+    from job.system.device import ComputeSpec
 
 log = logging.getLogger(__name__)
 
-UNREADABLE = (
+LOAD_ERRORS = (
     *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError),
     *(SafetensorError, StrictDataclassError),
 )
@@ -36,19 +36,23 @@ DOWNLOAD_SECONDS = 600.0
 
 
 def check_local(model: str) -> Path:
-    """The folder or file of a local model; raises Refused unless it holds weights this job reads."""
+    """The folder or file of a local model; raises InvalidInputError unless it holds weights this job reads."""
     path = local_path(model, "TAGGER_BASE_MODEL")
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise Refused(f"{model} is not a GGUF file (TAGGER_BASE_MODEL); expected one, or a model folder")
+                raise InvalidInputError(
+                    f"{model} is not a GGUF file (TAGGER_BASE_MODEL); expected one, or a model folder"
+                )
         return path
     if not (path / "config.json").is_file():
-        raise Refused(f"{model} has no config.json (TAGGER_BASE_MODEL); expected a folder written by save_pretrained")
+        raise InvalidInputError(
+            f"{model} has no config.json (TAGGER_BASE_MODEL); expected a folder written by save_pretrained"
+        )
     if not list(path.glob("*.safetensors")):
         pickles = ", ".join(sorted(file.name for file in [*path.glob("*.bin"), *path.glob("*.pt")]))
         why = f"only {pickles}, and pickles are not read because they can run code" if pickles else "none"
-        raise Refused(
+        raise InvalidInputError(
             f"{model} has no weights in safetensors ({why}); convert it with save_pretrained, or name another model"
         )
     return path
@@ -64,41 +68,43 @@ def load_tokenizer(settings: Base) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source(settings, weights=False), trust_remote_code=False
+            resolve_weights(settings, weights=False), trust_remote_code=False
         )
-    except UNREADABLE as error:
-        raise _unreadable("tokenizer", settings, error) from error
+    except LOAD_ERRORS as error:
+        raise _load_error("tokenizer", settings, error) from error
     if tokenizer.eos_token_id is None:
-        raise Refused(f"the tokenizer of {settings.model} has no end-of-sequence token; choose a model that has one")
+        raise InvalidInputError(
+            f"the tokenizer of {settings.model} has no end-of-sequence token; choose a model that has one"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def empty_model(settings: Base) -> PreTrainedModel:
+def meta_model(settings: Base) -> PreTrainedModel:
     """The base model's shape: its modules on the meta device, without weights or memory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(source(settings, weights=False), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(resolve_weights(settings, weights=False), trust_remote_code=False)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except UNREADABLE as error:
-        raise _unreadable("config.json", settings, error) from error
+    except LOAD_ERRORS as error:
+        raise _load_error("config.json", settings, error) from error
     return model
 
 
-def load_model(settings: Base, machine: Machine) -> PreTrainedModel:
+def load_model(settings: Base, machine: ComputeSpec) -> PreTrainedModel:
     """The base model on the machine's device: linear layers quantized as set; the rest, the head too, in its dtype."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source(settings),
+            resolve_weights(settings),
             dtype=machine.dtype,
-            quantization_config=_quantization(settings.quantize, machine.dtype),
+            quantization_config=_quantization_config(settings.quantize, machine.dtype),
             device_map={"": machine.device},
             use_safetensors=True,
             trust_remote_code=False,
@@ -106,11 +112,11 @@ def load_model(settings: Base, machine: Machine) -> PreTrainedModel:
         )
     except torch.OutOfMemoryError:
         raise
-    except UNREADABLE as error:
-        raise _unreadable("model", settings, error) from error
+    except LOAD_ERRORS as error:
+        raise _load_error("model", settings, error) from error
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):
-        raise Refused(
+        raise InvalidInputError(
             f"the weights of {settings.model} lack {len(missing)} tensors that its config.json asks for, such as "
             f"{missing[0]}; expected all of them. Name a model whose files belong together"
         )
@@ -121,7 +127,7 @@ def load_model(settings: Base, machine: Machine) -> PreTrainedModel:
     return model
 
 
-def _quantization(quantize: str, dtype: torch.dtype) -> Any:
+def _quantization_config(quantize: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if quantize == "int8":
@@ -144,7 +150,7 @@ def _keep_gradients_of_nf4(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def identity(settings: Base) -> tuple[str, str | None]:
+def hub_identity(settings: Base) -> tuple[str, str | None]:
     """The name and revision by which others find the base model: those on the Hub, wherever it was read from."""
     if settings.model.startswith((".", "/", "~")) and (
         origin := hub_snapshot(local_path(settings.model, "TAGGER_BASE_MODEL"))
@@ -153,21 +159,21 @@ def identity(settings: Base) -> tuple[str, str | None]:
     return settings.model, settings.revision
 
 
-def source(settings: Base, *, weights: bool = True) -> Path:
+def resolve_weights(settings: Base, *, weights: bool = True) -> Path:
     """The folder that the base model is loaded from, downloaded or converted if it must be.
 
     Without `weights` config and tokenizer are enough: a check downloads no gigabytes. Only safetensors
     are downloaded, never pickles or code. Loading from a folder also keeps every later step from
     asking the Hub for what is here already.
     """
-    if is_local(settings.model, WEIGHTS):
+    if is_local(settings.model, WEIGHT_SUFFIXES):
         path = check_local(settings.model)
         if path.is_dir():
             return path
         try:
-            return _converted(path)
-        except (*UNREADABLE, struct.error) as error:
-            raise _unreadable("file", settings, error) from error
+            return cached_gguf_conversion(path)
+        except (*LOAD_ERRORS, struct.error) as error:
+            raise _load_error("file", settings, error) from error
 
     import httpx2
     from huggingface_hub import snapshot_download
@@ -183,13 +189,13 @@ def source(settings: Base, *, weights: bool = True) -> Path:
         )
 
     try:
-        folder = hub.retrying(download, DOWNLOAD_SECONDS, "download")
+        folder = hub.retry(download, DOWNLOAD_SECONDS, "download")
         return check_local(folder) if weights else Path(folder)
     except (httpx2.HTTPError, OSError, ValueError) as error:
-        raise _unreadable("files", settings, error) from error
+        raise _load_error("files", settings, error) from error
 
 
-def _converted(gguf: Path) -> Path:
+def cached_gguf_conversion(gguf: Path) -> Path:
     """The folder with a GGUF file's model in half precision, made at the first call and then reused."""
     from huggingface_hub.constants import HF_HOME
 
@@ -226,10 +232,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.to(torch.float16).save_pretrained(folder)
 
 
-def _unreadable(what: str, settings: Base, error: Exception) -> Refused:
+def _load_error(what: str, settings: Base, error: Exception) -> InvalidInputError:
     at = f" at revision {settings.revision}" if settings.revision else ""
     reason = " ".join(str(error).split())
-    return Refused(
+    return InvalidInputError(
         f"the {what} of {settings.model}{at} cannot be read: {reason} "
         "Check TAGGER_BASE_MODEL and TAGGER_BASE_REVISION, the network, and that HF_TOKEN may read it"
     )

@@ -11,15 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job import data
-from job.decoding.equivalence import alike
+from job.decoding.equivalence import same_answer
 from job.evaluate import score_tags
-from job.model_card import card, score_table
+from job.model_card import model_card, score_table
 from job.runs import markup, plots, shutdown
-from job.runs.atomic import json_lines, write_whole
+from job.runs.atomic import atomic_write, json_lines
 from job.runs.markup import Block, Picture
-from job.runs.run_folder import RunFolder, try_to_write
+from job.runs.run_folder import RunFolder, check_writable
 from job.settings import Settings
-from job.types import Prediction, Published, PushFailed, Refused, Scores, Summary, Tagged, Trained, Verdict
+from job.types import (
+    InvalidInputError,
+    Prediction,
+    Published,
+    PublishError,
+    Scores,
+    Summary,
+    TaggedText,
+    TrainResult,
+    Verdict,
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +43,13 @@ if TYPE_CHECKING:
     from job.sample import Tagger
 
 
-def kept_evaluation(
+def cached_evaluation(
     run: RunFolder, chapter: str, weights: str, evaluate: Callable[[], tuple[Scores, list[Prediction]]]
 ) -> tuple[Scores, list[Prediction]]:
     """An evaluation's outcome: the one that an attempt before kept for these weights, or else made now and kept."""
     name = f"checkpoints/{chapter}.json"
     with run.chapter(chapter):
-        if run.sealed(name):
+        if run.is_intact(name):
             found = json.loads((run.path / name).read_text(encoding="utf-8"))
             if found["weights"] == weights:
                 return Scores(**found["scores"]), [_prediction(was) for was in found["predictions"]]
@@ -47,13 +57,13 @@ def kept_evaluation(
         kept = {"weights": weights, "scores": asdict(scores), "predictions": list(map(asdict, predictions))}
         try:
             run.write(name, json.dumps(kept, ensure_ascii=False))
-            run.seal(name)
+            run.record_checksums(name)
         except OSError as error:
             log.warning("%s: not kept in case of an interruption (%s)", chapter, error.strerror or error)
     return scores, predictions
 
 
-def kept_threshold(run: RunFolder, weights: str, tagger: Tagger, calibrate: Callable[[], None]) -> None:
+def cached_threshold(run: RunFolder, weights: str, tagger: Tagger, calibrate: Callable[[], None]) -> None:
     """Give a tagger the threshold that an attempt before found for these weights, or find and note it now."""
     with run.chapter("calibrate"):
         kept = run.manifest.get("threshold")
@@ -92,11 +102,11 @@ def save_verdict(run: RunFolder, verdict: Verdict, published: Scores | None) -> 
     metrics["scores"] |= {} if published is None else {"published": asdict(published)}
     with shutdown.deferred():
         run.write("metrics.json", json.dumps(metrics | {"gate": asdict(verdict)}, indent=2) + "\n")
-        run.seal("metrics.json")
+        run.record_checksums("metrics.json")
 
 
 def save_metrics(
-    run: RunFolder, scores: Mapping[str, Scores], trained: Trained, predictions: Sequence[Prediction]
+    run: RunFolder, scores: Mapping[str, Scores], trained: TrainResult, predictions: Sequence[Prediction]
 ) -> None:
     """Write metrics.json, predictions.jsonl and tags.jsonl."""
     run.write_lines("predictions.jsonl", map(asdict, predictions))
@@ -117,10 +127,12 @@ def save_card(
     """Write the model card in the place of the one that peft made, and the picture that it shows."""
     history = _lines(run, "log.jsonl")
     run.write("loss.svg", _curve("training loss", history, "loss"))
-    (adapter / "README.md").write_text(card(settings, scores, run.manifest["versions"], licence), encoding="utf-8")
+    (adapter / "README.md").write_text(
+        model_card(settings, scores, run.manifest["versions"], licence), encoding="utf-8"
+    )
 
 
-def save_samples(run: RunFolder, samples: Sequence[Tagged]) -> None:
+def save_samples(run: RunFolder, samples: Sequence[TaggedText]) -> None:
     """Write samples.jsonl: the answers of the model in memory."""
     run.write_lines("samples.jsonl", map(asdict, samples))
 
@@ -128,39 +140,39 @@ def save_samples(run: RunFolder, samples: Sequence[Tagged]) -> None:
 def check_round_trip(run: RunFolder, load: Callable[[], Tagger], settings: Settings) -> None:
     """Tag the samples' texts anew, show the answers, and compare them with those of the model in memory.
 
-    Raises PushFailed when the adapter cannot be loaded back, or when an answer differs: then what
+    Raises PublishError when the adapter cannot be loaded back, or when an answer differs: then what
     others load is not what was trained.
     """
     before = _lines(run, "samples.jsonl")
     try:
         tagger = load()
         samples = tagger.tag([sample["text"] for sample in before])
-    except Refused as refusal:
-        raise PushFailed(
+    except InvalidInputError as refusal:
+        raise PublishError(
             f"what was saved cannot be loaded back: {refusal} "
             f"Try again with: TAGGER_RUN_ID={run.path.name} tagger-job push"
         ) from refusal
     show_samples(samples, settings.sample.output)
     for old, new in zip(before, samples, strict=True):
-        if not alike(old, asdict(new), tagger.decoding):
+        if not same_answer(old, asdict(new), tagger.decoding):
             was, now = (dict(zip(t["tags"], t["confidences"], strict=True)) for t in (old, asdict(new)))
-            raise PushFailed(
+            raise PublishError(
                 f"loaded anew, the adapter answers {new.raw!r} to {new.text!r} ({now}), and answered {old['raw']!r} "
                 f"after training ({was}): what was saved is not what was trained; look at {run.path} before using it"
             )
 
 
-def show_samples(samples: Sequence[Tagged], output: Path | None) -> None:
+def show_samples(samples: Sequence[TaggedText], output: Path | None) -> None:
     """Print a line for each answer, `prompt ['tag', ...]`, and write the file that is asked for."""
     for sample in samples:
-        unparsed = "" if sample.parsed else f"   (not a whole list: {sample.raw!r})"
+        unparsed = "" if sample.well_formed else f"   (not a whole list: {sample.raw!r})"
         print(f"{sample.prompt} {list(sample.tags)}{unparsed}", flush=True)
     if output is not None:
-        write_whole(output, json_lines(map(asdict, samples)))
+        atomic_write(output, json_lines(map(asdict, samples)))
 
 
 def check_output(output: Path | None, *inputs: str | Path | None) -> None:
-    """Raise Refused when the file that is to get the answers cannot be written, or is something else's.
+    """Raise InvalidInputError when the file that is to get the answers cannot be written, or is something else's.
 
     It is replaced by renaming, which would put a plain file in the place of a device or a link.
     """
@@ -169,14 +181,16 @@ def check_output(output: Path | None, *inputs: str | Path | None) -> None:
     try:
         taken = os.path.lexists(output) and (output.is_symlink() or not output.is_file())
     except OSError as error:
-        raise Refused(f"TAGGER_SAMPLE_OUTPUT={output} cannot be written: {error.strerror or error}") from error
+        raise InvalidInputError(
+            f"TAGGER_SAMPLE_OUTPUT={output} cannot be written: {error.strerror or error}"
+        ) from error
     if taken or not output.name or len(output.name.encode()) > LONGEST_NAME:
-        raise Refused(
+        raise InvalidInputError(
             f"TAGGER_SAMPLE_OUTPUT={output} is not a file that can be written anew; expected the path of a plain file"
         )
     if any(output.resolve() == Path(other).resolve() for other in inputs if other):
-        raise Refused(f"TAGGER_SAMPLE_OUTPUT={output} is also read by this job; name another file")
-    try_to_write(output.parent, "the answers' folder", "TAGGER_SAMPLE_OUTPUT to a file in one")
+        raise InvalidInputError(f"TAGGER_SAMPLE_OUTPUT={output} is also read by this job; name another file")
+    check_writable(output.parent, "the answers' folder", "TAGGER_SAMPLE_OUTPUT to a file in one")
 
 
 def save_report(run: RunFolder, outcome: str, published: Published | None = None) -> None:

@@ -11,14 +11,14 @@ import peft
 import torch
 
 from job import data, quantize
-from job.decoding.config import Decoding, of_adapter
-from job.decoding.constraints import Open, Vocabulary, enforce
-from job.decoding.marginals import WAYS, likely_tags
+from job.decoding.config import DecodingConfig, load_config
+from job.decoding.constraints import ClosedVocabulary, OpenVocabulary, constrain
+from job.decoding.marginals import BEAM_ROWS, tag_marginals
 from job.freeze import freeze
 from job.hub import client as hub
 from job.settings import Data, Sample, Settings
-from job.system.device import Machine
-from job.types import Published, Refused, Tagged
+from job.system.device import ComputeSpec
+from job.types import InvalidInputError, Published, TaggedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,8 +38,8 @@ class Tagger:
         model: PreTrainedModel | peft.PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: Settings,
-        machine: Machine,
-        decoding: Decoding,
+        machine: ComputeSpec,
+        decoding: DecodingConfig,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
@@ -48,38 +48,38 @@ class Tagger:
         self._machine = machine
         self.decoding = decoding
         space, most = data.target([], settings.data.separator).removesuffix("[]"), decoding.max_tags
-        self._grammar: Open | Vocabulary
+        self._grammar: OpenVocabulary | ClosedVocabulary
         if decoding.vocabulary == "open":
-            self._grammar = Open(tokenizer, space, most)
+            self._grammar = OpenVocabulary(tokenizer, space, most)
         else:
-            self._grammar = Vocabulary(tokenizer, decoding.tags, space, most)
+            self._grammar = ClosedVocabulary(tokenizer, decoding.tags, space, most)
 
-    def tag(self, texts: Sequence[str]) -> list[Tagged]:
+    def tag(self, texts: Sequence[str]) -> list[TaggedText]:
         """The answer for each text, in order.
 
         Texts of like length share a batch, so that little is padded: at most `batch_size` of them, and
         BATCH_TOKENS tokens unless one text alone has more.
         """
         room = self._sample.max_new_tokens
-        prompts = [data.encode_prompt(self._tokenizer, text, self._data, answer_room=room) for text in texts]
+        prompts = [data.encode_prompt(self._tokenizer, text, self._data, reserved_tokens=room) for text in texts]
         by_length = sorted(range(len(texts)), key=lambda i: len(prompts[i]))
-        answers: dict[int, Tagged] = {}
-        likely = self.decoding.decoding == "likely"
+        answers: dict[int, TaggedText] = {}
+        likely = self.decoding.decoding == "marginal"
         self._model.eval()
         while by_length:
             # the longest first: memory that is not enough shows at once
-            tokens = (len(prompts[by_length[-1]]) + room) * (WAYS if likely else 1)
+            tokens = (len(prompts[by_length[-1]]) + room) * (BEAM_ROWS if likely else 1)
             rows = max(1, min(self._sample.batch_size, BATCH_TOKENS // tokens))
             batch = by_length[-rows:]
             del by_length[-rows:]
-            found = (self._likely if likely else self._lists)([prompts[i] for i in batch])
+            found = (self._marginal if likely else self._greedy)([prompts[i] for i in batch])
             for i, answer in zip(batch, found, strict=True):
-                answers[i] = self._answer(texts[i], *answer)
+                answers[i] = self._tagged_text(texts[i], *answer)
         return [answers[i] for i in range(len(texts))]
 
-    def _answer(self, text: str, raw: str, tags: list[tuple[str, float]], closed: bool) -> Tagged:
+    def _tagged_text(self, text: str, raw: str, tags: list[tuple[str, float]], closed: bool) -> TaggedText:
         kept = [(tag, confidence) for tag, confidence in tags if confidence >= self.decoding.threshold]
-        return Tagged(
+        return TaggedText(
             text,
             data.prompt(text, self._data.separator),
             raw,
@@ -88,7 +88,7 @@ class Tagger:
             tuple(round(confidence, 4) for _, confidence in kept),
         )
 
-    def _lists(self, prompts: list[list[int]]) -> list[_Answer]:
+    def _greedy(self, prompts: list[list[int]]) -> list[_Answer]:
         """The list that is written after each prompt, greedily."""
         from transformers import GenerationConfig, LogitsProcessorList
 
@@ -101,13 +101,13 @@ class Tagger:
             pad_token_id=self._tokenizer.pad_token_id,
             bos_token_id=self._tokenizer.bos_token_id,
         )
-        walks = [self._grammar.walk() for _ in prompts]
+        walks = [self._grammar.new_state() for _ in prompts]
         with torch.inference_mode(), self._machine.autocast():
             written = generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([lambda _, logits: enforce(walks, logits)]),
+                logits_processor=LogitsProcessorList([lambda _, logits: constrain(walks, logits)]),
                 stopping_criteria=[lambda ids, _: torch.tensor([w.closed for w in walks], device=ids.device)],
             )
         texts = self._tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
@@ -116,17 +116,17 @@ class Tagger:
             for text, walk in zip(texts, walks, strict=True)
         ]
 
-    def _likely(self, prompts: list[list[int]]) -> list[_Answer]:
+    def _marginal(self, prompts: list[list[int]]) -> list[_Answer]:
         """The tags that are likely enough after each prompt, the most confident first."""
-        assert isinstance(self._grammar, Vocabulary)
+        assert isinstance(self._grammar, ClosedVocabulary)
         ids, mask = self._padded(prompts)
         with torch.inference_mode(), self._machine.autocast():
-            lists = likely_tags(
+            lists = tag_marginals(
                 self._model,
                 ids,
                 mask,
                 self._grammar,
-                places=self.decoding.places,
+                max_positions=self.decoding.max_positions,
                 room=self._sample.max_new_tokens,
             )
         answers: list[_Answer] = []
@@ -144,12 +144,12 @@ class Tagger:
         return ids, mask
 
 
-def load_tagger(settings: Settings, adapter: Published | Path | str, machine: Machine) -> Tagger:
+def load_tagger(settings: Settings, adapter: Published | Path | str, machine: ComputeSpec) -> Tagger:
     """The base model loaded anew with an adapter: one just published, a folder's, or a Hub repo's.
 
     A repo is read at TAGGER_HUB_REVISION. The base model is frozen as for training, so that its
     numbers are those the adapter was trained with.
-    Raises Refused when there is no such adapter, or when it was trained on another base model.
+    Raises InvalidInputError when there is no such adapter, or when it was trained on another base model.
     """
     revision: str | None
     if isinstance(adapter, Published):
@@ -158,20 +158,22 @@ def load_tagger(settings: Settings, adapter: Published | Path | str, machine: Ma
         place, revision = str(adapter), None if isinstance(adapter, Path) else settings.hub.revision
     config = _adapter_config(place, revision)
     if config.base_model_name_or_path is None:
-        raise Refused(f"the adapter in {place} does not name its base model; expected one that was saved by this job")
-    if config.base_model_name_or_path not in (settings.base.model, quantize.identity(settings.base)[0]):
-        raise Refused(
+        raise InvalidInputError(
+            f"the adapter in {place} does not name its base model; expected one that was saved by this job"
+        )
+    if config.base_model_name_or_path not in (settings.base.model, quantize.hub_identity(settings.base)[0]):
+        raise InvalidInputError(
             f"the adapter in {place} was trained on {config.base_model_name_or_path}, not on {settings.base.model}; "
             f"set TAGGER_BASE_MODEL={config.base_model_name_or_path}"
         )
-    decoding = of_adapter(settings.sample, adapter if isinstance(adapter, Path) else place, revision)
+    decoding = load_config(settings.sample, adapter if isinstance(adapter, Path) else place, revision)
     base = settings.base.model_copy(update={"revision": config.revision or settings.base.revision})
     model = quantize.load_model(base, machine)
     freeze(model)
     try:
         adapted = peft.PeftModel.from_pretrained(model, place, revision=revision, token=hub.token() or False)
-    except (*quantize.UNREADABLE, httpx2.HTTPError) as error:
-        raise Refused(
+    except (*quantize.LOAD_ERRORS, httpx2.HTTPError) as error:
+        raise InvalidInputError(
             f"the weights of the adapter in {place} cannot be read: {error}; train or fetch it again"
         ) from error
     return Tagger(adapted, quantize.load_tokenizer(base), settings, machine, decoding)
@@ -184,7 +186,7 @@ def _adapter_config(adapter: str, revision: str | None) -> peft.PeftConfig:
         )
     except (OSError, ValueError, TypeError, httpx2.HTTPError) as error:
         reason = " ".join(str(error).split())
-        raise Refused(
+        raise InvalidInputError(
             f"there is no adapter to read in {adapter}: {reason}. "
             "Check TAGGER_HUB_REPO and HF_TOKEN, or train one first"
         ) from error

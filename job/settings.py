@@ -30,7 +30,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from job.types import Refused
+from job.types import InvalidInputError
 
 PREFIX = "TAGGER_"
 DOTENV = Path(".env")
@@ -137,13 +137,13 @@ NameList = Annotated[tuple[Identifier, ...], NoDecode, BeforeValidator(_comma_se
 Threshold = Annotated[float | Literal["auto"], BeforeValidator(_threshold)]
 
 
-class Group(BaseModel):
+class SettingsGroup(BaseModel):
     """The knobs of one chapter."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Base(Group):
+class Base(SettingsGroup):
     model: Identifier = Field(
         "bigscience/bloomz-560m",
         description="Base model: a Hub id, a local folder, or a .gguf file "
@@ -155,7 +155,7 @@ class Base(Group):
     )
 
 
-class Data(Group):
+class Data(SettingsGroup):
     dataset: Identifier = Field(
         "Abirate/english_quotes",
         description="Data set: a Hub id, or a .jsonl, .csv or .parquet file "
@@ -212,7 +212,7 @@ class Data(Group):
         return self
 
 
-class Lora(Group):
+class Lora(SettingsGroup):
     r: int = Field(16, ge=1, le=1024, description="Rank of the adapters.")
     alpha: float = Field(
         32, gt=0, le=65536, description="Scale of the adapters: their output is multiplied by alpha / r."
@@ -226,37 +226,37 @@ class Lora(Group):
     )
 
 
-class Train(Group):
+class Train(SettingsGroup):
     max_steps: int = Field(200, ge=1, le=10**9, description="Optimizer steps.")
     batch_size: int = Field(4, ge=1, le=65536, description="An optimizer step has this many examples, times the next.")
-    accumulation: int = Field(
+    gradient_accumulation_steps: int = Field(
         4, ge=1, le=65536, description="An optimizer step has this many times TAGGER_TRAIN_BATCH_SIZE examples."
     )
-    micro_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
+    micro_batch_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
         None,
         description="Most tokens computed at once; one longer example is computed alone. Changes memory and speed, "
         "never the batch; auto or empty: what suits the device and fits, halved when memory runs out.",
     )
     warmup_steps: int = Field(100, ge=0, le=10**9, description="Steps over which the learning rate rises from zero.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         "linear",
         description="How the learning rate goes on after the warm-up: to zero, in a line or a cosine, or as it is.",
     )
-    average: float = Field(
+    weight_averaging: float = Field(
         0.0,
         ge=0,
         le=1,
         description="Share of the steps, the last ones, whose weights are averaged into the adapter; 0: the last "
-        "step's alone. Goes with TAGGER_TRAIN_SCHEDULE=constant.",
+        "step's alone. Goes with TAGGER_TRAIN_LR_SCHEDULER_TYPE=constant.",
     )
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field(
         "auto", description="Arithmetic: auto takes bf16 on GPUs that have it, fp16 on older ones, fp32 on CPUs."
     )
-    loss_on: Literal["tags", "all"] = Field(
-        "tags", description="Tokens that carry loss: the tags alone, or the text too."
+    completion_only_loss: bool = Field(
+        True, description="Compute the loss on the tags alone; false: on the text too, as the original notebook does."
     )
-    checkpointing: Literal["auto", "on", "off"] = Field(
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Gradient checkpointing, which recomputes activations to save memory; auto: only if the longest "
         "example does not fit otherwise.",
@@ -266,16 +266,16 @@ class Train(Group):
     save_minutes: float = Field(
         10, gt=0, le=1440, description="A checkpoint is also made when the last one is this old."
     )
-    keep: int = Field(2, ge=1, le=1000, description="Checkpoints that are kept: the newest ones.")
+    save_total_limit: int = Field(2, ge=1, le=1000, description="Checkpoints that are kept: the newest ones.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of adapters, dropout and order of examples.")
 
-    @field_validator("micro_tokens", mode="before")
+    @field_validator("micro_batch_tokens", mode="before")
     @classmethod
     def _auto_is_none(cls, value: object) -> object:
         return None if value == "auto" else value
 
 
-class Eval(Group):
+class Eval(SettingsGroup):
     limit: int | None = Field(None, ge=1, le=10**9, description="Evaluate on this many held-out examples at most.")
     gate: Literal["off", "floor", "published"] = Field(
         "off",
@@ -288,7 +288,7 @@ class Eval(Group):
     )
 
 
-class Hub(Group):
+class Hub(SettingsGroup):
     repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = Field(
         None,
         description="Model repo to publish to, owner/name; empty: the token's user and <base name>-tagger.",
@@ -307,7 +307,7 @@ class Hub(Group):
     )
 
 
-class Sample(Group):
+class Sample(SettingsGroup):
     prompts: TextList = Field(
         ("“Training models with PEFT and LoRa is cool”",),
         description="JSON list of texts to tag after the run.",
@@ -322,7 +322,7 @@ class Sample(Group):
         description="Tags an answer may hold: open (any), seen (those that were trained on), or a file with one a "
         "line; empty: as the adapter was published, and when training open.",
     )
-    decoding: Literal["list", "likely"] | None = Field(
+    decoding: Literal["greedy", "marginal"] | None = Field(
         None,
         description="list: the list that the model writes, each token the likeliest; likely: every tag of the "
         "vocabulary that is likely enough to be in the list, best with TAGGER_DATA_TAG_ORDER=shuffled; empty: as the "
@@ -337,15 +337,15 @@ class Sample(Group):
     max_tags: Annotated[int, Field(ge=1, le=1000)] | None = Field(
         None, description="Most tags of an answer; empty: as the adapter was published, and when training 20."
     )
-    places: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+    max_positions: Annotated[int, Field(ge=1, le=1000)] | None = Field(
         None,
-        description="Places of the list that TAGGER_SAMPLE_DECODING=likely looks at, which a threshold belongs to: 1 "
+        description="Places of the list that TAGGER_SAMPLE_DECODING=marginal looks at, which a threshold belongs to: 1 "
         "is faster and less right; empty: as the adapter was published, and when training 20.",
     )
     batch_size: int = Field(16, ge=1, le=65536, description="Texts in one forward pass when tagging.")
 
 
-class Run(Group):
+class Run(SettingsGroup):
     dir: Path = Field(Path("runs"), description="Folder of the runs.")
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=128)] | None = Field(
         None, description="Name of the run's folder; empty: base model, and a digest of settings and data."
@@ -358,7 +358,7 @@ class Run(Group):
     processes: int = Field(1, ge=1, le=1, description="Processes that train together, one a GPU; only 1 for now.")
 
 
-class Modal(Group):
+class Modal(SettingsGroup):
     gpu: Annotated[str, AfterValidator(_gpus)] = Field(
         "L4,A10,T4", description="GPU asked for on Modal; a comma-separated list gives fallbacks."
     )
@@ -411,9 +411,9 @@ class Settings(BaseSettings):
                 f"TAGGER_DATA_MAX_LENGTH={self.data.max_length} leaves no room for a text beside "
                 f"TAGGER_SAMPLE_MAX_NEW_TOKENS={self.sample.max_new_tokens}; make it at least 8 more"
             )
-        if self.sample.decoding == "likely" and self.sample.vocabulary == "open":
+        if self.sample.decoding == "marginal" and self.sample.vocabulary == "open":
             raise ValueError(
-                "TAGGER_SAMPLE_DECODING=likely asks how likely each tag of a vocabulary is, and "
+                "TAGGER_SAMPLE_DECODING=marginal asks how likely each tag of a vocabulary is, and "
                 "TAGGER_SAMPLE_VOCABULARY is open; set it to seen or to a file of tags"
             )
         if self.run.device == "cpu" and self.train.precision == "fp16":
@@ -425,13 +425,13 @@ class Settings(BaseSettings):
     def values(self) -> dict[str, Any]:
         """Every variable's name and its value as JSON types. None of them is a secret."""
         dumped = self.model_dump(mode="json")
-        return {name: dumped[group][knob] for name, group, knob in _knobs()}
+        return {name: dumped[group][knob] for name, group, knob in iter_fields()}
 
     def result_values(self) -> dict[str, Any]:
         """The values that change what a run trains or measures: those that identify it."""
         return {name: value for name, value in self.values().items() if _changes_result(name)}
 
-    def pinned(self, *, base: str | None, data: str | None) -> Settings:
+    def with_revisions(self, *, base: str | None, data: str | None) -> Settings:
         """The same settings with these commit hashes as revisions of base model and data set."""
         groups = {
             "base": self.base.model_copy(update={"revision": base or self.base.revision}),
@@ -442,20 +442,20 @@ class Settings(BaseSettings):
     def with_result_values(self, values: Mapping[str, Any]) -> Settings:
         """These settings, but with another run's values for all that identifies a run."""
         groups = self.model_dump()
-        for name, group, knob in _knobs():
+        for name, group, knob in iter_fields():
             if _changes_result(name) and name in values:
                 groups[group][knob] = values[name]
         try:
             return Settings.model_validate(groups)
         except ValidationError as error:
             problems = [_describe(detail, {}) for detail in error.errors(include_url=False)]
-            raise Refused(
+            raise InvalidInputError(
                 *(f"with the settings of the run that trained it: {problem}" for problem in problems)
             ) from None
 
-    def decoded_as_published(self) -> Settings:
+    def with_published_decoding(self) -> Settings:
         """These settings without those that would have an adapter decoded otherwise than it says itself."""
-        own = dict.fromkeys(("vocabulary", "decoding", "threshold", "max_tags", "places"))
+        own = dict.fromkeys(("vocabulary", "decoding", "threshold", "max_tags", "max_positions"))
         return self.model_copy(update={"sample": self.sample.model_copy(update=own)})
 
     def digest(self, *more: str) -> str:
@@ -464,9 +464,9 @@ class Settings(BaseSettings):
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _knobs() -> Iterator[tuple[str, str, str]]:
+def iter_fields() -> Iterator[tuple[str, str, str]]:
     for group, field in Settings.model_fields.items():
-        assert isinstance(field.annotation, type) and issubclass(field.annotation, Group)
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, SettingsGroup)
         for knob in field.annotation.model_fields:
             yield f"{PREFIX}{group}_{knob}".upper(), group, knob
 
@@ -482,61 +482,61 @@ def _changes_result(name: str) -> bool:
 def load(recipe: Path | None = None) -> Settings:
     """Read and validate all settings.
 
-    Raises Refused with every unknown name and every bad value at once.
+    Raises InvalidInputError with every unknown name and every bad value at once.
     """
-    files = _files(recipe)
-    given = _given(files)
-    broken = [name for name, value in os.environ.items() if _ours(name) and not is_unicode(value)]
+    files = _settings_files(recipe)
+    explicit_values = _value_sources(files)
+    broken = [name for name, value in os.environ.items() if has_prefix(name) and not is_unicode(value)]
     if broken:
-        raise Refused(f"{', '.join(broken)}: expected text in UTF-8; the value holds bytes that are none")
-    known = {name for name, _, _ in _knobs()}
-    problems = [_unknown(name, source, known) for name, source in given.items() if name not in known]
-    if any(name.upper().removeprefix(PREFIX).lower() in Settings.model_fields for name in given):
-        raise Refused(*problems)  # the name of a group alone would be read as all of its knobs, in JSON
+        raise InvalidInputError(f"{', '.join(broken)}: expected text in UTF-8; the value holds bytes that are none")
+    known = {name for name, _, _ in iter_fields()}
+    problems = [_unknown_name(name, source, known) for name, source in explicit_values.items() if name not in known]
+    if any(name.upper().removeprefix(PREFIX).lower() in Settings.model_fields for name in explicit_values):
+        raise InvalidInputError(*problems)  # the name of a group alone would be read as all of its knobs, in JSON
     try:
         settings = Settings(_env_file=files)
     except ValidationError as error:
         problems += [
-            _describe(detail, given)
+            _describe(detail, explicit_values)
             for detail in error.errors(include_url=False)
             if detail["type"] != "extra_forbidden"
         ]
     else:
         if not problems:
             return settings
-    raise Refused(*problems)
+    raise InvalidInputError(*problems)
 
 
-def given(recipe: Path | None = None) -> dict[str, str]:
+def explicit_values(recipe: Path | None = None) -> dict[str, str]:
     """The variables that were given, as text, but for where the runs are: that is another machine's own affair.
 
     With them, that machine loads the same settings.
     """
     values: dict[str, str | None] = {}
-    for file in _files(recipe):
-        values.update(_read(file))
+    for file in _settings_files(recipe):
+        values.update(_read_file(file))
     values.update(os.environ)
-    return {name: value for name, value in values.items() if value and _ours(name) and name != RUN_DIR}
+    return {name: value for name, value in values.items() if value and has_prefix(name) and name != RUN_DIR}
 
 
-def take_over(given: Mapping[str, str]) -> None:
+def replace_environment(explicit_values: Mapping[str, str]) -> None:
     """Put what was given on another machine in the place of this one's variables, but for where the runs are."""
-    for name in [name for name in os.environ if _ours(name) and name != RUN_DIR]:
+    for name in [name for name in os.environ if has_prefix(name) and name != RUN_DIR]:
         del os.environ[name]
-    os.environ.update(given)
+    os.environ.update(explicit_values)
 
 
 def sources(recipe: Path | None = None) -> dict[str, str]:
     """Where each variable that was given came from; the others have their default."""
-    return _given(_files(recipe))
+    return _value_sources(_settings_files(recipe))
 
 
-def ecosystem(recipe: Path | None = None) -> dict[str, str]:
+def third_party_variables(recipe: Path | None = None) -> dict[str, str]:
     """What the files say for other programs (HF_TOKEN, HF_HOME, ...), names without our prefix."""
     merged: dict[str, str | None] = {}
-    for file in _files(recipe):
-        merged.update(_read(file))
-    return {name: value for name, value in merged.items() if value and not _ours(name)}
+    for file in _settings_files(recipe):
+        merged.update(_read_file(file))
+    return {name: value for name, value in merged.items() if value and not has_prefix(name)}
 
 
 def env_example() -> str:
@@ -549,18 +549,18 @@ def env_example() -> str:
         "# HF_TOKEN, HF_HOME, HF_ENDPOINT and CUDA_VISIBLE_DEVICES keep their usual names and meaning.",
     ]
     last_group = ""
-    for name, group, knob in _knobs():
+    for name, group, knob in iter_fields():
         field_group = Settings.model_fields[group].annotation
-        assert isinstance(field_group, type) and issubclass(field_group, Group)
+        assert isinstance(field_group, type) and issubclass(field_group, SettingsGroup)
         field = field_group.model_fields[knob]
         if group != last_group:
             lines.append("")
             last_group = group
-        lines += [f"# {field.description}", f"{name}={show(field.default)}"]
+        lines += [f"# {field.description}", f"{name}={to_env(field.default)}"]
     return "\n".join(lines) + "\n"
 
 
-def show(value: object) -> str:
+def to_env(value: object) -> str:
     """A value as one would write it in the environment."""
     if value is None:
         return ""
@@ -573,33 +573,35 @@ def show(value: object) -> str:
     return str(value)
 
 
-def _files(recipe: Path | None) -> tuple[Path, ...]:
+def _settings_files(recipe: Path | None) -> tuple[Path, ...]:
     if recipe is None:
         return (DOTENV,) if DOTENV.is_file() else ()
     if not recipe.is_file():
-        raise Refused(f"--recipe {recipe} is not a file; expected one with lines such as TAGGER_LORA_R=16")
+        raise InvalidInputError(f"--recipe {recipe} is not a file; expected one with lines such as TAGGER_LORA_R=16")
     return (recipe, DOTENV) if DOTENV.is_file() else (recipe,)
 
 
-def _given(files: tuple[Path, ...]) -> dict[str, str]:
+def _value_sources(files: tuple[Path, ...]) -> dict[str, str]:
     """Source of each non-empty variable with our prefix, in any case; a later source wins."""
-    given: dict[str, str] = {}
+    explicit_values: dict[str, str] = {}
     for file in files:
-        given.update({name: str(file) for name, value in _read(file).items() if value and _ours(name)})
-    given.update({name: "environment" for name, value in os.environ.items() if value and _ours(name)})
-    return given
+        explicit_values.update(
+            {name: str(file) for name, value in _read_file(file).items() if value and has_prefix(name)}
+        )
+    explicit_values.update({name: "environment" for name, value in os.environ.items() if value and has_prefix(name)})
+    return explicit_values
 
 
-def _read(file: Path) -> dict[str, str | None]:
-    """The variables of a file; raises Refused with the number of a line that is no NAME=value."""
+def _read_file(file: Path) -> dict[str, str | None]:
+    """The variables of a file; raises InvalidInputError with the number of a line that is no NAME=value."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"{file} cannot be read as lines of NAME=value ({error}); fix or remove it") from error
+        raise InvalidInputError(f"{file} cannot be read as lines of NAME=value ({error}); fix or remove it") from error
     for binding in parse_stream(io.StringIO(text)):
         line = binding.original.string.strip()
         if binding.error or (binding.key is not None and (binding.value is None or not binding.key.isidentifier())):
-            raise Refused(
+            raise InvalidInputError(
                 f"{file} line {binding.original.line}: {line[:60]!r} is not NAME=value; repair or remove the line"
             )
     return dotenv_values(stream=io.StringIO(text))
@@ -610,24 +612,39 @@ def is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _ours(name: str) -> bool:
+def has_prefix(name: str) -> bool:
     return name.upper().startswith(PREFIX)
 
 
-def _unknown(name: str, source: str, known: set[str]) -> str:
-    nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)[0]
+RENAMED = {
+    "TAGGER_TRAIN_ACCUMULATION": "TAGGER_TRAIN_GRADIENT_ACCUMULATION_STEPS",
+    "TAGGER_TRAIN_MICRO_TOKENS": "TAGGER_TRAIN_MICRO_BATCH_TOKENS",
+    "TAGGER_TRAIN_SCHEDULE": "TAGGER_TRAIN_LR_SCHEDULER_TYPE",
+    "TAGGER_TRAIN_AVERAGE": "TAGGER_TRAIN_WEIGHT_AVERAGING",
+    "TAGGER_TRAIN_LOSS_ON": "TAGGER_TRAIN_COMPLETION_ONLY_LOSS (true for tags, false for all)",
+    "TAGGER_TRAIN_CHECKPOINTING": "TAGGER_TRAIN_GRADIENT_CHECKPOINTING",
+    "TAGGER_TRAIN_KEEP": "TAGGER_TRAIN_SAVE_TOTAL_LIMIT",
+    "TAGGER_SAMPLE_PLACES": "TAGGER_SAMPLE_MAX_POSITIONS",
+}
+"""Former names of settings, which are refused with the present one."""
+
+
+def _unknown_name(name: str, source: str, known: set[str]) -> str:
     where = "" if source == "environment" else f" (in {source})"
+    if name.upper() in RENAMED:
+        return f"{name}{where} is now called {RENAMED[name.upper()]}; rename it."
+    nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)[0]
     return f"{name}{where} is not a setting; did you mean {nearest}? `tagger-job settings` lists all."
 
 
-def _describe(detail: Any, given: Mapping[str, str]) -> str:
+def _describe(detail: Any, explicit_values: Mapping[str, str]) -> str:
     """One sentence for one of pydantic's errors: variable, value, what is allowed."""
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     path = [str(part) for part in detail["loc"] if not isinstance(part, int)]
     if len(path) < 2:
         return str(message)
     name = PREFIX + "_".join(path[:2]).upper()
-    source = given.get(name, "environment")
+    source = explicit_values.get(name, "environment")
     where = "" if source == "environment" else f" (in {source})"
     expected = message if message.startswith(("expected", "a text")) else f"expected {message[0].lower()}{message[1:]}"
-    return f"{name}={show(detail['input'])}{where}: {expected}."
+    return f"{name}={to_env(detail['input'])}{where}: {expected}."

@@ -17,58 +17,60 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from job.estimate import budget
+from job.estimate import plan_batches
 from job.runs import shutdown
 from job.runs.run_folder import RunFolder
 from job.settings import Train
-from job.system.device import Machine
+from job.system.device import ComputeSpec
 from job.training import checkpoints, memory_efficient
-from job.training.batching import Collator, examples_of_step, label_count, micro_batches
-from job.training.checkpoints import Progress
+from job.training.batching import Collator, examples_of_step, micro_batches, num_label_tokens
+from job.training.checkpoints import TrainerState
 from job.training.packing import PackedAttention
-from job.types import Diverged, Encoded, JobError, Refused, Trained
+from job.types import DivergedError, EncodedExample, InvalidInputError, JobError, TrainResult
 
 log = logging.getLogger(__name__)
 
-MICRO_TOKENS = {"cpu": 256, "cuda": 8192}
+MICRO_BATCH_TOKENS = {"cpu": 256, "cuda": 8192}
 """Tokens of a micro-batch, if that many fit: more gain little speed and cost memory."""
-MICRO_OVERHEAD = {"cpu": 96, "cuda": 2048}
+MICRO_BATCH_OVERHEAD_TOKENS = {"cpu": 96, "cuda": 2048}
 """What one more micro-batch costs, in tokens: weights are packed or unpacked anew, kernels started."""
 MAX_GRAD_NORM = 1.0
 
 
 def train(
     model: peft.PeftModel,
-    examples: Sequence[Encoded],
+    examples: Sequence[EncodedExample],
     settings: Train,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    machine: Machine,
+    machine: ComputeSpec,
     run: RunFolder,
-) -> Trained:
+) -> TrainResult:
     """Train the model's adapters in place, from the run's newest checkpoint if it has one.
 
     The loss of a step is the mean over its label tokens, whatever the micro-batches. When memory runs
-    out, micro-batches are halved and the step is done again. With TAGGER_TRAIN_AVERAGE the adapters end
+    out, micro-batches are halved and the step is done again. With TAGGER_TRAIN_WEIGHT_AVERAGING the adapters end
     as the mean of their weights after each of the last steps. An interruption saves the last whole step;
     a disk that takes no checkpoint is said and does not end training.
-    Raises Refused for an example that has no label, Diverged when loss or adapters are not finite.
+    Raises InvalidInputError for an example that has no label, Diverged when loss or adapters are not finite.
     """
-    if unlabelled := sum(label_count([example]) == 0 for example in examples):
-        raise Refused(f"{unlabelled} of {len(examples)} examples have no token with a loss; expected tags in each")
+    if unlabelled := sum(num_label_tokens([example]) == 0 for example in examples):
+        raise InvalidInputError(
+            f"{unlabelled} of {len(examples)} examples have no token with a loss; expected tags in each"
+        )
     if settings.warmup_steps >= settings.max_steps:
         log.warning(
             "train: the learning rate never reaches its peak: TAGGER_TRAIN_WARMUP_STEPS=%d, TAGGER_TRAIN_MAX_STEPS=%d",
             settings.warmup_steps,
             settings.max_steps,
         )
-    training = _Training(model, examples, settings, tokenizer, machine, run)
+    training = Trainer(model, examples, settings, tokenizer, machine, run)
     training.resume()
-    training.run_to_the_end()
+    training.run()
     if not all(torch.isfinite(parameter).all() for parameter in model.parameters() if parameter.requires_grad):
-        raise Diverged("the adapters are not finite after training; lower TAGGER_TRAIN_LEARNING_RATE")
+        raise DivergedError("the adapters are not finite after training; lower TAGGER_TRAIN_LEARNING_RATE")
     losses = [entry["loss"] for entry in training.history()]
-    return Trained(training.progress.step, losses[0], losses[-1], training.progress.seconds)
+    return TrainResult(training.progress.step, losses[0], losses[-1], training.progress.seconds)
 
 
 def learning_rate(settings: Train, step: int) -> float:
@@ -80,16 +82,16 @@ def learning_rate(settings: Train, step: int) -> float:
         return settings.learning_rate * step / settings.warmup_steps
     left = max(0.0, (settings.max_steps - step) / max(1, settings.max_steps - settings.warmup_steps))
     shares = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}
-    return settings.learning_rate * shares[settings.schedule]
+    return settings.learning_rate * shares[settings.lr_scheduler_type]
 
 
 def accumulate(
     model: peft.PeftModel,
-    parts: Iterable[Sequence[Encoded]],
+    parts: Iterable[Sequence[EncodedExample]],
     collator: Collator,
     *,
     labels: int,
-    machine: Machine,
+    machine: ComputeSpec,
     packing: PackedAttention | None,
     scaler: torch.amp.GradScaler,
 ) -> float:
@@ -101,7 +103,7 @@ def accumulate(
     for part in parts:
         batch = {name: tensor.to(machine.device) for name, tensor in collator(part).items()}
         if packing is not None:
-            packing.lay_out([len(example.input_ids) for example in part], machine.device)
+            packing.set_sequence_lengths([len(example.input_ids) for example in part], machine.device)
         with machine.autocast():
             loss = model(**batch, num_items_in_batch=labels, use_cache=False).loss
         scaler.scale(loss).backward()
@@ -109,38 +111,40 @@ def accumulate(
     return float(total) * labels
 
 
-def micro_overhead(machine: Machine) -> int:
+def micro_batch_overhead(machine: ComputeSpec) -> int:
     """What one more micro-batch costs on this machine, in tokens."""
-    return MICRO_OVERHEAD.get(machine.device.type, MICRO_OVERHEAD["cuda"])
+    return MICRO_BATCH_OVERHEAD_TOKENS.get(machine.device.type, MICRO_BATCH_OVERHEAD_TOKENS["cuda"])
 
 
-class _Training:
+class Trainer:
     """The state of one training: adapters, Adam's moments, the mean of the last weights, progress."""
 
     def __init__(
         self,
         model: peft.PeftModel,
-        examples: Sequence[Encoded],
+        examples: Sequence[EncodedExample],
         settings: Train,
         tokenizer: PreTrainedTokenizerBase,
-        machine: Machine,
+        machine: ComputeSpec,
         run: RunFolder,
     ) -> None:
         self._model, self._examples, self._settings = model, examples, settings
         self._machine, self._run = machine, run
         base: Any = model.get_base_model()
-        self._packing = PackedAttention(base) if PackedAttention.fits(base) else None
+        self._packing = PackedAttention(base) if PackedAttention.supports(base) else None
         self._collator = Collator(tokenizer.pad_token_id, packed=self._packing is not None)
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(self._named.values(), lr=0.0, weight_decay=0.0)
         self._scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
-        self._means: dict[str, torch.Tensor] = {}
+        self._swa_weights: dict[str, torch.Tensor] = {}
         """Of each adapter weight over the steps that are averaged, so far."""
-        most = MICRO_TOKENS.get(machine.device.type, MICRO_TOKENS["cuda"])
+        most = MICRO_BATCH_TOKENS.get(machine.device.type, MICRO_BATCH_TOKENS["cuda"])
         # as an attempt before chose, whatever is free now: another cut would round otherwise
-        chosen = run.manifest.get("budget") or asdict(budget(base.config, examples, settings, machine, most=most))
-        self.progress = Progress(**chosen)
-        self._whole = True
+        chosen = run.manifest.get("batch_plan") or asdict(
+            plan_batches(base.config, examples, settings, machine, most=most)
+        )
+        self.progress = TrainerState(**chosen)
+        self.step_is_complete = True
         self._saved = 0  # the step of the newest checkpoint
         self._last_save = self._last_count = time.monotonic()
         self._set_recompute(self.progress.recompute)
@@ -156,11 +160,11 @@ class _Training:
             parameter.data.copy_(tensors[name])
             moments = {"exp_avg": tensors[f"{name}.exp_avg"], "exp_avg_sq": tensors[f"{name}.exp_avg_sq"]}
             self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.progress.step - self._skipped())),
+                "step": torch.tensor(float(self.progress.step - self.skipped_steps())),
                 **{key: moment.to(parameter.device) for key, moment in moments.items()},
             }
             if (mean := tensors.get(f"{name}.mean")) is not None:
-                self._means[name] = mean.to(parameter.device)
+                self._swa_weights[name] = mean.to(parameter.device)
         if self.progress.loss_scale:
             self._scaler.load_state_dict(self.progress.loss_scale)
         self._set_recompute(self.progress.recompute)
@@ -169,15 +173,15 @@ class _Training:
         else:
             log.info("train: goes on after step %d of %d", self.progress.step, self._settings.max_steps)
 
-    def run_to_the_end(self) -> None:
+    def run(self) -> None:
         """Take the steps that are left, with checkpoints on the way and at the end."""
         settings, progress = self._settings, self.progress
-        self._written(self._record_budget)
+        self.try_write(self._record_budget)
         self._model.train()
         bar = tqdm(total=settings.max_steps, initial=progress.step, desc="train", disable=not sys.stderr.isatty())
         last, last_step = time.monotonic(), progress.step
         with (
-            memory_efficient.installed(self._model),
+            memory_efficient.patched(self._model),
             self._packing.installed() if self._packing else nullcontext(),
             bar,
         ):
@@ -187,33 +191,38 @@ class _Training:
                     self._step()
                     bar.update()
                     step = self.progress.step
-                    if self._logged(step):
+                    if self.should_log(step):
                         now = time.monotonic()
-                        self._show(bar, (now - last) / (step - last_step))
+                        self.log_progress(bar, (now - last) / (step - last_step))
                         last, last_step = now, step
                     if self._save_is_due():
                         with shutdown.deferred():
                             self._save()
             except BaseException as stop:
                 # Ctrl-C, a signal, or Modal's end of time: not an error
-                if not isinstance(stop, Exception) and self._whole and self.progress.step > self._saved:
+                if not isinstance(stop, Exception) and self.step_is_complete and self.progress.step > self._saved:
                     self._save()
                 raise
-        for name, mean in self._means.items():
+        for name, mean in self._swa_weights.items():
             self._named[name].data.copy_(mean)
         self._run.write_lines("log.jsonl", self.history())
         self._record_budget()
 
     def _record_budget(self) -> None:
-        self._run.update(budget={"micro_tokens": self.progress.micro_tokens, "recompute": self.progress.recompute})
+        self._run.update(
+            batch_plan={"micro_batch_tokens": self.progress.micro_batch_tokens, "recompute": self.progress.recompute}
+        )
 
     def _step(self) -> None:
         """One optimizer step, done again with smaller micro-batches when memory runs out."""
         settings, progress = self._settings, self.progress
         chosen = examples_of_step(
-            self._examples, progress.step, per_step=settings.batch_size * settings.accumulation, seed=settings.seed
+            self._examples,
+            progress.step,
+            per_step=settings.batch_size * settings.gradient_accumulation_steps,
+            seed=settings.seed,
         )
-        labels = label_count(chosen)
+        labels = num_label_tokens(chosen)
         while True:
             torch.manual_seed(settings.seed * 1_000_003 + progress.step)  # of dropout: the same when done again
             self._optimizer.zero_grad()
@@ -222,8 +231,8 @@ class _Training:
                     self._model,
                     micro_batches(
                         chosen,
-                        limit=progress.micro_tokens,
-                        overhead=micro_overhead(self._machine),
+                        limit=progress.micro_batch_tokens,
+                        overhead=micro_batch_overhead(self._machine),
                         padded=self._packing is None,
                     ),
                     self._collator,
@@ -236,9 +245,9 @@ class _Training:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            self._need_less(max(len(example.input_ids) for example in chosen))
+            self.handle_oom(max(len(example.input_ids) for example in chosen))
         if not math.isfinite(loss):
-            raise Diverged(
+            raise DivergedError(
                 f"the loss is {loss / labels} at step {progress.step + 1}: training diverged or overflowed. "
                 "Lower TAGGER_TRAIN_LEARNING_RATE, or use TAGGER_TRAIN_PRECISION=fp32"
             )
@@ -246,7 +255,9 @@ class _Training:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         with shutdown.deferred():
-            self._whole = False  # what comes through all the same (Modal's end of time) must not save half a step
+            self.step_is_complete = (
+                False  # what comes through all the same (Modal's end of time) must not save half a step
+            )
             self._scaler.unscale_(self._optimizer)
             norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), MAX_GRAD_NORM))
             self._scaler.step(self._optimizer)
@@ -254,7 +265,7 @@ class _Training:
             progress.steps.append({"loss": loss, "labels": labels, "grad_norm": norm, "learning_rate": rate})
             progress.step += 1
             self._average()
-            self._whole = True
+            self.step_is_complete = True
 
     def _average(self) -> None:
         """Take the weights into the mean over the last steps (stochastic weight averaging, Izmailov et al., 2018).
@@ -262,35 +273,38 @@ class _Training:
         Steps with a high rate end all around a minimum; the mean of their weights lies nearer to it.
         """
         settings = self._settings
-        count = self.progress.step - (settings.max_steps - round(settings.average * settings.max_steps))
+        count = self.progress.step - (settings.max_steps - round(settings.weight_averaging * settings.max_steps))
         if count < 1:
             return
         for name, parameter in self._named.items():
             if count == 1:
-                self._means[name] = parameter.detach().clone()
+                self._swa_weights[name] = parameter.detach().clone()
             else:
-                self._means[name].lerp_(parameter.detach(), 1 / count)
+                self._swa_weights[name].lerp_(parameter.detach(), 1 / count)
 
-    def _need_less(self, longest: int) -> None:
+    def handle_oom(self, longest: int) -> None:
         """Halve the micro-batches; when each is one example already, recompute activations; then give up."""
         progress = self.progress
         self._optimizer.zero_grad()
         gc.collect()
         if self._machine.device.type == "cuda":
             torch.cuda.empty_cache()
-        if progress.micro_tokens > longest:
-            progress.micro_tokens = max(longest, progress.micro_tokens // 2)
-            log.warning("train: out of memory; micro-batches have at most %d tokens from now on", progress.micro_tokens)
-        elif progress.micro_tokens > 1:
-            progress.micro_tokens = 1
+        if progress.micro_batch_tokens > longest:
+            progress.micro_batch_tokens = max(longest, progress.micro_batch_tokens // 2)
+            log.warning(
+                "train: out of memory; micro-batches have at most %d tokens from now on", progress.micro_batch_tokens
+            )
+        elif progress.micro_batch_tokens > 1:
+            progress.micro_batch_tokens = 1
             log.warning("train: out of memory; micro-batches are one example each from now on")
-        elif self._settings.checkpointing == "auto" and not progress.recompute:
+        elif self._settings.gradient_checkpointing == "auto" and not progress.recompute:
             self._set_recompute(True)
             log.warning("train: out of memory; activations are recomputed from now on")
         else:
             raise JobError(
                 f"out of memory with one example of {longest} tokens at a time; lower TAGGER_DATA_MAX_LENGTH, "
-                f"{'' if progress.recompute else 'set TAGGER_TRAIN_CHECKPOINTING=auto, '}or take a larger machine"
+                + ("" if progress.recompute else "set TAGGER_TRAIN_GRADIENT_CHECKPOINTING=auto, ")
+                + "or take a larger machine"
             )
 
     def _set_recompute(self, on: bool) -> None:
@@ -318,17 +332,19 @@ class _Training:
             tensors[name] = parameter.data
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{name}.{moment}"] = state[moment] if state else torch.zeros_like(parameter)
-            if name in self._means:
-                tensors[f"{name}.mean"] = self._means[name]
+            if name in self._swa_weights:
+                tensors[f"{name}.mean"] = self._swa_weights[name]
         self.progress.loss_scale = self._scaler.state_dict()
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        if self._written(
-            lambda: checkpoints.save(self._run.checkpoints, tensors, self.progress, keep=self._settings.keep)
+        if self.try_write(
+            lambda: checkpoints.save(
+                self._run.checkpoints, tensors, self.progress, save_total_limit=self._settings.save_total_limit
+            )
         ):
             self._saved = self.progress.step
-            self._run.saved()
+            self._run.notify_saved()
 
-    def _written(self, write: Callable[[], None]) -> bool:
+    def try_write(self, write: Callable[[], None]) -> bool:
         """Whether something could be written; a disk that is full or read-only does not end training."""
         try:
             write()
@@ -341,20 +357,20 @@ class _Training:
             return False
         return True
 
-    def _skipped(self) -> int:
+    def skipped_steps(self) -> int:
         """Steps without an update, because fp16 gradients overflowed."""
         return sum(not math.isfinite(step["grad_norm"]) for step in self.progress.steps)
 
-    def _logged(self, step: int) -> bool:
+    def should_log(self, step: int) -> bool:
         return step in (1, self._settings.max_steps) or step % self._settings.logging_steps == 0
 
     def history(self) -> list[dict[str, float]]:
         """The entries of log.jsonl; a loss is the mean over the label tokens since the entry before."""
         entries, loss, labels = [], 0.0, 0.0
-        per_step = self._settings.batch_size * self._settings.accumulation
+        per_step = self._settings.batch_size * self._settings.gradient_accumulation_steps
         for number, step in enumerate(self.progress.steps, 1):
             loss, labels = loss + step["loss"], labels + step["labels"]
-            if self._logged(number):
+            if self.should_log(number):
                 epoch = number * per_step / len(self._examples)
                 norm = step["grad_norm"] if math.isfinite(step["grad_norm"]) else 0.0  # a step that fp16 skipped
                 own = {"grad_norm": norm, "learning_rate": step["learning_rate"]}
@@ -362,9 +378,9 @@ class _Training:
                 loss = labels = 0.0
         return entries
 
-    def _show(self, bar: tqdm[Any], pace: float) -> None:
+    def log_progress(self, bar: tqdm[Any], pace: float) -> None:
         entries = self.history()
-        self._written(lambda: self._run.write_lines("log.jsonl", entries))
+        self.try_write(lambda: self._run.write_lines("log.jsonl", entries))
         line = (
             f"step {self.progress.step}/{self._settings.max_steps}: loss {entries[-1]['loss']:.4f}, "
             f"learning rate {entries[-1]['learning_rate']:.2e}, {pace:.1f} s a step"

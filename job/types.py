@@ -13,7 +13,7 @@ class JobError(Exception):
     exit_code = 1
 
 
-class Refused(JobError):
+class InvalidInputError(JobError):
     """Settings, data or machine do not fit: nothing was spent.
 
     Holds every problem found, so that a user fixes them all before the next try.
@@ -26,17 +26,17 @@ class Refused(JobError):
         super().__init__("\n".join(self.problems))
 
 
-class Diverged(JobError):
+class DivergedError(JobError):
     """The loss is not finite: going on would train nothing."""
 
 
-class GateFailed(JobError):
+class GateRejected(JobError):
     """Trained and saved, but not good enough to publish."""
 
     exit_code = 3
 
 
-class PushFailed(JobError):
+class PublishError(JobError):
     """Trained and saved, but not published."""
 
     exit_code = 4
@@ -51,7 +51,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Examples:
+class SplitData:
     """The data, split: no text of `held_out`, nor a near-duplicate of one, is in `train`."""
 
     train: tuple[Example, ...]
@@ -67,16 +67,16 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedExample:
     """One training example as token ids; a label of -100 carries no loss."""
 
     input_ids: list[int]
     labels: list[int]
-    others: tuple[Encoded, ...] = ()
+    permutations: tuple[EncodedExample, ...] = ()
     """The same with its tags in other orders: what the epochs after the first see, one after the other."""
 
-    def in_epoch(self, epoch: int) -> Encoded:
-        return (self, *self.others)[epoch % (1 + len(self.others))]
+    def for_epoch(self, epoch: int) -> EncodedExample:
+        return (self, *self.permutations)[epoch % (1 + len(self.permutations))]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class ParameterCount:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainResult:
     """What the train chapter did; losses are the mean over label tokens since the log before."""
 
     steps: int
@@ -104,7 +104,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Tagged:
+class TaggedText:
     """The answer for one text."""
 
     text: str
@@ -115,7 +115,7 @@ class Tagged:
     Of `likely` the likeliest list, as far as it was followed.
     """
     tags: tuple[str, ...]
-    parsed: bool
+    well_formed: bool
     """Whether the list came to its end."""
     confidences: tuple[float, ...] = field(compare=False)
     """For each tag the probability that it is written, as the model gives it; of `likely` see marginals.likely_tags."""
@@ -134,7 +134,7 @@ class Scores:
     macro_f1: float
     jaccard: float
     exact_match: float
-    parse_rate: float
+    well_formed: float
     intervals: dict[str, list[float]]
     """For each figure its 95% bootstrap interval: lower and upper end."""
 
@@ -143,7 +143,7 @@ class Scores:
         return (
             f"micro-F1 {self.f1:.3f} ({low:.3f} to {high:.3f}; precision {self.precision:.3f}, recall "
             f"{self.recall:.3f}), macro-F1 {self.macro_f1:.3f}, Jaccard {self.jaccard:.3f}, parsed "
-            f"{self.parse_rate:.0%} of {self.n}"
+            f"{self.well_formed:.0%} of {self.n}"
         )
 
 
@@ -195,7 +195,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Account:
+class TokenInfo:
     """Who a token is on the Hub, and what it may do."""
 
     user: str
@@ -207,7 +207,7 @@ class Account:
 
 
 @dataclass(frozen=True)
-class Resolved:
+class HubRevision:
     """What a name on the Hub stands for now."""
 
     commit: str

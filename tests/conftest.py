@@ -27,10 +27,10 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 
 from job.settings import Settings
 from job.system import logging_setup
-from job.system.device import Machine
+from job.system.device import ComputeSpec
 
 SAYINGS = Path(__file__).parents[1] / "job" / "dataset" / "sayings.jsonl"
-CPU = Machine(torch.device("cpu"), "fp32")
+CPU = ComputeSpec(torch.device("cpu"), "fp32")
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings, above all on a busy machine
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from job.runs.atomic import broken, seal, whole_folder, write_whole
+from job.runs.atomic import atomic_directory, atomic_write, checksum_files, find_mismatch
 
 
 @contextmanager
@@ -27,18 +27,18 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
-    write_whole(tmp_path / "a.json", "before")
+    atomic_write(tmp_path / "a.json", "before")
     with pytest.raises(UnicodeEncodeError):
-        write_whole(tmp_path / "a.json", "\ud800")
+        atomic_write(tmp_path / "a.json", "\ud800")
     with largest_file(1000), pytest.raises(OSError, match="File too large"):
-        write_whole(tmp_path / "a.json", "x" * 2000)
+        atomic_write(tmp_path / "a.json", "x" * 2000)
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_text() == "before"
 
 
 def test_a_folder_that_does_not_fit_leaves_the_one_before_and_an_oserror_of_every_writer(tmp_path: Path) -> None:
     def fill(n: int) -> None:
-        with whole_folder(tmp_path / "checkpoint") as folder:
+        with atomic_directory(tmp_path / "checkpoint") as folder:
             save_file({"a": torch.zeros(n)}, folder / "tensors")
 
     fill(10)
@@ -54,10 +54,10 @@ def test_a_seal_tells_what_was_altered(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "a").write_text("one")
     (tmp_path / "in" / "b").write_text("two")
-    sealed = seal(tmp_path, [tmp_path / "a", tmp_path / "in" / "b"])
+    sealed = checksum_files(tmp_path, [tmp_path / "a", tmp_path / "in" / "b"])
     assert list(sealed) == ["a", "in/b"]
-    assert broken(tmp_path, sealed) is None
+    assert find_mismatch(tmp_path, sealed) is None
     (tmp_path / "in" / "b").write_text("tvo")
-    assert "in/b is not as it was written" in str(broken(tmp_path, sealed))
+    assert "in/b is not as it was written" in str(find_mismatch(tmp_path, sealed))
     (tmp_path / "a").unlink()
-    assert "a is not there" in str(broken(tmp_path, sealed))
+    assert "a is not there" in str(find_mismatch(tmp_path, sealed))

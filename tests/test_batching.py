@@ -7,18 +7,20 @@ from collections import Counter
 import pytest
 import torch
 
-from job.training.batching import Collator, cut, examples_of_step, label_count, micro_batches
-from job.types import Encoded
+from job.training.batching import Collator, examples_of_step, micro_batches, num_label_tokens, partition_by_cost
+from job.types import EncodedExample
 
-TWO = [Encoded([1, 2, 3, 4], [-100, -100, 3, 4]), Encoded([5, 6], [5, 6])]
+TWO = [EncodedExample([1, 2, 3, 4], [-100, -100, 3, 4]), EncodedExample([5, 6], [5, 6])]
 
 
-def numbered(n: int) -> list[Encoded]:
-    return [Encoded([i] * (1 + i % 7), [i] * (1 + i % 7)) for i in range(n)]
+def numbered(n: int) -> list[EncodedExample]:
+    return [EncodedExample([i] * (1 + i % 7), [i] * (1 + i % 7)) for i in range(n)]
 
 
 def test_each_epoch_sees_the_tags_in_its_own_order() -> None:
-    examples = [Encoded([i], [i], (Encoded([10 + i], [i]), Encoded([20 + i], [i]))) for i in range(4)]
+    examples = [
+        EncodedExample([i], [i], (EncodedExample([10 + i], [i]), EncodedExample([20 + i], [i]))) for i in range(4)
+    ]
     seen = [examples_of_step(examples, step, per_step=4, seed=1) for step in range(4)]
     assert [sorted(example.input_ids[0] // 10 for example in step) for step in seen] == [[n] * 4 for n in (0, 1, 2, 0)]
 
@@ -43,7 +45,7 @@ def test_another_seed_gives_another_order() -> None:
 @pytest.mark.parametrize("limit", [1, 30, 600, 10_000])
 def test_micro_batches_hold_every_example_once_and_keep_the_limit(limit: int, padded: bool) -> None:
     lengths = [5, 5, 6, 9, 12, 12, 40, 41, 130, 471]
-    examples = [Encoded([i] * n, [i] * n) for i, n in reversed(list(enumerate(lengths)))]
+    examples = [EncodedExample([i] * n, [i] * n) for i, n in reversed(list(enumerate(lengths)))]
     parts = list(micro_batches(examples, limit=limit, overhead=20, padded=padded))
     assert sorted(e.input_ids[0] for part in parts for e in part) == list(range(10))
     assert [len(e.input_ids) for part in reversed(parts) for e in part] == lengths, "the longest come first"
@@ -54,13 +56,13 @@ def test_micro_batches_hold_every_example_once_and_keep_the_limit(limit: int, pa
 
 
 def test_the_cut_is_the_cheapest() -> None:
-    assert list(cut([10, 10, 100], limit=1000, overhead=20, padded=True)) == [slice(0, 2), slice(2, 3)]
-    assert list(cut([10, 10, 12], limit=1000, overhead=20, padded=True)) == [slice(0, 3)]
-    assert list(cut([10, 10, 100], limit=1000, overhead=20, padded=False)) == [slice(0, 3)]
+    assert list(partition_by_cost([10, 10, 100], limit=1000, overhead=20, padded=True)) == [slice(0, 2), slice(2, 3)]
+    assert list(partition_by_cost([10, 10, 12], limit=1000, overhead=20, padded=True)) == [slice(0, 3)]
+    assert list(partition_by_cost([10, 10, 100], limit=1000, overhead=20, padded=False)) == [slice(0, 3)]
 
 
 def test_labels_are_counted_where_they_can_be_predicted() -> None:
-    assert label_count(TWO) == 3
+    assert num_label_tokens(TWO) == 3
 
 
 def test_padded_examples_have_a_row_each() -> None:

@@ -8,12 +8,17 @@ import pytest
 import torch
 
 from job.training import checkpoints
-from job.training.checkpoints import Progress
+from job.training.checkpoints import TrainerState
 
 
 def saved(folder: Path, *steps: int) -> None:
     for step in steps:
-        checkpoints.save(folder, {"a": torch.full((3,), float(step))}, Progress(step=step, micro_tokens=7), keep=2)
+        checkpoints.save(
+            folder,
+            {"a": torch.full((3,), float(step))},
+            TrainerState(step=step, micro_batch_tokens=7),
+            save_total_limit=2,
+        )
 
 
 def test_what_is_saved_is_read_back_and_only_the_newest_two_are_kept(tmp_path: Path) -> None:
@@ -23,7 +28,7 @@ def test_what_is_saved_is_read_back_and_only_the_newest_two_are_kept(tmp_path: P
     assert found is not None
     tensors, progress = found
     assert tensors["a"].tolist() == [10.0] * 3
-    assert progress == Progress(step=10, micro_tokens=7)
+    assert progress == TrainerState(step=10, micro_batch_tokens=7)
 
 
 @pytest.mark.parametrize("damage", ["altered", "cut", "no state", "torn state", "altered state", "no seal"])
@@ -39,9 +44,9 @@ def test_one_that_is_torn_or_altered_is_named_and_passed_over(
     elif damage == "no state":
         state.unlink()
     elif damage == "no seal":
-        (tmp_path / "checkpoint-2" / checkpoints.SEAL).unlink()
+        (tmp_path / "checkpoint-2" / checkpoints.CHECKSUMS).unlink()
     elif damage == "altered state":
-        state.write_text(state.read_text().replace('"micro_tokens": 7', '"micro_tokens": 8'))
+        state.write_text(state.read_text().replace('"micro_batch_tokens": 7', '"micro_batch_tokens": 8'))
     else:
         state.write_text(state.read_text()[:-1])
     found = checkpoints.load_newest(tmp_path)

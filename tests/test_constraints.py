@@ -11,7 +11,7 @@ import torch
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from job.decoding.constraints import Open, Vocabulary, Walk, enforce
+from job.decoding.constraints import ClosedVocabulary, DecoderState, OpenVocabulary, constrain
 
 TAGS = (
     "life",
@@ -37,10 +37,10 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     return found
 
 
-def written(walk: Walk, logits: Sequence[torch.Tensor]) -> list[int]:
+def written(walk: DecoderState, logits: Sequence[torch.Tensor]) -> list[int]:
     ids = []
     for row in logits:
-        ids.append(walk.take(row, row.logsumexp(0)))
+        ids.append(walk.step(row, row.logsumexp(0)))
         if walk.closed:
             break
     return ids
@@ -60,9 +60,9 @@ def any_logits(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 60) -
 def test_whatever_the_logits_only_known_tags_are_written_and_none_twice(
     tokenizer: PreTrainedTokenizerFast, space: str
 ) -> None:
-    grammar = Vocabulary(tokenizer, TAGS, space, MOST)
+    grammar = ClosedVocabulary(tokenizer, TAGS, space, MOST)
     for seed in range(60):
-        walk = grammar.walk()
+        walk = grammar.new_state()
         ids = written(walk, any_logits(tokenizer, seed, 200))
         tags = [tag for tag, _ in walk.tags]
         assert walk.closed
@@ -77,10 +77,10 @@ def test_whatever_the_logits_only_known_tags_are_written_and_none_twice(
 
 
 def test_whatever_the_logits_an_open_list_parses_and_holds_no_tag_twice(tokenizer: PreTrainedTokenizerFast) -> None:
-    grammar = Open(tokenizer, " ", MOST)
+    grammar = OpenVocabulary(tokenizer, " ", MOST)
     by_bracket = 0
     for seed in range(60):
-        walk = grammar.walk()
+        walk = grammar.new_state()
         ids = written(walk, any_logits(tokenizer, seed))
         tags = [tag for tag, _ in walk.tags]
         assert len(set(tags)) == len(tags) <= MOST
@@ -96,8 +96,8 @@ def test_whatever_the_logits_an_open_list_parses_and_holds_no_tag_twice(tokenize
 def test_a_tag_that_would_come_again_ends_the_list(llama_tokenizer: PreTrainedTokenizerFast) -> None:
     ids = llama_tokenizer(" ['life', 'love', 'life', 'lovely']", add_special_tokens=False).input_ids
     logits = [torch.full((len(llama_tokenizer),), -3.0).index_fill_(0, torch.tensor([i]), 6.0) for i in ids]
-    for grammar in (Vocabulary(llama_tokenizer, TAGS, " ", MOST), Open(llama_tokenizer, " ", MOST)):
-        walk = grammar.walk()
+    for grammar in (ClosedVocabulary(llama_tokenizer, TAGS, " ", MOST), OpenVocabulary(llama_tokenizer, " ", MOST)):
+        walk = grammar.new_state()
         assert written(walk, logits)[-1] == llama_tokenizer.eos_token_id
         assert [tag for tag, _ in walk.tags] == ["life", "love"]
         assert walk.closed
@@ -106,8 +106,8 @@ def test_a_tag_that_would_come_again_ends_the_list(llama_tokenizer: PreTrainedTo
 def test_a_list_ends_with_the_most_tags_it_may_have(llama_tokenizer: PreTrainedTokenizerFast) -> None:
     ids = llama_tokenizer(" ['life', 'love', 'lovely', 'été']", add_special_tokens=False).input_ids
     logits = [torch.full((len(llama_tokenizer),), -3.0).index_fill_(0, torch.tensor([i]), 6.0) for i in ids]
-    for grammar in (Vocabulary(llama_tokenizer, TAGS, " ", 2), Open(llama_tokenizer, " ", 2)):
-        walk = grammar.walk()
+    for grammar in (ClosedVocabulary(llama_tokenizer, TAGS, " ", 2), OpenVocabulary(llama_tokenizer, " ", 2)):
+        walk = grammar.new_state()
         written(walk, logits)
         assert [tag for tag, _ in walk.tags] == ["life", "love"]
         assert walk.closed
@@ -119,8 +119,8 @@ def test_a_list_ends_with_the_most_tags_it_may_have(llama_tokenizer: PreTrainedT
 def test_each_list_can_be_written(tokenizer: PreTrainedTokenizerFast, tags: list[str]) -> None:
     ids = tokenizer(f" {tags}", add_special_tokens=False).input_ids
     logits = [torch.full((len(tokenizer),), -3.0).index_fill_(0, torch.tensor([i]), 6.0) for i in ids]
-    for grammar in (Vocabulary(tokenizer, TAGS, " ", MOST), Open(tokenizer, " ", MOST)):
-        walk = grammar.walk()
+    for grammar in (ClosedVocabulary(tokenizer, TAGS, " ", MOST), OpenVocabulary(tokenizer, " ", MOST)):
+        walk = grammar.new_state()
         assert written(walk, logits) == ids
         assert [tag for tag, _ in walk.tags] == tags
         assert walk.closed
@@ -134,8 +134,8 @@ def test_a_tag_is_as_confident_as_its_tokens_are_likely(llama_tokenizer: PreTrai
     closing = {
         i for text in ("']", "',") for i in llama_tokenizer(f" ['love{text}", add_special_tokens=False).input_ids
     }
-    for grammar in (Vocabulary(llama_tokenizer, TAGS, " ", MOST), Open(llama_tokenizer, " ", MOST)):
-        walk = grammar.walk()
+    for grammar in (ClosedVocabulary(llama_tokenizer, TAGS, " ", MOST), OpenVocabulary(llama_tokenizer, " ", MOST)):
+        walk = grammar.new_state()
         written(walk, logits)
         [(_, confidence)] = walk.tags
         assert one ** len(ids) <= confidence <= one ** (len(ids) - 1) * (one + len(closing) * (1 - one))
@@ -144,25 +144,25 @@ def test_a_tag_is_as_confident_as_its_tokens_are_likely(llama_tokenizer: PreTrai
 def test_of_tags_that_are_written_alike_one_is_known(llama_tokenizer: PreTrainedTokenizerFast) -> None:
     llama_tokenizer = copy.deepcopy(llama_tokenizer)
     llama_tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
-    grammar = Vocabulary(llama_tokenizer, ["cafe\u0301", "caf\u00e9", "life"], " ", MOST)
+    grammar = ClosedVocabulary(llama_tokenizer, ["cafe\u0301", "caf\u00e9", "life"], " ", MOST)
     assert grammar.first.tags == {"cafe\u0301", "life"}
     for seed in range(8):
-        walk = grammar.walk()
+        walk = grammar.new_state()
         written(walk, any_logits(llama_tokenizer, seed))
         assert walk.closed
 
 
 def test_each_answer_of_a_batch_goes_its_own_way(llama_tokenizer: PreTrainedTokenizerFast) -> None:
-    grammar = Vocabulary(llama_tokenizer, TAGS, " ", MOST)
-    walks = [grammar.walk(), grammar.walk()]
+    grammar = ClosedVocabulary(llama_tokenizer, TAGS, " ", MOST)
+    walks = [grammar.new_state(), grammar.new_state()]
     steps = [
         torch.stack(rows) for rows in zip(any_logits(llama_tokenizer, 1), any_logits(llama_tokenizer, 2), strict=True)
     ]
     ids: list[list[int]] = [[], []]
     for logits in steps:
-        for row, i in zip(ids, enforce(walks, logits).argmax(1).tolist(), strict=True):
+        for row, i in zip(ids, constrain(walks, logits).argmax(1).tolist(), strict=True):
             row.append(i)
     for seed, row in zip((1, 2), ids, strict=True):
-        alone = written(grammar.walk(), any_logits(llama_tokenizer, seed))
+        alone = written(grammar.new_state(), any_logits(llama_tokenizer, seed))
         assert row[: len(alone)] == alone
         assert set(row[len(alone) :]) == {llama_tokenizer.eos_token_id}

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from job import data
 from job.settings import Data, Sample
 from job.system import paths
-from job.types import Encoded, Example, Refused
+from job.types import EncodedExample, Example, InvalidInputError
 
 ROWS: list[dict[str, Any]] = [
     {"quote": f"{word} is a thing of its own, said number {i}", "tags": [word, "thing"]}
@@ -87,7 +87,7 @@ def test_jsonl_csv_and_parquet_give_the_same_examples(tmp_path: Path) -> None:
 )
 def test_an_unusable_file_is_refused_with_what_is_wrong(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(InvalidInputError) as refusal:
         load(tmp_path / name)
     assert said in str(refusal.value)
     assert name in str(refusal.value)
@@ -95,7 +95,7 @@ def test_an_unusable_file_is_refused_with_what_is_wrong(tmp_path: Path, name: st
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     for name in ("quotes.jsonl", "./quotes", "package:job/quotes.jsonl", "package:no_such_package/quotes.jsonl"):
-        with pytest.raises(Refused):
+        with pytest.raises(InvalidInputError):
             data.load(Data(dataset=name))
 
 
@@ -119,7 +119,7 @@ def test_rows_without_text_or_tags_are_skipped_and_counted(tmp_path: Path) -> No
     examples = load(write_jsonl(tmp_path / "a.jsonl", ROWS + bad))
     assert examples.skipped == 4
     assert len(examples.train) + len(examples.held_out) == len(ROWS)
-    with pytest.raises(Refused, match=r"4 of 7 rows have no usable text"):
+    with pytest.raises(InvalidInputError, match=r"4 of 7 rows have no usable text"):
         load(write_jsonl(tmp_path / "b.jsonl", ROWS[:3] + bad), eval_size=1)
 
 
@@ -130,9 +130,9 @@ def test_limit_takes_the_first_usable_rows(tmp_path: Path) -> None:
 
 def test_a_held_out_size_that_leaves_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    with pytest.raises(Refused, match="the data has 10 examples"):
+    with pytest.raises(InvalidInputError, match="the data has 10 examples"):
         load(path, eval_size=10)
-    with pytest.raises(Refused, match="leaves 0 of 10"):
+    with pytest.raises(InvalidInputError, match="leaves 0 of 10"):
         load(path, eval_size=0.0001)
 
 
@@ -236,12 +236,12 @@ def test_the_prompt_is_the_beginning_of_the_training_example(
     texts = [row["quote"] for row in rows[:80]] + ["ends in a space ", "“quoted”", "x->:", "7 numbers 42", "a\nline"]
     examples = [Example(text, ("life", "don't", "science-fiction")[: 1 + i % 3]) for i, text in enumerate(texts)]
     for example, encoded in zip(examples, data.encode(tokenizer, examples, settings), strict=True):
-        prompt = data.encode_prompt(tokenizer, example.text, settings.data, answer_room=24)
-        answer = [label for label in encoded.labels if label != data.NO_LOSS]
+        prompt = data.encode_prompt(tokenizer, example.text, settings.data, reserved_tokens=24)
+        answer = [label for label in encoded.labels if label != data.IGNORE_INDEX]
         if len(answer) <= 24:
             assert encoded.input_ids == prompt + answer
         assert encoded.input_ids[: len(encoded.input_ids) - len(answer)] == [
-            i for i, label in zip(encoded.input_ids, encoded.labels, strict=True) if label == data.NO_LOSS
+            i for i, label in zip(encoded.input_ids, encoded.labels, strict=True) if label == data.IGNORE_INDEX
         ]
 
 
@@ -258,11 +258,11 @@ def test_the_pieces_are_the_tokens_of_the_whole_text(
 def test_the_labels_are_the_tags_and_the_end_of_sequence(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     settings = make_settings(Path("unused"), tmp_path)
     [encoded] = data.encode(tokenizer, [Example("a song about rain", ("music", "nature"))], settings)
-    labels = [label for label in encoded.labels if label != data.NO_LOSS]
+    labels = [label for label in encoded.labels if label != data.IGNORE_INDEX]
     assert tokenizer.decode(labels[:-1]) == " ['music', 'nature']"
     assert labels[-1] == tokenizer.eos_token_id
     assert encoded.labels[-len(labels) :] == labels
-    settings = make_settings(Path("unused"), tmp_path, train={"loss_on": "all"})
+    settings = make_settings(Path("unused"), tmp_path, train={"completion_only_loss": False})
     [encoded] = data.encode(tokenizer, [Example("a song about rain", ("music", "nature"))], settings)
     assert encoded.labels == encoded.input_ids
 
@@ -276,7 +276,7 @@ def test_many_texts_are_tokenized_once(
     settings = make_settings(Path("unused"), tmp_path)
     examples = [Example(row["quote"], tuple(row["tags"])) for row in rows[:50]]
     expected = data.encode(llama_tokenizer, examples, settings)
-    monkeypatch.setattr(data, "WORTH_CACHING", 50)
+    monkeypatch.setattr(data, "MIN_TEXTS_TO_CACHE", 50)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
     assert data.encode(llama_tokenizer, examples, settings) == expected
     assert len(list((tmp_path / "tagger-job").glob("*.arrow"))) == 2
@@ -310,7 +310,7 @@ def test_tags_that_leave_no_room_for_their_text_are_refused(
 ) -> None:
     settings = make_settings(Path("unused"), tmp_path, data={"max_length": 32}, sample={"max_new_tokens": 8})
     many = Example("short", tuple(f"tag number {i}" for i in range(20)))
-    with pytest.raises(Refused, match="TAGGER_DATA_MAX_LENGTH=32 leaves no room for the text 'short'"):
+    with pytest.raises(InvalidInputError, match="TAGGER_DATA_MAX_LENGTH=32 leaves no room for the text 'short'"):
         data.encode(llama_tokenizer, [many], settings)
 
 
@@ -318,7 +318,7 @@ def test_a_prompt_that_ends_in_the_separator_means_the_same_text(
     llama_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     bare, marked = (
-        data.encode_prompt(llama_tokenizer, text, Data(), answer_room=8) for text in ("a song", "a song ->: ")
+        data.encode_prompt(llama_tokenizer, text, Data(), reserved_tokens=8) for text in ("a song", "a song ->: ")
     )
     assert bare == marked
     assert data.prompt("a song ->: ", " ->: ") == "a song ->:"
@@ -326,13 +326,17 @@ def test_a_prompt_that_ends_in_the_separator_means_the_same_text(
 
 def test_the_input_file_adds_a_text_a_line(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("second\n\nthird\n", encoding="utf-8")
-    assert data.texts_to_tag(Sample(prompts=("first",), input=tmp_path / "texts.txt")) == ["first", "second", "third"]
-    with pytest.raises(Refused, match="absent.txt cannot be read"):
-        data.texts_to_tag(Sample(input=tmp_path / "absent.txt"))
+    assert data.inference_texts(Sample(prompts=("first",), input=tmp_path / "texts.txt")) == [
+        "first",
+        "second",
+        "third",
+    ]
+    with pytest.raises(InvalidInputError, match="absent.txt cannot be read"):
+        data.inference_texts(Sample(input=tmp_path / "absent.txt"))
 
 
-def answers(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> str:
-    return str(tokenizer.decode([label for label in encoded.labels if label != data.NO_LOSS][:-1]))
+def answers(tokenizer: PreTrainedTokenizerBase, encoded: EncodedExample) -> str:
+    return str(tokenizer.decode([label for label in encoded.labels if label != data.IGNORE_INDEX][:-1]))
 
 
 def test_tags_can_come_by_frequency_or_in_another_order_each_epoch(
@@ -344,8 +348,8 @@ def test_tags_can_come_by_frequency_or_in_another_order_each_epoch(
         Example("3", ("less",)),
     ]
 
-    def encoded(order: str) -> list[Encoded]:
-        train = {"max_steps": 5, "warmup_steps": 1, "batch_size": 3, "accumulation": 1}
+    def encoded(order: str) -> list[EncodedExample]:
+        train = {"max_steps": 5, "warmup_steps": 1, "batch_size": 3, "gradient_accumulation_steps": 1}
         settings = make_settings(Path("unused"), tmp_path, data={"tag_order": order}, train=train)
         return data.encode(llama_tokenizer, examples, settings)
 
@@ -353,44 +357,48 @@ def test_tags_can_come_by_frequency_or_in_another_order_each_epoch(
     assert answers(llama_tokenizer, encoded("frequency")[0]) == " ['common', 'rare', 'a', 'b']"
     shuffled = encoded("shuffled")
     assert encoded("shuffled") == shuffled, "the same orders each time"
-    orders = {answers(llama_tokenizer, shuffled[0].in_epoch(epoch)) for epoch in range(5)}
+    orders = {answers(llama_tokenizer, shuffled[0].for_epoch(epoch)) for epoch in range(5)}
     assert len(orders) > 2
     assert {frozenset(ast.literal_eval(order.strip())) for order in orders} == {frozenset(examples[0].tags)}
-    assert shuffled[0].in_epoch(5) == shuffled[0].in_epoch(0)
-    prompts = {tuple(e.input_ids[: e.labels.count(data.NO_LOSS)]) for e in (shuffled[0], *shuffled[0].others)}
+    assert shuffled[0].for_epoch(5) == shuffled[0].for_epoch(0)
+    prompts = {
+        tuple(e.input_ids[: e.labels.count(data.IGNORE_INDEX)]) for e in (shuffled[0], *shuffled[0].permutations)
+    }
     assert len(prompts) == 1
 
 
 def test_what_is_set_aside_for_the_threshold_is_neither_trained_on_nor_held_out() -> None:
     settings = Data(dataset=str(SAYINGS), calibration_size=40, eval_size=50)
     before = data.load(settings)
-    after = data.set_aside(before, settings)
+    after = data.split_calibration(before, settings)
     assert len(after.calibration) == 40
     assert after.held_out == before.held_out
     assert set(after.train) | set(after.calibration) <= set(before.train)
     assert not set(after.train) & set(after.calibration)
-    assert data.set_aside(before, settings) == after
+    assert data.split_calibration(before, settings) == after
     shares = settings.model_copy(update={"eval_size": 0.2, "calibration_size": 0.2})
-    share = data.set_aside(data.load(shares), shares)
+    share = data.split_calibration(data.load(shares), shares)
     assert 0.1 < len(share.calibration) / len(share.train) < 0.4, "not those whose place is in what is held out"
-    with pytest.raises(Refused, match="TAGGER_DATA_CALIBRATION_SIZE=9999 holds out everything"):
-        data.set_aside(before, settings.model_copy(update={"calibration_size": 9999}))
+    with pytest.raises(InvalidInputError, match="TAGGER_DATA_CALIBRATION_SIZE=9999 holds out everything"):
+        data.split_calibration(before, settings.model_copy(update={"calibration_size": 9999}))
 
 
 def test_rare_tags_are_left_out_of_training_only_where_others_remain() -> None:
     examples = [Example("a", ("often", "twice", "once")), Example("b", ("often", "twice")), Example("c", ("alone",))]
     examples.append(Example("d", ("often",)))
-    of = [data.without_rare_tags(examples, least) for least in (1, 2, 3)]
+    of = [data.drop_rare_tags(examples, least) for least in (1, 2, 3)]
     assert of[0] == examples
     assert [example.tags for example in of[1]] == [("often", "twice"), ("often", "twice"), ("alone",), ("often",)]
     assert [example.tags for example in of[2]] == [("often",), ("often",), ("alone",), ("often",)]
-    with pytest.raises(Refused, match="MIN_TAG_COUNT=4 makes every tag rare: the most frequent one is on 3 of 4"):
-        data.without_rare_tags(examples, 4)
+    with pytest.raises(
+        InvalidInputError, match="MIN_TAG_COUNT=4 makes every tag rare: the most frequent one is on 3 of 4"
+    ):
+        data.drop_rare_tags(examples, 4)
 
 
 def test_a_tag_that_is_spelled_in_two_ways_is_not_rare() -> None:
     examples = [Example("a", ("Science Fiction", "once")), Example("b", ("science-fiction", "love"))]
-    assert [example.tags for example in data.without_rare_tags(examples, 2)] == [
+    assert [example.tags for example in data.drop_rare_tags(examples, 2)] == [
         ("Science Fiction",),
         ("science-fiction",),
     ]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import CPU, make_settings
 
-from job.estimate import CPU_PARAMETERS, Need, cpu_problems
+from job.estimate import CPU_PARAMETERS, MemoryEstimate, cpu_problems
 from job.system import device
-from job.system.device import Machine, why_no_gpu
-from job.types import Refused
+from job.system.device import ComputeSpec, gpu_unavailable_reason
+from job.types import InvalidInputError
 
 PROPRIETARY = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Mar  5 22:23:56 UTC 2024\nGCC version:  gcc 11.4.0"
@@ -29,51 +29,53 @@ def gpu_box(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPat
     driver, control = tmp_path / "version", tmp_path / "nvidiactl"
     driver.write_text(OPEN.format("580.65.06"))
     control.touch()
-    monkeypatch.setattr(device, "DRIVER", driver)
-    monkeypatch.setattr(device, "CONTROL", control)
+    monkeypatch.setattr(device, "DRIVER_VERSION", driver)
+    monkeypatch.setattr(device, "NVIDIA_CTL", control)
     return monkeypatch
 
 
 @pytest.mark.parametrize("text", [PROPRIETARY, OPEN])
 def test_a_driver_that_is_too_old_is_named_with_the_one_that_is_needed(gpu_box: pytest.MonkeyPatch, text: str) -> None:
-    device.DRIVER.write_text(text.format("550.54.15"))
-    assert why_no_gpu() == (
+    device.DRIVER_VERSION.write_text(text.format("550.54.15"))
+    assert gpu_unavailable_reason() == (
         "the NVIDIA driver is 550.54.15 and CUDA 13.0 needs 580 or newer; update the driver of the machine"
     )
     gpu_box.setattr(torch.version, "cuda", "12.6")
-    assert "needs" not in str(why_no_gpu())
+    assert "needs" not in str(gpu_unavailable_reason())
 
 
 @pytest.mark.parametrize(("name", "value"), [("CUDA_VISIBLE_DEVICES", ""), ("NVIDIA_VISIBLE_DEVICES", "void")])
 def test_hidden_gpus_are_said_to_be_hidden(gpu_box: pytest.MonkeyPatch, name: str, value: str) -> None:
     gpu_box.setenv(name, value)
-    assert why_no_gpu() == f"{name}={value} hides every GPU of this machine (driver 580.65.06); unset it"
+    assert gpu_unavailable_reason() == f"{name}={value} hides every GPU of this machine (driver 580.65.06); unset it"
 
 
 def test_a_container_without_its_gpu_a_build_without_cuda_and_a_machine_without_a_driver_are_told_apart(
     gpu_box: pytest.MonkeyPatch,
 ) -> None:
-    assert "although there is a driver (580.65.06); see what nvidia-smi says" in str(why_no_gpu())
-    device.CONTROL.unlink()
-    assert "no GPU is given to this container; start it with `docker run --gpus all`" in str(why_no_gpu())
+    assert "although there is a driver (580.65.06); see what nvidia-smi says" in str(gpu_unavailable_reason())
+    device.NVIDIA_CTL.unlink()
+    assert "no GPU is given to this container; start it with `docker run --gpus all`" in str(gpu_unavailable_reason())
     gpu_box.setattr(torch.version, "cuda", None)
-    assert "is a build without CUDA; install the CUDA build" in str(why_no_gpu())
-    device.DRIVER.unlink()
-    assert "this machine has no NVIDIA driver" in str(why_no_gpu())
+    assert "is a build without CUDA; install the CUDA build" in str(gpu_unavailable_reason())
+    device.DRIVER_VERSION.unlink()
+    assert "this machine has no NVIDIA driver" in str(gpu_unavailable_reason())
 
 
 def test_a_gpu_that_can_be_used_lacks_nothing(gpu_box: pytest.MonkeyPatch) -> None:
     gpu_box.setattr(torch.cuda, "is_available", lambda: True)
-    assert why_no_gpu() is None
+    assert gpu_unavailable_reason() is None
 
 
 def test_a_gpu_that_was_asked_for_and_is_not_there_is_refused_and_auto_takes_the_cpu(
     gpu_box: pytest.MonkeyPatch,
 ) -> None:
-    device.DRIVER.write_text(PROPRIETARY.format("550.54.15"))
-    with pytest.raises(Refused, match=r"=cuda, but the NVIDIA driver is 550.54.15 .* or set TAGGER_RUN_DEVICE=cpu"):
-        Machine.resolve("cuda", "auto")
-    assert Machine.resolve("auto", "auto") == CPU
+    device.DRIVER_VERSION.write_text(PROPRIETARY.format("550.54.15"))
+    with pytest.raises(
+        InvalidInputError, match=r"=cuda, but the NVIDIA driver is 550.54.15 .* or set TAGGER_RUN_DEVICE=cpu"
+    ):
+        ComputeSpec.resolve("cuda", "auto")
+    assert ComputeSpec.resolve("auto", "auto") == CPU
 
 
 @pytest.mark.parametrize(
@@ -84,15 +86,15 @@ def test_a_gpu_that_was_asked_for_and_is_not_there_is_refused_and_auto_takes_the
 def test_auto_trains_on_a_cpu_only_what_is_small(
     gpu_box: pytest.MonkeyPatch, tmp_path: Path, parameters: int, asked: str, refused: bool
 ) -> None:
-    need = Need(parameters, weights=0, adapters=0, activations=0, logits=0, disk=0)
+    need = MemoryEstimate(parameters, weights=0, adapters=0, activations=0, logits=0, disk=0)
     settings = make_settings(Path("a/base"), tmp_path, run={"device": asked})
-    device.DRIVER.unlink()
+    device.DRIVER_VERSION.unlink()
     problems = cpu_problems(need, settings, CPU)
     assert bool(problems) == refused
     if refused:
         assert problems[0].startswith("a/base has 559 million parameters, TAGGER_RUN_DEVICE=auto trains at most 250 ")
         assert problems[0].endswith("set TAGGER_RUN_DEVICE=cpu to train on the CPU all the same")
-    assert cpu_problems(need, settings, Machine(torch.device("cuda"), "bf16")) == []
+    assert cpu_problems(need, settings, ComputeSpec(torch.device("cuda"), "bf16")) == []
 
 
 def test_the_setting_says_the_limit() -> None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from conftest import CPU, make_settings
 
-from job.estimate import Need, budget, disk_problems, estimate, memory_problems
+from job.estimate import MemoryEstimate, disk_problems, estimate, memory_problems, plan_batches
 from job.lora import add_adapters
 from job.quantize import load_model
 from job.settings import Base, Lora, Train
-from job.system.device import Machine, _left_of_limit
-from job.types import Encoded
+from job.system.device import ComputeSpec, _cgroup_memory_left
+from job.types import EncodedExample
 
-LONGEST = [Encoded([7] * 40, [-100] * 30 + [7] * 10), Encoded([7] * 25, [-100] * 20 + [7] * 5)]
+LONGEST = [EncodedExample([7] * 40, [-100] * 30 + [7] * 10), EncodedExample([7] * 25, [-100] * 20 + [7] * 5)]
 
 
 @pytest.mark.parametrize("quantize", ["int8", "none"])
@@ -36,7 +36,7 @@ def test_weights_and_adapters_are_what_a_loaded_model_holds(
     assert need.weights == held
     assert need.parameters == parameters
     assert need.adapters == 16 * trainable
-    averaged = estimate(make_settings(settings.base.model, tmp_path, train={"average": 0.5}), CPU, LONGEST)
+    averaged = estimate(make_settings(settings.base.model, tmp_path, train={"weight_averaging": 0.5}), CPU, LONGEST)
     assert averaged.adapters - need.adapters == 4 * trainable
     assert averaged.disk - need.disk == 8 * trainable, "a mean in each of two checkpoints"
 
@@ -51,7 +51,7 @@ def test_logits_count_only_the_labelled_positions_and_recomputation_saves_activa
     assert dataclasses.replace(on, activations=0) == dataclasses.replace(off, activations=0)
 
 
-class Small(Machine):
+class Small(ComputeSpec):
     """A CPU with so many bytes free."""
 
     free = 0.0
@@ -61,7 +61,7 @@ class Small(Machine):
 
 
 @pytest.mark.parametrize(
-    ("free", "checkpointing", "micro_tokens", "expected"),
+    ("free", "checkpointing", "micro_batch_tokens", "expected"),
     [
         (2**30, "auto", None, (256, False)),
         (2**30, "on", None, (256, True)),
@@ -73,28 +73,28 @@ class Small(Machine):
     ],
 )
 def test_micro_batches_fit_and_activations_are_recomputed_only_if_the_longest_example_does_not(
-    llama: Path, free: float, checkpointing: str, micro_tokens: int | None, expected: tuple[int, bool]
+    llama: Path, free: float, checkpointing: str, micro_batch_tokens: int | None, expected: tuple[int, bool]
 ) -> None:
     machine = Small(torch.device("cpu"), "fp32")
     object.__setattr__(machine, "free", free)
-    settings = Train.model_validate({"checkpointing": checkpointing, "micro_tokens": micro_tokens})
+    settings = Train.model_validate({"gradient_checkpointing": checkpointing, "micro_batch_tokens": micro_batch_tokens})
     config = load_model(Base(model=str(llama), quantize="none"), CPU).config
-    assert dataclasses.astuple(budget(config, LONGEST, settings, machine, most=256)) == expected
+    assert dataclasses.astuple(plan_batches(config, LONGEST, settings, machine, most=256)) == expected
 
 
 def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
     assert 0 < CPU.free_memory() <= psutil.virtual_memory().total
-    assert _left_of_limit(tmp_path) == math.inf
+    assert _cgroup_memory_left(tmp_path) == math.inf
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 400\nfile 300\n")
-    assert _left_of_limit(tmp_path) == math.inf
+    assert _cgroup_memory_left(tmp_path) == math.inf
     (tmp_path / "memory.max").write_text("1000\n")
-    assert _left_of_limit(tmp_path) == 600
+    assert _cgroup_memory_left(tmp_path) == 600
 
 
 def test_a_disk_that_is_too_small_is_said_to_be(tmp_path: Path) -> None:
-    need = Need(parameters=0, weights=0, adapters=0, activations=0, logits=0, disk=2.0**60)
+    need = MemoryEstimate(parameters=0, weights=0, adapters=0, activations=0, logits=0, disk=2.0**60)
     [problem] = disk_problems(need, tmp_path / "runs" / "one")
     assert "GiB free; make room, or set TAGGER_RUN_DIR" in problem
     assert disk_problems(dataclasses.replace(need, disk=1.0), tmp_path) == []

@@ -23,7 +23,7 @@ def answers(n: int, *, right: float, seed: int = 0) -> tuple[list[list[str]], li
 
 def test_micro_scores_and_jaccard_count_pairs_and_sets() -> None:
     scores = score([["a", "b"], ["a"], ["c"]], [["a"], ["a", "d"], []], [True, True, False])
-    assert (scores.n, scores.parse_rate) == (3, pytest.approx(2 / 3))
+    assert (scores.n, scores.well_formed) == (3, pytest.approx(2 / 3))
     assert scores.precision == pytest.approx(2 / 3)  # of a, a, d: both a
     assert scores.recall == pytest.approx(2 / 4)  # of a, b, a, c: both a
     assert scores.f1 == pytest.approx(2 * (2 / 3) * 0.5 / (2 / 3 + 0.5))

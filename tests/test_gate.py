@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from job.evaluate import score
-from job.gate import judge
+from job.gate import compare
 from job.settings import Eval
 from job.types import Prediction, Scores, Verdict
 
@@ -20,14 +20,14 @@ def answered(right: int, n: int = 100, *, first: int = 0) -> Evaluated:
 
 
 def judged(new: Evaluated, old: Evaluated | None, **knobs: float) -> Verdict:
-    return judge(Eval(gate="published", **knobs), *new, old, parent="c0ffee")
+    return compare(Eval(gate="published", **knobs), *new, old, parent="c0ffee")
 
 
 def test_the_floor_refuses_what_is_below_it() -> None:
     scores, predictions = answered(50)
-    assert judge(Eval(gate="off", min_f1=0.9), scores, predictions, None).passed
-    assert judge(Eval(gate="floor", min_f1=0.5), scores, predictions, None).passed
-    verdict = judge(Eval(gate="floor", min_f1=0.6), scores, predictions, None)
+    assert compare(Eval(gate="off", min_f1=0.9), scores, predictions, None).passed
+    assert compare(Eval(gate="floor", min_f1=0.5), scores, predictions, None).passed
+    verdict = compare(Eval(gate="floor", min_f1=0.6), scores, predictions, None)
     assert (verdict.verdict, verdict.reason) == (
         "fail",
         "the adapter's micro-F1 is 0.500, below TAGGER_EVAL_MIN_F1=0.6",
@@ -76,6 +76,6 @@ def test_better_than_what_is_published_is_not_enough_below_the_floor() -> None:
 
 
 def test_what_cannot_be_compared_does_not_pass() -> None:
-    verdict = judge(Eval(gate="published"), *answered(80), None, broken="the adapter published in x no longer loads")
+    verdict = compare(Eval(gate="published"), *answered(80), None, broken="the adapter published in x no longer loads")
     assert verdict.verdict == "insufficient evidence"
     assert verdict.reason == "the adapter published in x no longer loads, so nothing can be compared with it"

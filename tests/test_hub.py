@@ -11,7 +11,7 @@ from hub import READ_TOKEN, SCOPED_TOKEN, WRITE_TOKEN, Fault, Hub, Repo
 from job import push
 from job.hub import client as hub
 from job.settings import Settings
-from job.types import Refused
+from job.types import InvalidInputError
 
 
 def settings(**knobs: object) -> Settings:
@@ -25,17 +25,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_repo_is_made_private_before_training(loopback_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-    assert push.prepare(settings()) == "ada/bloomz-560m-tagger"
+    assert push.prepare_repo(settings()) == "ada/bloomz-560m-tagger"
     assert loopback_hub.models["ada/bloomz-560m-tagger"].private
-    assert push.prepare(settings(repo="lovelace-lab/tagger", private=False)) == "lovelace-lab/tagger"
+    assert push.prepare_repo(settings(repo="lovelace-lab/tagger", private=False)) == "lovelace-lab/tagger"
     assert not loopback_hub.models["lovelace-lab/tagger"].private
-    assert push.prepare(settings(push="never")) is None
+    assert push.prepare_repo(settings(push="never")) is None
 
 
 def test_without_a_token_nothing_is_asked_and_always_is_refused(loopback_hub: Hub) -> None:
-    assert push.prepare(settings()) is None
-    with pytest.raises(Refused, match=r"TAGGER_HUB_PUSH=always needs a token \(HF_TOKEN\)"):
-        push.prepare(settings(push="always"))
+    assert push.prepare_repo(settings()) is None
+    with pytest.raises(InvalidInputError, match=r"TAGGER_HUB_PUSH=always needs a token \(HF_TOKEN\)"):
+        push.prepare_repo(settings(push="always"))
     assert loopback_hub.requests == []
 
 
@@ -58,8 +58,8 @@ def test_what_would_refuse_the_push_is_refused_before_training(
     if repo == "ada/locked":
         loopback_hub.faults = [Fault("locked/auth-check", "status", times=9, status=403)]
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(Refused) as refusal:
-        push.prepare(settings(repo=repo))
+    with pytest.raises(InvalidInputError) as refusal:
+        push.prepare_repo(settings(repo=repo))
     assert said in str(refusal.value)
     assert token not in str(refusal.value)
     assert len(loopback_hub.models) == 2
@@ -67,16 +67,16 @@ def test_what_would_refuse_the_push_is_refused_before_training(
 
 def test_a_scoped_token_may_use_the_namespace_it_is_for(loopback_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", SCOPED_TOKEN)
-    assert push.prepare(settings(repo="lovelace-lab/tagger")) == "lovelace-lab/tagger"
+    assert push.prepare_repo(settings(repo="lovelace-lab/tagger")) == "lovelace-lab/tagger"
 
 
 def test_names_become_commits_and_licences(loopback_hub: Hub) -> None:
     model = loopback_hub.models["big/model"] = Repo("big/model", licence="bigscience-bloom-rail-1.0")
     first = model.commit("main", "first", {})
     second = model.commit("main", "second", {})
-    assert hub.resolve("model", "big/model", None).commit == second.oid
-    assert hub.resolve("model", "big/model", first.oid).commit == first.oid
-    assert hub.resolve("model", "big/model", None).licence == "bigscience-bloom-rail-1.0"
+    assert hub.resolve_revision("model", "big/model", None).commit == second.oid
+    assert hub.resolve_revision("model", "big/model", first.oid).commit == first.oid
+    assert hub.resolve_revision("model", "big/model", None).licence == "bigscience-bloom-rail-1.0"
 
 
 @pytest.mark.parametrize(
@@ -92,22 +92,22 @@ def test_missing_and_gated_and_no_such_revision_each_have_their_own_words(
     loopback_hub: Hub, name: str, revision: str | None, said: str
 ) -> None:
     loopback_hub.models |= {"big/model": Repo("big/model"), "big/gated": Repo("big/gated", gated=True)}
-    with pytest.raises(Refused) as refusal:
-        hub.resolve("model", name, revision)
+    with pytest.raises(InvalidInputError) as refusal:
+        hub.resolve_revision("model", name, revision)
     assert said in str(refusal.value)
 
 
 def test_a_server_error_that_passes_is_waited_out(loopback_hub: Hub) -> None:
     loopback_hub.models["big/model"] = Repo("big/model")
     loopback_hub.faults = [Fault("auth-check", "status", status=503), Fault("GET /api/models/big/model$", "drop")]
-    assert hub.resolve("model", "big/model", None).commit
+    assert hub.resolve_revision("model", "big/model", None).commit
 
 
 def test_a_hub_that_stays_away_is_said_to(loopback_hub: Hub) -> None:
     loopback_hub.faults = [Fault("auth-check", "status", times=99, status=502)]
     started = time.monotonic()
-    with pytest.raises(Refused, match="the Hub cannot be asked .*; check the network and HF_ENDPOINT"):
-        hub.resolve("model", "big/model", None)
+    with pytest.raises(InvalidInputError, match="the Hub cannot be asked .*; check the network and HF_ENDPOINT"):
+        hub.resolve_revision("model", "big/model", None)
     assert time.monotonic() - started < 10
 
 
@@ -115,22 +115,22 @@ def test_retry_after_is_obeyed_and_what_would_fail_again_is_not_tried_again(loop
     loopback_hub.models["big/model"] = Repo("big/model")
     loopback_hub.faults = [Fault("auth-check", "status", status=429, headers={"Retry-After": "2"})]
     started = time.monotonic()
-    hub.resolve("model", "big/model", None)
+    hub.resolve_revision("model", "big/model", None)
     assert time.monotonic() - started >= 2
     asked = len(loopback_hub.requests)
-    with pytest.raises(Refused):
-        hub.resolve("model", "big/absent", None)
+    with pytest.raises(InvalidInputError):
+        hub.resolve_revision("model", "big/absent", None)
     assert len(loopback_hub.requests) == asked + 1
 
 
 def test_a_mounted_secret_is_a_token_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hf_token").write_text(f"{WRITE_TOKEN}\n")
     monkeypatch.setattr(hub, "SECRET_FILE", tmp_path / "hf_token")
-    assert hub.account().user == "ada"
+    assert hub.token_info().user == "ada"
     monkeypatch.setenv("HF_TOKEN", SCOPED_TOKEN)
-    assert hub.account().role == "fineGrained"
+    assert hub.token_info().role == "fineGrained"
 
 
 def test_errors_never_show_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert hub.reason(ValueError("bad token\nhf_secret")) == "bad token ***"
+    assert hub.error_message(ValueError("bad token\nhf_secret")) == "bad token ***"

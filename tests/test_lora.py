@@ -16,7 +16,7 @@ from job.freeze import freeze
 from job.lora import add_adapters, count_parameters, save_adapter
 from job.quantize import load_model, load_tokenizer
 from job.settings import Base, Lora
-from job.types import Refused
+from job.types import InvalidInputError
 
 
 def base(folder: Path, quantize: str = "none") -> PreTrainedModel:
@@ -64,7 +64,7 @@ def test_the_adapters_are_on_the_target_modules_and_never_on_the_head(
 
 
 def test_unknown_targets_are_refused_with_those_there_are(llama: Path) -> None:
-    with pytest.raises(Refused, match=r"no module named query_key_value; it has .*q_proj.*v_proj"):
+    with pytest.raises(InvalidInputError, match=r"no module named query_key_value; it has .*q_proj.*v_proj"):
         add_adapters(base(llama), Lora(targets=("query_key_value",)), seed=42)
 
 

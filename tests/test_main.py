@@ -103,7 +103,7 @@ def test_an_adapter_is_used_with_the_tags_and_the_threshold_that_it_was_publishe
     tiny.setenv("HF_TOKEN", WRITE_TOKEN)
     tiny.setenv("TAGGER_HUB_REPO", REPO)
     chosen = {
-        "TAGGER_SAMPLE_DECODING": "likely",
+        "TAGGER_SAMPLE_DECODING": "marginal",
         "TAGGER_SAMPLE_THRESHOLD": "auto",
         "TAGGER_DATA_TAG_ORDER": "shuffled",
         "TAGGER_DATA_MIN_TAG_COUNT": "3",
@@ -111,8 +111,8 @@ def test_an_adapter_is_used_with_the_tags_and_the_threshold_that_it_was_publishe
     for name, value in chosen.items():
         tiny.setenv(name, value)
     settings = Settings()
-    examples = data.set_aside(data.load(settings.data), settings.data).train
-    taught = {tag for example in data.without_rare_tags(examples, settings.data.min_tag_count) for tag in example.tags}
+    examples = data.split_calibration(data.load(settings.data), settings.data).train
+    taught = {tag for example in data.drop_rare_tags(examples, settings.data.min_tag_count) for tag in example.tags}
     assert taught < {tag for example in examples for tag in example.tags}
     assert main([]) == 0
     run = tmp_path / "runs" / "tiny"
@@ -120,7 +120,7 @@ def test_an_adapter_is_used_with_the_tags_and_the_threshold_that_it_was_publishe
     decoding = json.loads((run / "adapter" / "tagger.json").read_text())
     dataset = json.loads((run / "manifest.json").read_text())["dataset"]
     assert decoding["threshold"] == float(said[0])
-    assert (decoding["decoding"], decoding["vocabulary"]) == ("likely", "closed")
+    assert (decoding["decoding"], decoding["vocabulary"]) == ("marginal", "closed")
     assert set(decoding["tags"]) == taught
     assert dataset["train"] + int(said[1]) + dataset["near_duplicates"] + dataset["held_out"] <= 60
     for sample in lines(run / "samples.jsonl"):
@@ -478,11 +478,11 @@ def test_what_an_interrupted_run_has_done_is_not_done_again(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for place in (steps := "job.train._Training._step", evaluations := "job.evaluate.evaluate"):
+    for place in (steps := "job.train.Trainer._step", evaluations := "job.evaluate.evaluate"):
         counted(place)
     reached = []
     for place in (
-        "job.train._Training.run_to_the_end",
+        "job.train.Trainer.run",
         "job.report.save_metrics",
         "job.report.save_card",
         "job.push.push",
@@ -585,7 +585,7 @@ def test_without_a_gpu_auto_says_so_and_refuses_a_model_for_one_before_anything_
     tiny: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any, command: str
 ) -> None:
     tiny.setattr(torch.cuda, "is_available", lambda: False)
-    tiny.setattr("job.system.device.DRIVER", tmp_path / "absent")
+    tiny.setattr("job.system.device.DRIVER_VERSION", tmp_path / "absent")
     tiny.setenv("TAGGER_RUN_DEVICE", "auto")
     with tiny.context() as patch:
         patch.setattr("job.estimate.CPU_PARAMETERS", 1000)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import CPU, make_settings
 
-from job.decoding.constraints import Vocabulary
-from job.decoding.marginals import Likely, likely_tags
+from job.decoding.constraints import ClosedVocabulary
+from job.decoding.marginals import TagDistribution, tag_marginals
 from job.quantize import load_model, load_tokenizer
 
 TAGS = ("music", "rain", "rainfall", "rain again", "don't", "the sea", "sea", "seaside", "sea salt", "a, b")
@@ -26,14 +26,14 @@ class Scorer:
     prompts: list[list[int]]
     tags: tuple[str, ...] = TAGS
 
-    def search(self, *, places: int = 1, room: int = 1000) -> list[Likely]:
-        vocabulary = Vocabulary(self.tokenizer, self.tags, " ", 9)
+    def search(self, *, places: int = 1, room: int = 1000) -> list[TagDistribution]:
+        vocabulary = ClosedVocabulary(self.tokenizer, self.tags, " ", 9)
         width = max(map(len, self.prompts))
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in self.prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in self.prompts])
         with torch.inference_mode():
-            return likely_tags(self.model, ids, mask, vocabulary, places=places, room=room)
+            return tag_marginals(self.model, ids, mask, vocabulary, max_positions=places, room=room)
 
     def way(self, tag: str, end: str, *, first: bool) -> list[int]:
         return list(self.tokenizer(f"{' [' if first else ' '}{tag!r}{end}").input_ids)
@@ -61,7 +61,7 @@ class Scorer:
                 found[tag] = sum(self.probability(prompt, list(way)) for way in until)
         return found
 
-    def along_the_likeliest(self, prompt: list[int], places: int, room: int = 1000) -> Likely:
+    def along_the_likeliest(self, prompt: list[int], places: int, room: int = 1000) -> TagDistribution:
         """What the search should find, with how likely the list goes on after each of its tags in `followed`."""
         self.followed: list[float] = []
         missed, written, goes_on = dict[str, float](), list[str](), 1.0
@@ -81,7 +81,7 @@ class Scorer:
             goes_on *= min(1.0, self.probability(prompt, way) / new[best])
             self.followed.append(goes_on)
             prompt = prompt + way
-        return Likely({tag: 1 - value for tag, value in missed.items()}, written, goes_on)
+        return TagDistribution({tag: 1 - value for tag, value in missed.items()}, written, goes_on)
 
 
 @pytest.fixture(params=["bloom", "llama"])
@@ -91,8 +91,8 @@ def scorer(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.ndim == 2 else 1)  # random weights are sure of nothing, whatever the text
-    monkeypatch.setattr("job.decoding.marginals.LEAST", 0.0)
-    monkeypatch.setattr("job.decoding.marginals.GOES_ON", 0.0)
+    monkeypatch.setattr("job.decoding.marginals.MIN_PROBABILITY", 0.0)
+    monkeypatch.setattr("job.decoding.marginals.MIN_CONTINUE_PROB", 0.0)
     texts = ("a song ->:", "a much longer text about the rain ->:", "x ->:")
     return Scorer(model, tokenizer, [tokenizer(text).input_ids for text in texts])
 
@@ -100,11 +100,11 @@ def scorer(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 def test_a_tag_is_as_likely_as_its_ways_of_being_written(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [scorer.next(prompt, first=True) for prompt in scorer.prompts]
     for ways in (8, 1):  # which changes how many are followed at once, and nothing else
-        monkeypatch.setattr("job.decoding.marginals.WAYS", ways)
+        monkeypatch.setattr("job.decoding.marginals.BEAM_ROWS", ways)
         for found, scores in zip(scorer.search(), expected, strict=True):
             assert found.tags == pytest.approx(scores, rel=1e-3, abs=0.0)
     for threshold in sorted({value for scores in expected for value in scores.values()}):
-        monkeypatch.setattr("job.decoding.marginals.LEAST", threshold * 0.99)
+        monkeypatch.setattr("job.decoding.marginals.MIN_PROBABILITY", threshold * 0.99)
         assert [set(found.tags) for found in scorer.search()] == [
             {tag for tag, value in scores.items() if value >= threshold * 0.99} for scores in expected
         ]
@@ -116,10 +116,10 @@ def test_a_tag_may_be_in_any_place_of_the_likeliest_list(scorer: Scorer) -> None
         expected = [scorer.along_the_likeliest(prompt, places) for prompt in scorer.prompts]
         lengths = {len(scorer.way(likely.written[0], ",", first=True)) for likely in expected}
         assert len(lengths) > 1, "lists of one length leave no holes"
-        for found, likely in zip(scorer.search(places=places), expected, strict=True):
+        for found, likely in zip(scorer.search(max_positions=places), expected, strict=True):
             assert found.written == likely.written
             assert found.tags == pytest.approx(likely.tags, rel=1e-3, abs=0.0)
-            assert found.goes_on == pytest.approx(likely.goes_on, rel=1e-3)
+            assert found.continue_prob == pytest.approx(likely.continue_prob, rel=1e-3)
 
 
 def test_a_list_is_followed_until_it_hardly_goes_on(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,26 +128,26 @@ def test_a_list_is_followed_until_it_hardly_goes_on(scorer: Scorer, monkeypatch:
         scorer.along_the_likeliest(prompt, 3)
         ends.append(scorer.followed)
     for least in sorted(value * 1.01 for goes_on in ends for value in goes_on):
-        monkeypatch.setattr("job.decoding.marginals.GOES_ON", least)
+        monkeypatch.setattr("job.decoding.marginals.MIN_CONTINUE_PROB", least)
         followed = [1 + next((n for n, value in enumerate(goes_on) if value < least), 2) for goes_on in ends]
-        assert [len(found.written) for found in scorer.search(places=3)] == followed
+        assert [len(found.written) for found in scorer.search(max_positions=3)] == followed
 
 
 def test_nothing_is_written_beyond_the_tokens_there_is_room_for(scorer: Scorer) -> None:
     for room in range(14):
-        for prompt, found in zip(scorer.prompts, scorer.search(places=3, room=room), strict=True):
+        for prompt, found in zip(scorer.prompts, scorer.search(max_positions=3, room=room), strict=True):
             expected = scorer.along_the_likeliest(prompt, 3, room)
             assert found.written == expected.written, room
             assert found.tags == pytest.approx(expected.tags, rel=1e-3, abs=0.0)
 
 
 def test_a_tag_s_chances_in_several_places_are_chances_of_one_thing() -> None:
-    likely = Likely()
+    likely = TagDistribution()
     assert likely.add({"sea": 0.6, "rain": 0.5, "music": 0.009}) == "sea"
     assert likely.add({"sea": 0.9, "rain": 0.5, "music": 0.02}) == "rain"
     assert likely.add({"sea": 0.9, "rain": 0.9}) is None
     assert likely.written == ["sea", "rain"]
     assert likely.tags == pytest.approx({"sea": 0.6, "rain": 0.75, "music": 0.02})
-    certain = Likely()
+    certain = TagDistribution()
     certain.add({"sea": 1.0000001})  # as sums of rounded numbers may be
     assert certain.tags == {"sea": 1.0}

@@ -15,13 +15,13 @@ from job.freeze import freeze
 from job.lora import add_adapters
 from job.quantize import load_model
 from job.settings import Base, Lora
-from job.system.device import Machine
+from job.system.device import ComputeSpec
 from job.training import memory_efficient
 
 IDS = torch.randint(10, 500, (1, 24), generator=torch.Generator().manual_seed(0))
 
 
-def adapted(folder: Path, quantize: str, machine: Machine = CPU, dropout: float = 0.0) -> peft.PeftModel:
+def adapted(folder: Path, quantize: str, machine: ComputeSpec = CPU, dropout: float = 0.0) -> peft.PeftModel:
     model = load_model(Base.model_validate({"model": str(folder), "quantize": quantize}), machine)
     freeze(model)
     model = add_adapters(model, Lora(dropout=dropout), seed=42).train()
@@ -38,7 +38,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": IDS, "labels": IDS, "shift_labels": IDS[0, 6:21], "logits_to_keep": keep}
 
 
-def loss_and_gradients(model: peft.PeftModel, machine: Machine = CPU) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(model: peft.PeftModel, machine: ComputeSpec = CPU) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     torch.manual_seed(7)
     with machine.autocast():
@@ -54,10 +54,10 @@ def loss_and_gradients(model: peft.PeftModel, machine: Machine = CPU) -> tuple[f
 def test_loss_and_gradients_are_the_library_s_and_its_forwards_come_back(
     request: pytest.FixtureRequest, architecture: str, quantize: str, dtype: str
 ) -> None:
-    machine = Machine(torch.device("cpu"), dtype)  # type: ignore[arg-type]
+    machine = ComputeSpec(torch.device("cpu"), dtype)  # type: ignore[arg-type]
     model = adapted(request.getfixturevalue(architecture), quantize, machine)
     loss, gradients = loss_and_gradients(model, machine)
-    with memory_efficient.installed(model):
+    with memory_efficient.patched(model):
         own_loss, own = loss_and_gradients(model, machine)
     near = {"rel": 1e-6} if dtype == "fp32" else {"rel": 1e-2}
     assert own_loss == pytest.approx(loss, **near)
@@ -136,6 +136,6 @@ def test_less_is_kept_for_the_backward_pass(request: pytest.FixtureRequest, arch
 
     weights = sum(p.untyped_storage().nbytes() for p in model.parameters())
     own = kept_bytes(step)
-    with memory_efficient.installed(model):
+    with memory_efficient.patched(model):
         leaner = kept_bytes(step)
     assert leaner < 0.9 * own, (leaner, own, weights)

@@ -26,7 +26,7 @@ from modal_server import MODAL, Loss, Modal, caller
 from job import pipeline
 from job.cloud import modal_launcher, modal_worker
 from job.settings import Settings
-from job.types import Refused, Resolved, Tagged
+from job.types import HubRevision, InvalidInputError, TaggedText
 
 ROOT = Path(__file__).parents[1]
 APP = str(ROOT / "modal_app.py")
@@ -223,7 +223,7 @@ def test_a_file_is_tagged_in_order_though_a_container_dies(world: World) -> None
     assert world.modal.containers[-2][1].wait() == -signal.SIGKILL
     answers = [json.loads(line) for line in (world.home / "tagged.jsonl").read_text().splitlines()]
     assert [answer["text"] for answer in answers] == texts
-    assert set(answers[0]) == {knob.name for knob in fields(Tagged)}
+    assert set(answers[0]) == {knob.name for knob in fields(TaggedText)}
 
 
 def test_a_refusal_of_the_container_is_the_exit_code_and_its_sentence_and_is_not_tried_again(world: World) -> None:
@@ -254,7 +254,9 @@ def test_a_deployed_app_retrains_by_schedule_with_the_settings_of_its_deployment
     assert schedules == {"perform": "", "tag_texts": "", "scheduled": "5 4 * * 0"}
     outcome = world.modal.trigger("scheduled")
     assert outcome["exit_code"] == 0
-    assert outcome["said"].startswith("nothing to do: base model, data and settings are those of what ada/tiny-tagger")
+    assert outcome["message"].startswith(
+        "nothing to do: base model, data and settings are those of what ada/tiny-tagger"
+    )
 
 
 def test_what_is_wrong_is_refused_before_modal_is_asked_for_anything(tmp_path: Path) -> None:
@@ -311,7 +313,7 @@ def test_what_no_container_could_do_is_refused_here(
     Path("tags.env").write_text("TAGGER_SAMPLE_VOCABULARY=my_tags.txt\n")
     Path("sample.env").write_text("TAGGER_SAMPLE_INPUT=here.jsonl\n")
     with pytest.raises(SystemExit) as ended:
-        modal_launcher.request(APP, ["modal", "run", f"{APP}::{command}", *words])
+        modal_launcher.parse_request(APP, ["modal", "run", f"{APP}::{command}", *words])
     assert ended.value.code == 2
     assert f"error: {said}" in capsys.readouterr().err
 
@@ -323,7 +325,7 @@ def test_options_recipe_dotenv_and_environment_reach_the_container_as_text(monke
     monkeypatch.setenv("TAGGER_RUN_DIR", "here")
     monkeypatch.setenv("TAGGER_TRAIN_MAX_STEPS", "50")
     words = ["modal", "run", "--detach", "-m", "modal_app", "--recipe", "some.env", "--max-steps", "20"]
-    asked = modal_launcher.request(APP, words)
+    asked = modal_launcher.parse_request(APP, words)
     assert asked.command == "main"
     assert asked.given == {
         "TAGGER_LORA_R": "8",
@@ -331,10 +333,10 @@ def test_options_recipe_dotenv_and_environment_reach_the_container_as_text(monke
         "TAGGER_TRAIN_SEED": "7",
         "TAGGER_TRAIN_MAX_STEPS": "20",
     }
-    assert modal_launcher.request(APP, ["modal", "deploy", APP, "--name", "mine"]).command == "deploy"
+    assert modal_launcher.parse_request(APP, ["modal", "deploy", APP, "--name", "mine"]).command == "deploy"
     Path("here.jsonl").touch()
     monkeypatch.setenv("TAGGER_DATA_DATASET", "here.jsonl")  # which only training reads
-    assert modal_launcher.request(APP, ["modal", "run", f"{APP}::status"]).command == "status"
+    assert modal_launcher.parse_request(APP, ["modal", "run", f"{APP}::status"]).command == "status"
 
 
 @pytest.mark.parametrize("detach", [[], ["--detach"]])
@@ -360,14 +362,14 @@ def test_a_warm_container_tags_with_the_adapter_that_the_repo_has_now(monkeypatc
     heads, loaded = iter(["first", "first", "second"]), []
 
     class Silent:
-        def tag(self, texts: list[str]) -> list[Tagged]:
+        def tag(self, texts: list[str]) -> list[TaggedText]:
             return []
 
     def load(chosen: Settings, *_: str) -> Silent:
         loaded.append(chosen.hub.revision)
         return Silent()
 
-    monkeypatch.setattr("job.hub.client.resolve", lambda *_: Resolved(next(heads), None))
+    monkeypatch.setattr("job.hub.client.resolve_revision", lambda *_: HubRevision(next(heads), None))
     monkeypatch.setattr("job.pipeline.tagger", load)
     for _ in range(3):
         assert modal_worker.tag({"TAGGER_HUB_REPO": REPO}, ["a text"])["exit_code"] == 0
@@ -375,7 +377,7 @@ def test_a_warm_container_tags_with_the_adapter_that_the_repo_has_now(monkeypatc
 
 
 def test_time_that_is_up_for_good_is_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended, modal_launcher.in_sentences("the same command goes on"):
+    with pytest.raises(SystemExit) as ended, modal_launcher.exit_on_job_error("the same command goes on"):
         raise FunctionTimeoutError("Function execution timed out.")
     assert ended.value.code == 75
     assert "the time of the last attempt is up; the same command goes on" in capsys.readouterr().err
@@ -447,7 +449,7 @@ def test_a_call_keeps_to_its_run_though_the_data_set_moves_in_between(
     runs = tmp_path / "runs"
     interrupted = Volume(runs, "checkpoint-2", InputCancellation, times=1)
     with pytest.raises(InputCancellation):
-        modal_worker.perform("run", here, call="fc-1", commit=interrupted.commit)
+        modal_worker.run_command("run", here, call="fc-1", commit=interrupted.commit)
     assert interrupted.commits > 2, "at the beginning, after the checkpoint, and when it stops"
     [run] = [path for path in runs.iterdir() if not path.name.startswith(".")]
     assert [path.name for path in (run / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
@@ -456,12 +458,12 @@ def test_a_call_keeps_to_its_run_though_the_data_set_moves_in_between(
     more = SAYINGS.read_bytes().splitlines(keepends=True)[::-1]
     loopback_hub.datasets["tiny/sayings"].commit("main", "other data", {"train.jsonl": b"".join(more)})
     volume = Volume(runs)
-    outcome = modal_worker.perform("run", here, call="fc-1", commit=volume.commit)
+    outcome = modal_worker.run_command("run", here, call="fc-1", commit=volume.commit)
     assert (outcome["exit_code"], outcome["run_id"], outcome["status"]) == (0, run.name, "complete")
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["settings"]["TAGGER_LORA_R"] == 16
     assert volume.commits > 3
-    other = modal_worker.perform("run", {**here, "TAGGER_HUB_REPO": ""}, call="fc-2", commit=Volume(runs).commit)
+    other = modal_worker.run_command("run", {**here, "TAGGER_HUB_REPO": ""}, call="fc-2", commit=Volume(runs).commit)
     assert other["run_id"] != run.name, "another call takes the data as it is now"
 
 
@@ -470,7 +472,7 @@ def test_a_volume_that_keeps_nothing_is_said_and_at_the_end_is_an_error(
 ) -> None:
     volume = Volume(tmp_path / "runs", "*", OSError, times=99)
     with pytest.raises(OSError, match="volume busy"):
-        modal_worker.perform("run", here, call="fc-1", commit=volume.commit)
+        modal_worker.run_command("run", here, call="fc-1", commit=volume.commit)
     assert "modal: the volume keeps nothing of this yet (volume busy)" in caplog.text
     [run] = [path for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")]
     assert json.loads((run / "manifest.json").read_text())["status"] == "complete"
@@ -480,11 +482,11 @@ def test_what_the_gate_refuses_is_an_outcome_with_its_exit_code(
     here: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     strict = {"TAGGER_EVAL_GATE": "floor", "TAGGER_EVAL_MIN_F1": "0.99"}
-    outcome = modal_worker.perform("run", here | strict, call="fc-1", commit=Volume(tmp_path).commit)
+    outcome = modal_worker.run_command("run", here | strict, call="fc-1", commit=Volume(tmp_path).commit)
     assert (outcome["exit_code"], outcome["status"]) == (3, "refused")
     assert outcome["gate"]["verdict"] == "fail"
     with pytest.raises(SystemExit) as ended:
-        modal_launcher.raise_ended(outcome)
+        modal_launcher.exit_with(outcome)
     assert ended.value.code == 3
     assert "error: fail: " in capsys.readouterr().err
 
@@ -499,7 +501,7 @@ def test_what_the_gate_refuses_is_an_outcome_with_its_exit_code(
     ],
 )
 def test_seconds_have_a_price_if_one_is_known(device: str, gpus: str, said: str) -> None:
-    outcome = {"exit_code": 0, "said": "the end", "gpu_seconds": 1000.0, "device": device}
+    outcome = {"exit_code": 0, "message": "the end", "gpu_seconds": 1000.0, "device": device}
     line, last = modal_launcher.summary(outcome, gpus)
     assert line.endswith(said)
     assert last == "the end"
@@ -516,8 +518,8 @@ def test_answers_that_are_not_those_for_the_texts_are_never_written() -> None:
 
 
 def test_answers_are_shown_as_the_job_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
-    whole = {"text": "a", "prompt": "a ->:", "raw": "['b']", "tags": ("b",), "parsed": True}
-    modal_launcher.show_answers([whole, {**whole, "raw": "['b', 'c", "parsed": False}])
+    whole = {"text": "a", "prompt": "a ->:", "raw": "['b']", "tags": ("b",), "well_formed": True}
+    modal_launcher.show_answers([whole, {**whole, "raw": "['b', 'c", "well_formed": False}])
     out = capsys.readouterr().out
     assert out == "a ->: ['b']\na ->: ['b']   (not a whole list: \"['b', 'c\")\n"
 
@@ -543,7 +545,7 @@ def test_what_changes_while_it_is_fetched_leaves_nothing_and_nothing_else_is_rep
     manifest += b'"dataset": {"fingerprint": "f"}, "started": "%s"}'
     volume = Files(**{"manifest.json": manifest % b"today", "log.jsonl": b"1"})
     volume.read_file = lambda path: iter([b"longer"] if path == "tiny/log.jsonl" else [volume.files[path]])
-    with pytest.raises(Refused, match="tiny changed while it was fetched"):
+    with pytest.raises(InvalidInputError, match="tiny changed while it was fetched"):
         modal_launcher.fetch(volume, "tiny", tmp_path)
     assert list(tmp_path.iterdir()) == []
     del volume.read_file
@@ -551,6 +553,6 @@ def test_what_changes_while_it_is_fetched_leaves_nothing_and_nothing_else_is_rep
         volume.files["tiny/log.jsonl"] = log
         assert (modal_launcher.fetch(volume, "tiny", tmp_path) / "log.jsonl").read_bytes() == log
     other = Files(**{"manifest.json": manifest % b"yesterday"})
-    with pytest.raises(Refused, match="is there already and is not this run"):
+    with pytest.raises(InvalidInputError, match="is there already and is not this run"):
         modal_launcher.fetch(other, "tiny", tmp_path)
     assert (tmp_path / "tiny" / "log.jsonl").read_bytes() == b"2"

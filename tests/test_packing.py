@@ -40,7 +40,7 @@ def test_logits_of_a_packed_row_are_those_of_each_text_alone(model: PreTrainedMo
     alone = torch.cat([model(input_ids=text[None], use_cache=False).logits[0] for text in texts])
     packing = PackedAttention(model)
     with packing.installed():
-        packing.lay_out(LENGTHS, torch.device("cpu"))
+        packing.set_sequence_lengths(LENGTHS, torch.device("cpu"))
         packed = model(input_ids=row, use_cache=False, **positions).logits[0]
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
 
@@ -50,7 +50,7 @@ def test_the_model_is_as_before_once_the_packing_is_taken_out(model: PreTrainedM
     before = model(input_ids=row, use_cache=False).logits
     packing = PackedAttention(model)
     with packing.installed():
-        packing.lay_out(LENGTHS, torch.device("cpu"))
+        packing.set_sequence_lengths(LENGTHS, torch.device("cpu"))
     assert torch.equal(model(input_ids=row, use_cache=False).logits, before)
 
 
@@ -59,11 +59,11 @@ def test_bf16_keeps_near_distances_of_alibi(bloom: Path) -> None:
     texts, row, positions = inputs(model)
     packing = PackedAttention(model)
     with packing.installed():
-        packing.lay_out(LENGTHS, torch.device("cpu"))
+        packing.set_sequence_lengths(LENGTHS, torch.device("cpu"))
         packed = model(input_ids=row, use_cache=False, **positions).logits[0]
     alone = torch.cat([model(input_ids=text[None], use_cache=False).logits[0] for text in texts])
     torch.testing.assert_close(packed, alone, rtol=0.1, atol=0.1)
 
 
 def test_other_architectures_are_not_packed() -> None:
-    assert not PackedAttention.fits(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20)))
+    assert not PackedAttention.supports(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20)))

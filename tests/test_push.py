@@ -10,7 +10,7 @@ from hub import WRITE_TOKEN, Fault, Hub, Repo
 from job import push
 from job.runs.run_folder import RunFolder
 from job.settings import Hub as HubSettings
-from job.types import PushFailed
+from job.types import PublishError
 
 NAME = "ada/tagger"
 
@@ -130,7 +130,7 @@ def test_a_push_that_fails_says_why_and_how_it_is_finished_without_the_token(
     loopback_hub: Hub, repo: Repo, run: RunFolder, fault: Fault, said: str
 ) -> None:
     loopback_hub.faults = [Fault(**vars(fault))]
-    with pytest.raises(PushFailed) as failure:
+    with pytest.raises(PublishError) as failure:
         push.push(run, NAME, HubSettings(retry_minutes=0.03))
     assert said in str(failure.value)
     assert "Finish with: TAGGER_RUN_ID=tiny-1 tagger-job push" in str(failure.value)
@@ -143,6 +143,6 @@ def test_a_push_that_fails_says_why_and_how_it_is_finished_without_the_token(
 
 def test_a_token_that_is_refused_is_not_tried_again(loopback_hub: Hub, repo: Repo, run: RunFolder) -> None:
     loopback_hub.faults = [Fault(COMMIT, "status", times=99, status=401)]
-    with pytest.raises(PushFailed):
+    with pytest.raises(PublishError):
         push.push(run, NAME, SETTINGS)
     assert commit_calls(loopback_hub) == 1

@@ -69,7 +69,7 @@ def test_a_lever_is_of_one_chapter() -> None:
 
 def test_the_table_compares_a_variant_on_the_same_texts_and_puts_folds_together() -> None:
     gold, wrong = [["a"], ["b"]], [["x"], ["y"]]
-    common = {"parsed": [True, True], "invented": [0, 0]}
+    common = {"well_formed": [True, True], "invented": [0, 0]}
     records = [
         {"variant": "tfidf", "fold": 1, "gold": gold, "predicted": wrong, **common},
         {"variant": "tfidf", "fold": 2, "gold": gold, "predicted": gold, **common},

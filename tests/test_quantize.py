@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from job import quantize
 from job.settings import Base
-from job.types import Refused
+from job.types import InvalidInputError
 
 
 def load(folder: Path, how: str) -> PreTrainedModel:
@@ -60,10 +60,10 @@ def test_pickled_weights_are_refused_unread(llama: Path, tmp_path: Path) -> None
     folder = tmp_path / "pickled"
     shutil.copytree(llama, folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(Refused, match=r"no weights in safetensors \(none\)"):
+    with pytest.raises(InvalidInputError, match=r"no weights in safetensors \(none\)"):
         quantize.check_local(str(folder))
     (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
-    with pytest.raises(Refused, match=r"only pytorch_model.bin, and pickles are not read"):
+    with pytest.raises(InvalidInputError, match=r"only pytorch_model.bin, and pickles are not read"):
         load(folder, "none")
 
 
@@ -74,7 +74,7 @@ def test_a_model_s_own_code_is_never_run(llama: Path, tmp_path: Path) -> None:
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
-    with pytest.raises(Refused, match="cannot be read"):
+    with pytest.raises(InvalidInputError, match="cannot be read"):
         load(folder, "none")
     assert not (tmp_path / "was_run").exists()
 
@@ -84,18 +84,20 @@ def test_damaged_files_are_refused_and_weights_never_made_up(llama: Path, tmp_pa
     shutil.copytree(llama, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
-    with pytest.raises(Refused, match="lack .* tensors that its config.json asks for, such as model.layers.2"):
+    with pytest.raises(
+        InvalidInputError, match="lack .* tensors that its config.json asks for, such as model.layers.2"
+    ):
         load(folder, "none")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(Refused, match="cannot be read"):
+    with pytest.raises(InvalidInputError, match="cannot be read"):
         load(folder, "none")
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(Refused, match="tokenizer of .* cannot be read"):
+    with pytest.raises(InvalidInputError, match="tokenizer of .* cannot be read"):
         quantize.load_tokenizer(Base(model=str(folder)))
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"garbage" * 100)
-    with pytest.raises(Refused, match=r"bad.gguf cannot be read"):
-        quantize.source(Base(model=str(tmp_path / "bad.gguf")))
+    with pytest.raises(InvalidInputError, match=r"bad.gguf cannot be read"):
+        quantize.resolve_weights(Base(model=str(tmp_path / "bad.gguf")))
 
 
 def test_generation_settings_of_the_base_model_are_not_inherited(llama: Path, tmp_path: Path) -> None:
@@ -110,8 +112,8 @@ def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes | None) -> N
     path = tmp_path / "model.gguf"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(Refused, match="model.gguf"):
+    with pytest.raises(InvalidInputError, match="model.gguf"):
         quantize.check_local(str(path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(Refused, match="has no config.json"):
+    with pytest.raises(InvalidInputError, match="has no config.json"):
         quantize.check_local(str(tmp_path / "empty"))

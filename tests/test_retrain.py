@@ -251,7 +251,7 @@ def test_what_was_promoted_before_the_end_is_not_promoted_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("job.promote._tag", interrupt)
+        patch.setattr("job.promote._version_tag", interrupt)
         assert publish(env, WELL) == 75
     repo = loopback_hub.models[REPO]
     assert (len(repo.titles), repo.tags) == (2, {})

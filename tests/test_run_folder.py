@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from job.runs.run_folder import RunFolder, find
+from job.runs.run_folder import RunFolder, find_run
 from job.settings import Settings
-from job.types import Example, Examples, Refused
+from job.types import Example, InvalidInputError, SplitData
 
-EXAMPLES = Examples((Example("a", ("x",)),), (Example("b", ("y",)),), skipped=1, fingerprint="f1")
-OTHER = Examples(EXAMPLES.train, EXAMPLES.held_out, skipped=1, fingerprint="f2")
+EXAMPLES = SplitData((Example("a", ("x",)),), (Example("b", ("y",)),), skipped=1, fingerprint="f1")
+OTHER = SplitData(EXAMPLES.train, EXAMPLES.held_out, skipped=1, fingerprint="f2")
 
 
 def settings(path: Path, **train: object) -> Settings:
@@ -43,9 +43,9 @@ def test_nothing_is_written_before_the_run_begins(tmp_path: Path) -> None:
 def test_a_run_id_with_other_settings_is_refused_with_the_differences(tmp_path: Path) -> None:
     begun(tmp_path)
     RunFolder.open(settings(tmp_path, logging_steps=1), EXAMPLES)
-    with pytest.raises(Refused, match="TAGGER_TRAIN_MAX_STEPS was 200 and is 10"):
+    with pytest.raises(InvalidInputError, match="TAGGER_TRAIN_MAX_STEPS was 200 and is 10"):
         RunFolder.open(settings(tmp_path, max_steps=10), EXAMPLES)
-    with pytest.raises(Refused, match="the contents of Abirate/english_quotes have changed"):
+    with pytest.raises(InvalidInputError, match="the contents of Abirate/english_quotes have changed"):
         RunFolder.open(settings(tmp_path), OTHER)
 
 
@@ -62,17 +62,17 @@ def test_the_same_settings_and_data_find_the_same_run(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "thesis.txt").write_text("mine")
-    with pytest.raises(Refused, match="holds files but no run"):
+    with pytest.raises(InvalidInputError, match="holds files but no run"):
         RunFolder.open(settings(tmp_path), EXAMPLES)
     (tmp_path / "one" / "manifest.json").write_text("{}")
-    with pytest.raises(Refused, match="is not a manifest of this version"):
+    with pytest.raises(InvalidInputError, match="is not a manifest of this version"):
         RunFolder.open(settings(tmp_path), EXAMPLES)
 
 
 @pytest.mark.parametrize("place", ["/proc/nowhere", "a_file"])
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "a_file").write_text("in the way")
-    with pytest.raises(Refused, match=r"cannot be written: .*; set TAGGER_RUN_DIR"):
+    with pytest.raises(InvalidInputError, match=r"cannot be written: .*; set TAGGER_RUN_DIR"):
         RunFolder.open(settings(tmp_path / place), EXAMPLES)
 
 
@@ -99,17 +99,17 @@ def test_what_is_sealed_counts_as_done_until_it_is_altered(tmp_path: Path, caplo
         (folder / "weights").write_text("trained")
         (folder / "README.md").write_text("card")
     run.write("metrics.json", "{}")
-    assert not run.sealed("adapter")
-    run.seal("adapter", "metrics.json")
-    assert run.sealed("adapter", "metrics.json")
-    assert not run.sealed("adapter", "samples.jsonl")
+    assert not run.is_intact("adapter")
+    run.record_checksums("adapter", "metrics.json")
+    assert run.is_intact("adapter", "metrics.json")
+    assert not run.is_intact("adapter", "samples.jsonl")
     (run.adapter / "README.md").write_text("my own words")
-    assert run.sealed("adapter"), "a card may be edited"
+    assert run.is_intact("adapter"), "a card may be edited"
     (run.adapter / "weights").write_text("tr4ined")
-    assert not run.sealed("adapter")
+    assert not run.is_intact("adapter")
     assert "adapter/weights is not as it was written; it is made again" in caplog.text
     (run.path / "metrics.json").unlink()
-    assert not run.sealed("metrics.json")
+    assert not run.is_intact("metrics.json")
     assert "metrics.json is not there" in caplog.text
 
 
@@ -146,32 +146,32 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> N
 def test_the_second_owner_sees_what_the_first_has_done(tmp_path: Path) -> None:
     first = begun(tmp_path)
     second = RunFolder.open(settings(tmp_path), EXAMPLES)
-    first.judged(passed=True)
+    first.record_verdict(passed=True)
     del first
     second.lock()
     assert second.publishable
 
 
 def test_the_adapter_of_the_newest_run_is_found(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="there is no trained adapter under"):
-        find(settings(tmp_path).run.model_copy(update={"id": None}))
-    with pytest.raises(Refused, match="there is no trained adapter in"):
-        find(settings(tmp_path).run)
+    with pytest.raises(InvalidInputError, match="there is no trained adapter under"):
+        find_run(settings(tmp_path).run.model_copy(update={"id": None}))
+    with pytest.raises(InvalidInputError, match="there is no trained adapter in"):
+        find_run(settings(tmp_path).run)
     for name, age in (("older", 100), ("newest", 0), ("oldest", 200)):
         run = RunFolder(tmp_path / name, {**begun(tmp_path).manifest})
         run.begin("cpu")
         with run.folder("adapter") as folder:
             (folder / "adapter_config.json").write_text("{}")
         os.utime(run.adapter, (time.time() - age, time.time() - age))
-    assert find(Settings.model_validate({"run": {"dir": tmp_path}}).run).path.name == "newest"
-    assert find(Settings.model_validate({"run": {"dir": tmp_path, "id": "older"}}).run).path.name == "older"
+    assert find_run(Settings.model_validate({"run": {"dir": tmp_path}}).run).path.name == "newest"
+    assert find_run(Settings.model_validate({"run": {"dir": tmp_path, "id": "older"}}).run).path.name == "older"
 
 
 def test_a_run_has_one_owner(tmp_path: Path) -> None:
     code = (
-        "from job.runs.run_folder import RunFolder; from pathlib import Path; from job.types import Refused\n"
+        "from job.runs.run_folder import RunFolder; from pathlib import Path; from job.types import InvalidInputError\n"
         f"try: RunFolder(Path({str(tmp_path / 'one')!r}), {{}}).lock()\n"
-        "except Refused as refusal: print(refusal)"
+        "except InvalidInputError as refusal: print(refusal)"
     )
     run = begun(tmp_path)
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

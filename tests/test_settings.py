@@ -10,7 +10,7 @@ import pytest
 
 from job import settings
 from job.settings import Settings
-from job.types import Refused
+from job.types import InvalidInputError
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,8 +19,13 @@ def test_the_defaults_are_the_recipe() -> None:
     s = settings.load()
     assert (s.base.model, s.base.quantize) == ("bigscience/bloomz-560m", "int8")
     assert (s.lora.r, s.lora.alpha, s.lora.dropout) == (16, 32, 0.05)
-    assert (s.train.batch_size, s.train.accumulation, s.train.warmup_steps, s.train.max_steps) == (4, 4, 100, 200)
-    assert (s.train.learning_rate, s.train.logging_steps, s.train.loss_on) == (2e-4, 25, "tags")
+    assert (s.train.batch_size, s.train.gradient_accumulation_steps, s.train.warmup_steps, s.train.max_steps) == (
+        4,
+        4,
+        100,
+        200,
+    )
+    assert (s.train.learning_rate, s.train.logging_steps, s.train.completion_only_loss) == (2e-4, 25, True)
     assert (s.data.dataset, s.data.text_column, s.data.tags_column) == ("Abirate/english_quotes", "quote", "tags")
     assert (s.hub.private, s.hub.commit_message, s.sample.max_new_tokens) == (True, "basic training", 50)
 
@@ -32,7 +37,7 @@ def test_every_problem_is_reported_at_once_with_name_value_and_what_is_allowed(m
     monkeypatch.setenv("TAGGER_SAMPLE_PROMPTS", "not a list")
     monkeypatch.setenv("TAGGER_LORA_RANK", "8")
     monkeypatch.setenv("TAGGER_FOO", "1")
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(InvalidInputError) as refusal:
         settings.load()
     text = "\n".join(sorted(refusal.value.problems))
     assert len(refusal.value.problems) == 6, text
@@ -70,7 +75,7 @@ def test_every_problem_is_reported_at_once_with_name_value_and_what_is_allowed(m
 )
 def test_a_bad_value_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(InvalidInputError) as refusal:
         settings.load()
     assert name in str(refusal.value)
     assert said in str(refusal.value)
@@ -86,23 +91,23 @@ def test_what_modal_knows_is_let_through_as_it_writes_it(monkeypatch: pytest.Mon
 
 def test_a_group_without_a_knob_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAGGER_LORA", "{bad")
-    with pytest.raises(Refused, match="TAGGER_LORA is not a setting"):
+    with pytest.raises(InvalidInputError, match="TAGGER_LORA is not a setting"):
         settings.load()
 
 
 def test_settings_that_do_not_fit_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAGGER_RUN_DEVICE", "cpu")
     monkeypatch.setenv("TAGGER_TRAIN_PRECISION", "fp16")
-    with pytest.raises(Refused, match="TAGGER_TRAIN_PRECISION=fp16 needs a GPU"):
+    with pytest.raises(InvalidInputError, match="TAGGER_TRAIN_PRECISION=fp16 needs a GPU"):
         settings.load()
     monkeypatch.delenv("TAGGER_TRAIN_PRECISION")
     monkeypatch.setenv("TAGGER_DATA_LIMIT", "100")
     monkeypatch.setenv("TAGGER_DATA_EVAL_SIZE", "100")
-    with pytest.raises(Refused, match="holds out all of TAGGER_DATA_LIMIT=100"):
+    with pytest.raises(InvalidInputError, match="holds out all of TAGGER_DATA_LIMIT=100"):
         settings.load()
     monkeypatch.delenv("TAGGER_DATA_LIMIT")
     monkeypatch.setenv("TAGGER_MODAL_CACHE_VOLUME", "tagger-runs")
-    with pytest.raises(Refused, match="are both tagger-runs; name two volumes"):
+    with pytest.raises(InvalidInputError, match="are both tagger-runs; name two volumes"):
         settings.load()
 
 
@@ -120,17 +125,17 @@ def test_the_environment_wins_over_dotenv_and_dotenv_over_the_recipe(
         "TAGGER_LORA_ALPHA": ".env",
         "TAGGER_LORA_DROPOUT": str(recipe),
     }
-    assert settings.ecosystem(recipe) == {"HF_HOME": "/recipe", "HF_TOKEN": "hf_secret"}
+    assert settings.third_party_variables(recipe) == {"HF_HOME": "/recipe", "HF_TOKEN": "hf_secret"}
 
 
 def test_an_unknown_name_in_a_file_is_refused_with_the_file(tmp_path: Path) -> None:
     recipe = tmp_path / "typo.env"
     recipe.write_text("TAGGER_LORA_RR=1\n")
     with pytest.raises(
-        Refused, match=r"TAGGER_LORA_RR \(in .*typo.env\) is not a setting; did you mean TAGGER_LORA_R\?"
+        InvalidInputError, match=r"TAGGER_LORA_RR \(in .*typo.env\) is not a setting; did you mean TAGGER_LORA_R\?"
     ):
         settings.load(recipe)
-    with pytest.raises(Refused, match="is not a file"):
+    with pytest.raises(InvalidInputError, match="is not a file"):
         settings.load(tmp_path / "absent.env")
 
 
@@ -145,8 +150,8 @@ def test_an_unknown_name_in_a_file_is_refused_with_the_file(tmp_path: Path) -> N
 )
 def test_a_file_that_is_not_lines_of_settings_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "bad.env").write_bytes(content)
-    for read in (settings.load, settings.ecosystem):
-        with pytest.raises(Refused) as refusal:
+    for read in (settings.load, settings.third_party_variables):
+        with pytest.raises(InvalidInputError) as refusal:
             read(tmp_path / "bad.env")
         assert said in str(refusal.value)
 
@@ -201,14 +206,16 @@ def test_the_settings_command_imports_nothing_heavy_and_masks_the_token() -> Non
 
 
 def test_settings_of_a_run_that_do_not_fit_these_are_refused_in_a_sentence() -> None:
-    with pytest.raises(Refused, match="with the settings of the run that trained it: TAGGER_DATA_MAX_LENGTH=40 leaves"):
+    with pytest.raises(
+        InvalidInputError, match="with the settings of the run that trained it: TAGGER_DATA_MAX_LENGTH=40 leaves"
+    ):
         Settings().with_result_values({"TAGGER_DATA_MAX_LENGTH": 40})
 
 
 @pytest.mark.parametrize("value", ["2", "-0.1", "high", "1", "nan"])
 def test_a_threshold_is_auto_or_a_number_in_one_sentence(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("TAGGER_SAMPLE_THRESHOLD", value)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(InvalidInputError) as refused:
         settings.load()
     assert refused.value.problems == (
         f"TAGGER_SAMPLE_THRESHOLD={value}: expected auto, or a number from 0 to below 1.",

@@ -16,7 +16,7 @@ import torch
 from conftest import CPU
 from transformers import get_scheduler
 
-from job.data import NO_LOSS
+from job.data import IGNORE_INDEX
 from job.freeze import freeze
 from job.lora import add_adapters
 from job.quantize import load_model, load_tokenizer
@@ -25,21 +25,21 @@ from job.settings import Base, Lora, Train
 from job.system import logging_setup
 from job.train import is_out_of_memory, learning_rate, train
 from job.training import checkpoints
-from job.training.batching import label_count
+from job.training.batching import num_label_tokens
 from job.training.packing import PackedAttention
-from job.types import Diverged, Encoded, JobError, Refused
+from job.types import DivergedError, EncodedExample, InvalidInputError, JobError
 
 ROOT = Path(__file__).parents[1]
 
 
-def examples(n: int, *, loss_on_all: bool = False) -> list[Encoded]:
+def examples(n: int, *, loss_on_all: bool = False) -> list[EncodedExample]:
     """Examples of many lengths, their last tokens labelled."""
     generator = torch.Generator().manual_seed(n)
     made = []
     for i in range(n):
         ids = torch.randint(10, 500, (5 + (7 * i) % 23,), generator=generator).tolist()
         unlabelled = 0 if loss_on_all else len(ids) - 2 - i % 3
-        made.append(Encoded(ids, [NO_LOSS] * unlabelled + ids[unlabelled:]))
+        made.append(EncodedExample(ids, [IGNORE_INDEX] * unlabelled + ids[unlabelled:]))
     return made
 
 
@@ -64,7 +64,7 @@ def run_folder(path: Path) -> RunFolder:
 @pytest.mark.parametrize("architecture", ["bloom", "llama"])
 @pytest.mark.parametrize("quantize", ["int8", "none"])
 @pytest.mark.parametrize(
-    ("loss_on_all", "micro_tokens", "packed"), [(False, None, True), (True, 40, True), (False, 40, False)]
+    ("loss_on_all", "micro_batch_tokens", "packed"), [(False, None, True), (True, 40, True), (False, 40, False)]
 )
 def test_loss_and_gradients_of_a_step_are_those_of_the_full_computation(
     request: pytest.FixtureRequest,
@@ -72,7 +72,7 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_full_computation(
     architecture: str,
     quantize: str,
     loss_on_all: bool,
-    micro_tokens: int | None,
+    micro_batch_tokens: int | None,
     packed: bool,
 ) -> None:
     folder = request.getfixturevalue(architecture)
@@ -83,8 +83,8 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_full_computation(
     for row in rows:  # no padding, no accumulation, every logit: what the recipe's formula says
         logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
         labels = torch.tensor(row.labels[1:])
-        summed = summed + torch.nn.functional.cross_entropy(logits, labels, ignore_index=NO_LOSS, reduction="sum")
-        labelled += int((labels != NO_LOSS).sum())
+        summed = summed + torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        labelled += int((labels != IGNORE_INDEX).sum())
     (summed / labelled).backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -96,10 +96,12 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_full_computation(
         seen.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         return real_step(optimizer, *arguments, **keywords)
 
-    settings = Train(max_steps=1, batch_size=11, accumulation=1, warmup_steps=0, micro_tokens=micro_tokens)
+    settings = Train(
+        max_steps=1, batch_size=11, gradient_accumulation_steps=1, warmup_steps=0, micro_batch_tokens=micro_batch_tokens
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
-        patch.setattr(PackedAttention, "fits", lambda model: packed)
+        patch.setattr(PackedAttention, "supports", lambda model: packed)
         patch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_, **__: torch.zeros(()))
         trained = train(
             model,
@@ -156,7 +158,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path, llama: Pat
 
 
 def test_a_checkpoint_is_made_when_the_last_is_old_and_so_many_are_kept(tmp_path: Path, llama: Path) -> None:
-    trained_on(tmp_path, llama, save_steps=1000, save_minutes=1e-9, keep=3)
+    trained_on(tmp_path, llama, save_steps=1000, save_minutes=1e-9, save_total_limit=3)
     checkpoints = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert checkpoints == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]
 
@@ -175,8 +177,8 @@ def test_a_folder_that_takes_no_checkpoint_is_said_and_training_goes_on(
 @pytest.mark.parametrize("architecture", ["bloom", "llama"])
 def test_checkpointing_gives_the_same_losses(request: pytest.FixtureRequest, tmp_path: Path, architecture: str) -> None:
     folder = request.getfixturevalue(architecture)
-    on = trained_on(tmp_path / "on", folder, model=with_dropout(folder), checkpointing="on")
-    off = trained_on(tmp_path / "off", folder, model=with_dropout(folder), checkpointing="off")
+    on = trained_on(tmp_path / "on", folder, model=with_dropout(folder), gradient_checkpointing="on")
+    off = trained_on(tmp_path / "off", folder, model=with_dropout(folder), gradient_checkpointing="off")
     assert [e["loss"] for e in on] == pytest.approx([e["loss"] for e in off], rel=1e-5)
 
 
@@ -192,7 +194,7 @@ def test_adapters_that_are_not_finite_at_the_end_stop_the_run(
         return done
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with pytest.raises(Diverged, match="not finite after training"):
+    with pytest.raises(DivergedError, match="not finite after training"):
         train(
             model,
             examples(20),
@@ -206,7 +208,7 @@ def test_adapters_that_are_not_finite_at_the_end_stop_the_run(
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path, llama: Path) -> None:
     model = adapted(llama)
     next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(float("nan"))
-    with pytest.raises(Diverged, match="the loss is nan at step 1"):
+    with pytest.raises(DivergedError, match="the loss is nan at step 1"):
         train(
             model,
             examples(20),
@@ -239,7 +241,7 @@ def test_a_run_that_was_interrupted_ends_bitwise_as_one_that_was_not(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: int, by: type[BaseException]
 ) -> None:
     model = with_dropout(llama)
-    knobs = {"save_steps": 4, "logging_steps": 3, "average": 0.5}
+    knobs = {"save_steps": 4, "logging_steps": 3, "weight_averaging": 0.5}
     whole = trained_on(tmp_path / "whole", llama, model=model, **knobs)
     expected = state(model)
 
@@ -252,7 +254,7 @@ def test_a_run_that_was_interrupted_ends_bitwise_as_one_that_was_not(
             raise by
 
     with monkeypatch.context() as patch:
-        patch.setattr("job.train.label_count", lambda examples: interrupt() or label_count(examples))
+        patch.setattr("job.train.label_count", lambda examples: interrupt() or num_label_tokens(examples))
         calls = -20  # the examples are counted first
         with pytest.raises(by):
             trained_on(tmp_path / "cut", llama, model=with_dropout(llama), **knobs)
@@ -269,10 +271,14 @@ def test_the_adapter_is_the_mean_of_the_weights_after_the_last_steps(tmp_path: P
     after = {}
     for steps in (4, 5, 6):
         model = adapted(llama)
-        trained_on(tmp_path / str(steps), llama, model=model, max_steps=steps, schedule="constant", learning_rate=0.01)
+        trained_on(
+            tmp_path / str(steps), llama, model=model, max_steps=steps, lr_scheduler_type="constant", learning_rate=0.01
+        )
         after[steps] = state(model)
     model = adapted(llama)
-    trained_on(tmp_path / "mean", llama, model=model, schedule="constant", learning_rate=0.01, average=0.5)
+    trained_on(
+        tmp_path / "mean", llama, model=model, lr_scheduler_type="constant", learning_rate=0.01, weight_averaging=0.5
+    )
     for name, tensor in state(model).items():
         assert not torch.allclose(tensor, after[6][name])
         torch.testing.assert_close(tensor, sum(weights[name] for weights in after.values()) / 3)
@@ -281,7 +287,7 @@ def test_the_adapter_is_the_mean_of_the_weights_after_the_last_steps(tmp_path: P
 def test_out_of_memory_halves_the_micro_batches_and_changes_nothing_else(
     tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = trained_on(tmp_path / "whole", bloom, micro_tokens=1000)
+    whole = trained_on(tmp_path / "whole", bloom, micro_batch_tokens=1000)
     model = adapted(bloom)
     body = model.get_base_model().base_model
     forward = body.forward
@@ -292,11 +298,11 @@ def test_out_of_memory_halves_the_micro_batches_and_changes_nothing_else(
         return forward(input_ids, **more)
 
     monkeypatch.setattr(body, "forward", small)
-    log = trained_on(tmp_path / "small", bloom, model=model, micro_tokens=1000)
+    log = trained_on(tmp_path / "small", bloom, model=model, micro_batch_tokens=1000)
     assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in whole], rel=1e-5)
     assert "at most 62 tokens from now on" in caplog.text
-    assert json.loads((tmp_path / "small" / "manifest.json").read_text())["budget"] == {
-        "micro_tokens": 62,
+    assert json.loads((tmp_path / "small" / "manifest.json").read_text())["batch_plan"] == {
+        "micro_batch_tokens": 62,
         "recompute": False,
     }
 
@@ -314,21 +320,34 @@ def test_memory_that_really_runs_out_is_survived(tmp_path: Path, llama: Path) ->
     assert "train: out of memory; micro-batches have at most" in done.stderr
     enough, scarce = (json.loads(line) for line in done.stdout.splitlines())
     assert scarce["loss"] == pytest.approx(enough["loss"], rel=1e-5)
-    assert 1000 <= scarce["micro_tokens"] <= 25_000
+    assert 1000 <= scarce["micro_batch_tokens"] <= 25_000
 
 
 def train_with_little_memory(folder: Path, scratch: Path) -> None:
     logging_setup.configure()
-    long = [Encoded([10 + (7 * i + j) % 500 for j in range(400)], [NO_LOSS] * 390 + [11] * 10) for i in range(64)]
-    for micro_tokens in (1000, 100_000):
-        model, run = adapted(folder), run_folder(scratch / str(micro_tokens))
-        settings = Train(max_steps=2, warmup_steps=0, batch_size=64, accumulation=1, micro_tokens=micro_tokens)
+    long = [
+        EncodedExample([10 + (7 * i + j) % 500 for j in range(400)], [IGNORE_INDEX] * 390 + [11] * 10)
+        for i in range(64)
+    ]
+    for micro_batch_tokens in (1000, 100_000):
+        model, run = adapted(folder), run_folder(scratch / str(micro_batch_tokens))
+        settings = Train(
+            max_steps=2,
+            warmup_steps=0,
+            batch_size=64,
+            gradient_accumulation_steps=1,
+            micro_batch_tokens=micro_batch_tokens,
+        )
         tokenizer = load_tokenizer(Base(model=str(folder)))
-        if micro_tokens == 100_000:
+        if micro_batch_tokens == 100_000:
             held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (held + 50 * 2**20, resource.RLIM_INFINITY))
         trained = train(model, long, settings, tokenizer=tokenizer, machine=CPU, run=run)
-        print(json.dumps({"loss": trained.last_loss, "micro_tokens": run.manifest["budget"]["micro_tokens"]}))
+        print(
+            json.dumps(
+                {"loss": trained.last_loss, "micro_batch_tokens": run.manifest["batch_plan"]["micro_batch_tokens"]}
+            )
+        )
 
 
 def test_memory_that_never_suffices_is_said_to_be_too_small(
@@ -351,10 +370,10 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 
 
 def test_examples_without_a_label_are_refused(tmp_path: Path, llama: Path) -> None:
-    with pytest.raises(Refused, match="1 of 2 examples have no token with a loss"):
+    with pytest.raises(InvalidInputError, match="1 of 2 examples have no token with a loss"):
         train(
             adapted(llama),
-            [*examples(1), Encoded([5, 6, 7], [NO_LOSS] * 3)],
+            [*examples(1), EncodedExample([5, 6, 7], [IGNORE_INDEX] * 3)],
             Train(max_steps=1),
             tokenizer=load_tokenizer(Base(model=str(llama))),
             machine=CPU,

@@ -14,12 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from job import settings
-from job.runs.atomic import json_lines, whole_folder, write_whole
-from job.runs.run_folder import read_manifest, try_to_write
+from job.runs.atomic import atomic_directory, atomic_write, json_lines
+from job.runs.run_folder import check_writable, read_manifest
 from job.runs.shutdown import EXIT_CODE as INTERRUPTED
 from job.settings import Modal, Settings, is_unicode
-from job.system.paths import FORMATS, PACKAGE, WEIGHTS, is_local
-from job.types import JobError, Refused
+from job.system.paths import DATA_SUFFIXES, PACKAGE_PREFIX, WEIGHT_SUFFIXES, is_local
+from job.types import InvalidInputError, JobError
 
 if TYPE_CHECKING:
     import modal
@@ -69,7 +69,7 @@ class Request:
     texts: tuple[str, ...] = ()
 
 
-def request(app: str, words: Sequence[str] | None = None) -> Request:
+def parse_request(app: str, words: Sequence[str] | None = None) -> Request:
     """What `modal run APP::COMMAND ...` asks for, or the settings alone under any other program.
 
     Modal parses a command's options after it has made the app, too late to refuse any: hence from the
@@ -80,10 +80,10 @@ def request(app: str, words: Sequence[str] | None = None) -> Request:
         options = _parser(command).parse_args(rest)
         _override(options)
         chosen = settings.load(options.recipe)
-        texts = _checked(command, options, chosen)
-        return Request(command, options, chosen.modal, settings.given(options.recipe), texts)
-    except Refused as refusal:
-        _fail(refusal)
+        texts = _validate_request(command, options, chosen)
+        return Request(command, options, chosen.modal, settings.explicit_values(options.recipe), texts)
+    except InvalidInputError as refusal:
+        _exit(refusal)
 
 
 def _command(app: Path, words: Sequence[str]) -> tuple[str, Sequence[str]]:
@@ -122,35 +122,35 @@ def _override(options: argparse.Namespace) -> None:
     for option, variable in OVERRIDES.items():
         value = getattr(options, option.removeprefix("--").replace("-", "_"))
         if value == "":
-            raise Refused(f"{option} is empty; expected a value for {variable}")
+            raise InvalidInputError(f"{option} is empty; expected a value for {variable}")
         if value is not None:
             os.environ[variable] = value
 
 
-def _checked(command: str, options: argparse.Namespace, chosen: Settings) -> tuple[str, ...]:
-    """Raise Refused for what this command could not do in a container; returns the texts to tag, if it is to."""
-    problems = _only_here(chosen) if command in ("main", "retrain", "deploy") else []
-    problems += [] if command in ("status", "fetch") else _vocabulary_here(chosen)
+def _validate_request(command: str, options: argparse.Namespace, chosen: Settings) -> tuple[str, ...]:
+    """Return the texts to tag, if any; raise InvalidInputError for what a container could not do."""
+    problems = local_only_inputs(chosen) if command in ("main", "retrain", "deploy") else []
+    problems += [] if command in ("status", "fetch") else _local_vocabulary(chosen)
     output, to = getattr(options, "output", None), getattr(options, "to", None)
     if output is not None and (output.is_dir() or not output.name):
         problems.append(f"--output {output} is a folder; expected the path of a file")
     if problems:
-        raise Refused(*problems)
+        raise InvalidInputError(*problems)
     if output is not None:
-        try_to_write(output.parent, "the folder of --output", "it to a file in one")
+        check_writable(output.parent, "the folder of --output", "it to a file in one")
     if to is not None:
-        try_to_write(to, "the folder --to", "it to one")
+        check_writable(to, "the folder --to", "it to one")
     if command == "fetch" and chosen.run.id is None:
-        raise Refused("fetch needs the run's name: add --run-id; `modal run modal_app.py::status` lists them")
+        raise InvalidInputError("fetch needs the run's name: add --run-id; `modal run modal_app.py::status` lists them")
     if command == "tag":
         return read_texts(options.input, chosen.data.text_column)
     texts = tuple(getattr(options, "text", ()))
     if any(not text.strip() or not is_unicode(text) for text in texts):
-        raise Refused("a --text to tag is empty or not readable text; expected some words")
+        raise InvalidInputError("a --text to tag is empty or not readable text; expected some words")
     return texts
 
 
-def _vocabulary_here(chosen: Settings) -> list[str]:
+def _local_vocabulary(chosen: Settings) -> list[str]:
     tags = chosen.sample.vocabulary
     if tags in (None, "open", "seen") or tags.startswith((f"{RUNS}/", f"{CACHE}/")):
         return []
@@ -160,15 +160,15 @@ def _vocabulary_here(chosen: Settings) -> list[str]:
     ]
 
 
-def _only_here(chosen: Settings) -> list[str]:
+def local_only_inputs(chosen: Settings) -> list[str]:
     """A sentence for each file that is on this machine, or in a package, and not in the container."""
     named = {"TAGGER_BASE_MODEL": chosen.base.model, "TAGGER_DATA_DATASET": chosen.data.dataset}
     problems = [
         f"{variable}={name} is not in Modal's container; expected a Hub id, a file of the job's own package "
         f"(package:job/...), or a path on a volume ({RUNS}/..., {CACHE}/...)"
         for variable, name in named.items()
-        if not name.startswith((f"{PACKAGE}job/", f"{RUNS}/", f"{CACHE}/"))
-        and (name.startswith((PACKAGE, "~")) or is_local(name, (*FORMATS, *WEIGHTS)))
+        if not name.startswith((f"{PACKAGE_PREFIX}job/", f"{RUNS}/", f"{CACHE}/"))
+        and (name.startswith((PACKAGE_PREFIX, "~")) or is_local(name, (*DATA_SUFFIXES, *WEIGHT_SUFFIXES)))
     ]
     for variable, file in {"INPUT": chosen.sample.input, "OUTPUT": chosen.sample.output}.items():
         if file is not None:
@@ -180,11 +180,13 @@ def _only_here(chosen: Settings) -> list[str]:
 
 
 def read_texts(path: Path, column: str) -> tuple[str, ...]:
-    """The texts of a file of JSON lines, which are texts or objects with the column; raises Refused with the line."""
+    """The texts of a file of JSON lines, which are texts or objects with the column; raises InvalidInputError with the line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"--input {path} cannot be read ({error}); expected a UTF-8 file of JSON lines") from error
+        raise InvalidInputError(
+            f"--input {path} cannot be read ({error}); expected a UTF-8 file of JSON lines"
+        ) from error
     texts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -195,18 +197,18 @@ def read_texts(path: Path, column: str) -> tuple[str, ...]:
             row = None
         text = row.get(column) if isinstance(row, dict) else row
         if not isinstance(text, str) or not text.strip() or not is_unicode(text):
-            raise Refused(
+            raise InvalidInputError(
                 f'{path} line {number} holds no text; expected {{"{column}": "a text"}}. Repair it, or set '
                 "TAGGER_DATA_TEXT_COLUMN"
             )
         texts.append(text)
     if not texts:
-        raise Refused(f"{path} is empty; expected at least one text")
+        raise InvalidInputError(f"{path} is empty; expected at least one text")
     return tuple(texts)
 
 
 @contextmanager
-def in_sentences(goes_on: str = "the same command begins anew") -> Iterator[None]:
+def exit_on_job_error(goes_on: str = "the same command begins anew") -> Iterator[None]:
     """Within, an error with a sentence of its own ends the process with it and its exit code, without a traceback.
 
     So do, with 75, the end of the last attempt's time, and Ctrl-C: Modal's own answer to it, 0, would
@@ -217,27 +219,27 @@ def in_sentences(goes_on: str = "the same command begins anew") -> Iterator[None
     try:
         yield
     except JobError as error:
-        _fail(error)
+        _exit(error)
     except (KeyboardInterrupt, modal.exception.FunctionTimeoutError) as end:
         why = "interrupted here" if isinstance(end, KeyboardInterrupt) else "the time of the last attempt is up"
         print(f"{why}; {goes_on}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
 
 
-def wait(call: modal.FunctionCall[dict[str, Any]], asked: Request, runs: modal.Volume) -> None:
+def wait(call: modal.FunctionCall[dict[str, Any]], request: Request, runs: modal.Volume) -> None:
     """Wait for the job's end, show it, save and fetch what is asked for, and end with the job's exit code."""
-    with in_sentences("the same command goes on from what the volume holds"):
+    with exit_on_job_error("the same command goes on from what the volume holds"):
         print(f"call {call.object_id}; `modal run modal_app.py::status` tells how it stands", file=sys.stderr)
         outcome = call.get()
-        if asked.options.output is not None:
-            write_whole(asked.options.output, json.dumps(outcome, indent=2, ensure_ascii=False) + "\n")
-        print("\n".join(summary(outcome, asked.modal.gpu)))
-        if asked.options.to is not None and "run_id" in outcome:
+        if request.options.output is not None:
+            atomic_write(request.options.output, json.dumps(outcome, indent=2, ensure_ascii=False) + "\n")
+        print("\n".join(summary(outcome, request.modal.gpu)))
+        if request.options.to is not None and "run_id" in outcome:
             try:
-                fetch(runs, outcome["run_id"], asked.options.to)
-            except Refused as refusal:
+                fetch(runs, outcome["run_id"], request.options.to)
+            except InvalidInputError as refusal:
                 raise JobError(f"the call has ended as above, but {refusal}") from refusal
-        raise_ended(outcome)
+        exit_with(outcome)
 
 
 def summary(outcome: Mapping[str, Any], gpus: str) -> list[str]:
@@ -249,31 +251,31 @@ def summary(outcome: Mapping[str, Any], gpus: str) -> list[str]:
     count = max(int(gpu.partition(":")[2] or 1) for gpu in gpus.split(","))
     cost = "" if price is None else f", about ${price * count * seconds:.2f}"
     lines.append(f"GPU: {seconds:.0f} s on {device}{cost}")
-    return lines if outcome["exit_code"] else [*lines, outcome["said"]]
+    return lines if outcome["exit_code"] else [*lines, outcome["message"]]
 
 
-def raise_ended(outcome: Mapping[str, Any]) -> None:
+def exit_with(outcome: Mapping[str, Any]) -> None:
     """End as the job did: with its sentences and its exit code, if that is not 0."""
     if outcome["exit_code"]:
-        print("\n".join(f"error: {line}" for line in outcome["said"].splitlines()), file=sys.stderr)
+        print("\n".join(f"error: {line}" for line in outcome["message"].splitlines()), file=sys.stderr)
         raise SystemExit(outcome["exit_code"])
 
 
 def status(runs: modal.Volume, run_id: str | None) -> None:
     """Print how a run stands, or every run there is, by what was last committed to the volume."""
     if run_id is not None:
-        print("\n".join(_standing(runs, run_id)))
+        print("\n".join(run_status(runs, run_id)))
         return
     for entry in runs.iterdir("/", recursive=False):
-        with suppress(Refused):  # a folder of something else
-            print("\n".join(_standing(runs, entry.path.strip("/"))))
+        with suppress(InvalidInputError):  # a folder of something else
+            print("\n".join(run_status(runs, entry.path.strip("/"))))
 
 
-def _standing(runs: modal.Volume, run_id: str) -> list[str]:
+def run_status(runs: modal.Volume, run_id: str) -> list[str]:
     manifest = json.loads(_read(runs, run_id, "manifest.json"))
     device, steps = manifest.get("device", "no device yet"), manifest["settings"]["TAGGER_TRAIN_MAX_STEPS"]
     lines = [f"{run_id}: {manifest['status']}, begun {manifest['started']} on {device}"]
-    with suppress(Refused, IndexError):  # no step has been logged yet
+    with suppress(InvalidInputError, IndexError):  # no step has been logged yet
         last = json.loads(_read(runs, run_id, "log.jsonl").splitlines()[-1])
         lines.append(f"  step {last['step']} of {steps}, loss {last['loss']:.4f}")
     lines.append("  seconds: " + ", ".join(f"{name} {seconds:g}" for name, seconds in manifest["timings"].items()))
@@ -289,19 +291,21 @@ def fetch(runs: modal.Volume, run_id: str, to: Path) -> Path:
     target = to / run_id
     began = json.loads(_read(runs, run_id, "manifest.json"))["started"]
     if target.exists() and (not (target / "manifest.json").is_file() or read_manifest(target)["started"] != began):
-        raise Refused(f"{target} is there already and is not this run; remove it, or name another folder with --to")
+        raise InvalidInputError(
+            f"{target} is there already and is not this run; remove it, or name another folder with --to"
+        )
     to.mkdir(parents=True, exist_ok=True)
     try:
-        with whole_folder(target) as folder:
+        with atomic_directory(target) as folder:
             for entry in runs.iterdir(run_id, recursive=True):
                 if entry.type == modal.types.FileEntryType.FILE:
-                    _bring(runs, entry.path, folder / PurePosixPath(entry.path).relative_to(run_id), entry.size)
+                    download_file(runs, entry.path, folder / PurePosixPath(entry.path).relative_to(run_id), entry.size)
     except (FileNotFoundError, modal.exception.NotFoundError) as error:
-        raise Refused(f"{run_id} changed while it was fetched ({error}); fetch it again") from error
+        raise InvalidInputError(f"{run_id} changed while it was fetched ({error}); fetch it again") from error
     return target
 
 
-def _bring(runs: modal.Volume, path: str, to: Path, size: int) -> None:
+def download_file(runs: modal.Volume, path: str, to: Path, size: int) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     with to.open("wb") as file:
         for chunk in runs.read_file(path):
@@ -316,7 +320,7 @@ def _read(runs: modal.Volume, run_id: str, name: str) -> str:
     try:
         return b"".join(runs.read_file(f"{run_id}/{name}")).decode()
     except (FileNotFoundError, modal.exception.NotFoundError):
-        raise Refused(
+        raise InvalidInputError(
             f"the volume has no {name} of a run {run_id}; `modal run modal_app.py::status` lists the runs"
         ) from None
 
@@ -333,7 +337,7 @@ def collect(texts: Sequence[str], outcomes: Iterable[Mapping[str, Any]]) -> list
     """
     answers: list[dict[str, Any]] = []
     for outcome in outcomes:
-        raise_ended(outcome)
+        exit_with(outcome)
         answers += outcome["answers"]
     if [answer["text"] for answer in answers] != list(texts):
         raise RuntimeError("the answers are not those for the texts that were sent; nothing is written")
@@ -343,16 +347,16 @@ def collect(texts: Sequence[str], outcomes: Iterable[Mapping[str, Any]]) -> list
 def show_answers(answers: Iterable[Mapping[str, Any]]) -> None:
     """Print a line for each answer, as `tagger-job sample` does."""
     for answer in answers:
-        unparsed = "" if answer["parsed"] else f"   (not a whole list: {answer['raw']!r})"
+        unparsed = "" if answer["well_formed"] else f"   (not a whole list: {answer['raw']!r})"
         print(f"{answer['prompt']} {list(answer['tags'])}{unparsed}")
 
 
 def save_answers(answers: Sequence[Mapping[str, Any]], output: Path) -> None:
     """Write the answers as JSON lines, whole."""
-    write_whole(output, json_lines(answers))
+    atomic_write(output, json_lines(answers))
     print(f"{len(answers)} texts are tagged, in {output}")
 
 
-def _fail(error: JobError) -> NoReturn:
+def _exit(error: JobError) -> NoReturn:
     print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
     raise SystemExit(error.exit_code)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from job import model_card, pipeline, report, settings
 from job.hub import client as hub
 from job.runs import markup
-from job.runs.atomic import write_whole
+from job.runs.atomic import atomic_write
 from job.runs.run_folder import RunFolder, read_manifest
 from job.system import logging_setup
 from job.types import JobError, Summary
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CALLS = ".calls"
+CALL_STATE_DIR = ".calls"
 """Beside the runs: for each of Modal's calls the run that it is about, and the seconds its attempts have taken."""
 
 
-def perform(command: str, given: Mapping[str, str], *, call: str, commit: Callable[[], None]) -> dict[str, Any]:
+def run_command(command: str, given: Mapping[str, str], *, call: str, commit: Callable[[], None]) -> dict[str, Any]:
     """Do the job's `run` or `retrain` with the variables that the caller was given; returns how it ended, as JSON.
 
     An end that has an exit code of its own is returned with it: an exception would be tried again.
@@ -37,14 +37,14 @@ def perform(command: str, given: Mapping[str, str], *, call: str, commit: Callab
     same run, whatever the Hub has by then.
     """
     logging_setup.configure()
-    settings.take_over(given)
+    settings.replace_environment(given)
     try:
         chosen = settings.load()
     except JobError as error:  # as it cannot be, for the caller has looked; an exception would be tried again
-        return {"exit_code": error.exit_code, "said": str(error), "gpu_seconds": 0.0}
-    attempt = _Attempt(chosen.run.dir / CALLS / call, commit)
+        return {"exit_code": error.exit_code, "message": str(error), "gpu_seconds": 0.0}
+    attempt = CallAttempt(chosen.run.dir / CALL_STATE_DIR / call, commit)
     try:
-        outcome = attempt.perform(command)
+        outcome = attempt.run_command(command)
     except BaseException:
         attempt.commit_if_possible()
         raise
@@ -52,7 +52,7 @@ def perform(command: str, given: Mapping[str, str], *, call: str, commit: Callab
     return outcome
 
 
-class _Attempt:
+class CallAttempt:
     """One of the attempts that Modal makes at a call."""
 
     def __init__(self, note: Path, commit: Callable[[], None]) -> None:
@@ -61,24 +61,24 @@ class _Attempt:
         self._run_id: str | None = before.get("run_id")
         self._seconds_before: float = before.get("seconds", 0.0)
 
-    def perform(self, command: str) -> dict[str, Any]:
+    def run_command(self, command: str) -> dict[str, Any]:
         chosen = settings.load()
         if self._run_id is not None:
             chosen = chosen.model_copy(update={"run": chosen.run.model_copy(update={"id": self._run_id})})
         try:
-            ended = {"run": pipeline.run, "retrain": pipeline.retrain}[command](chosen, self.saved)
+            ended = {"run": pipeline.run, "retrain": pipeline.retrain}[command](chosen, self.notify_saved)
         except JobError as error:
-            said, code = str(error), error.exit_code
+            message, code = str(error), error.exit_code
         else:
-            said, code = str(ended), 0
+            message, code = str(ended), 0
             self._run_id = ended.folder.name if isinstance(ended, Summary) else self._run_id
         about = {} if self._run_id is None else describe(chosen.run.dir / self._run_id)
-        return {"exit_code": code, "said": said, "gpu_seconds": round(self._seconds(), 1), **about}
+        return {"exit_code": code, "message": message, "gpu_seconds": round(self._seconds(), 1), **about}
 
-    def saved(self, run: RunFolder) -> None:
+    def notify_saved(self, run: RunFolder) -> None:
         """Note which run this is, and let the volume keep what there is of it."""
         self._run_id = run.path.name
-        write_whole(self._note, json.dumps({"run_id": self._run_id, "seconds": self._seconds()}))
+        atomic_write(self._note, json.dumps({"run_id": self._run_id, "seconds": self._seconds()}))
         self.commit_if_possible()
 
     def commit_if_possible(self) -> None:
@@ -113,14 +113,14 @@ def tag(given: Mapping[str, str], texts: Sequence[str]) -> dict[str, Any]:
     Until the repo has another adapter.
     """
     logging_setup.configure()
-    settings.take_over(given)
+    settings.replace_environment(given)
     try:
         chosen = settings.load().hub
-        head = None if chosen.repo is None else hub.resolve("model", chosen.repo, chosen.revision).commit
+        head = None if chosen.repo is None else hub.resolve_revision("model", chosen.repo, chosen.revision).commit
         answers = _tagger(tuple(sorted(given.items())), head).tag(texts)
     except JobError as error:
-        return {"exit_code": error.exit_code, "said": str(error), "answers": []}
-    return {"exit_code": 0, "said": "", "answers": [asdict(answer) for answer in answers]}
+        return {"exit_code": error.exit_code, "message": str(error), "answers": []}
+    return {"exit_code": 0, "message": "", "answers": [asdict(answer) for answer in answers]}
 
 
 @functools.lru_cache(maxsize=1)

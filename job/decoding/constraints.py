@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 QUOTES = "'\""
 
 
-class Walk(Protocol):
+class DecoderState(Protocol):
     """The way of one answer through the grammar."""
 
     tags: list[tuple[str, float]]
@@ -27,26 +27,26 @@ class Walk(Protocol):
     A model that begins to repeat itself has said what it knows: other tags in that place are mostly wrong.
     """
 
-    def take(self, logits: torch.Tensor, log_total: torch.Tensor) -> int:
+    def step(self, logits: torch.Tensor, log_total: torch.Tensor) -> int:
         """Go on with the likeliest token that is allowed, and return it.
 
         `logits` is [vocabulary], `log_total` the logarithm of the sum of their exponentials.
         """
 
 
-def enforce(walks: Sequence[Walk], logits: torch.Tensor) -> torch.Tensor:
+def constrain(walks: Sequence[DecoderState], logits: torch.Tensor) -> torch.Tensor:
     """Logits, [walks, vocabulary], that leave each answer the likeliest of the tokens that it may go on with."""
     totals = logits.float().logsumexp(-1)
-    chosen = [walk.take(row, total) for walk, row, total in zip(walks, logits, totals, strict=True)]
+    chosen = [walk.step(row, total) for walk, row, total in zip(walks, logits, totals, strict=True)]
     only = torch.full_like(logits, -torch.inf)
     return only.scatter_(1, torch.tensor(chosen, device=logits.device)[:, None], 0.0)
 
 
 @dataclass(eq=False)
-class Node:
+class TrieNode:
     """A place in a trie of token ids, where each way ends at one tag and what is written around it."""
 
-    children: dict[int, Node] = field(default_factory=dict)
+    children: dict[int, TrieNode] = field(default_factory=dict)
     tags: set[str] = field(default_factory=set)
     """Those that may still come."""
     last: bool = False
@@ -57,7 +57,7 @@ class Node:
         node = self
         node.tags.add(tag)
         for i in ids:
-            node = node.children.setdefault(i, Node())
+            node = node.children.setdefault(i, TrieNode())
             node.tags.add(tag)
         node.last = last
 
@@ -76,7 +76,7 @@ class Node:
         return torch.tensor(self.ids)
 
 
-class Vocabulary:
+class ClosedVocabulary:
     """Lists of tags of a vocabulary, each at most once, at most `most` of them.
 
     A tag is written in four ways: first in the list or after another, and last or before another. Each
@@ -88,28 +88,28 @@ class Vocabulary:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tags: Iterable[str], space: str, most: int) -> None:
         self.most = most
         self.end: int = tokenizer.eos_token_id
-        self.first, self.further = Node(), Node()
-        self.onward: dict[Node, dict[str, list[int]]] = {}
+        self.first, self.next_root = TrieNode(), TrieNode()
+        self.separator_ids: dict[TrieNode, dict[str, list[int]]] = {}
         """For each of the two the token ids of each tag and the comma after it."""
         known = {str(tokenizer(f" {tag!r}]", add_special_tokens=False).input_ids): tag for tag in reversed(list(tags))}
         names = list(known.values())  # of tags that a tokenizer writes alike the first
-        for node, before in ((self.first, f"{space}["), (self.further, " ")):
+        for node, before in ((self.first, f"{space}["), (self.next_root, " ")):
             for after in ",]":
                 written = [f"{before}{tag!r}{after}" for tag in names]
                 ways = dict(zip(names, tokenizer(written, add_special_tokens=False).input_ids, strict=True))
                 for tag, ids in ways.items():
                     node.add(ids, tag, last=after == "]")
                 if after == ",":
-                    self.onward[node] = ways
+                    self.separator_ids[node] = ways
 
-    def walk(self) -> VocabularyWalk:
-        return VocabularyWalk(self)
+    def new_state(self) -> ClosedState:
+        return ClosedState(self)
 
 
-class VocabularyWalk:
+class ClosedState:
     """The way of one answer through a Vocabulary."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: ClosedVocabulary) -> None:
         self._vocabulary = vocabulary
         self._node = vocabulary.first
         self._confidence = 1.0
@@ -117,7 +117,7 @@ class VocabularyWalk:
         self.tags: list[tuple[str, float]] = []
         self.closed = False
 
-    def take(self, logits: torch.Tensor, log_total: torch.Tensor) -> int:
+    def step(self, logits: torch.Tensor, log_total: torch.Tensor) -> int:
         if self.closed:
             return self._vocabulary.end
         node = self._node
@@ -138,11 +138,11 @@ class VocabularyWalk:
             (tag,) = child.tags
             self.tags.append((tag, self._confidence))
             self.closed = child.last or len(self.tags) == self._vocabulary.most
-            self._node, self._confidence, self._decided = self._vocabulary.further, 1.0, False
+            self._node, self._confidence, self._decided = self._vocabulary.next_root, 1.0, False
         return node.ids[chosen]
 
 
-class Open:
+class OpenVocabulary:
     """Lists of whatever tags the model writes, none twice, at most `most` of them.
 
     In a tag anything may stand that Python's notation takes as it is; it does not begin with white space.
@@ -169,13 +169,13 @@ class Open:
 
     def allowed(self, written: str) -> torch.Tensor:
         """Bool [tokens]: those that go on with a list, whatever the tags before; for each kind of place found once."""
-        place = self._place(written)
+        place = self.canonical_prefix(written)
         if place not in self._allowed:
             fits = [bool(text) and self.list.fullmatch(place + text, partial=True) is not None for text in self.texts]
             self._allowed[place] = torch.tensor(fits)
         return self._allowed[place]
 
-    def beginning_with(self, text: str) -> torch.Tensor:
+    def tokens_starting_with(self, text: str) -> torch.Tensor:
         """Bool [tokens]: those whose text begins with this."""
         if text not in self._beginning_with:
             self._beginning_with[text] = torch.tensor([token.startswith(text) for token in self.texts])
@@ -186,7 +186,7 @@ class Open:
         found = self.list.fullmatch(written, partial=True)
         return [] if found is None else found.spans("tag")
 
-    def _place(self, written: str) -> str:
+    def canonical_prefix(self, written: str) -> str:
         """The shortest text that is at such a place in a list: a tag is `x`, and those before it are left out."""
         tags = self.tags_in(written)
         rest = written[tags[-1][1] if tags else len(self.beginning) :]
@@ -197,26 +197,26 @@ class Open:
         rest = rest.removeprefix(", ") if tags else rest
         return self.beginning + (f"{rest[0]}x" if len(rest) > 1 else rest)
 
-    def walk(self) -> OpenWalk:
-        return OpenWalk(self)
+    def new_state(self) -> OpenState:
+        return OpenState(self)
 
 
-class OpenWalk:
+class OpenState:
     """The way of one answer through Open."""
 
-    def __init__(self, grammar: Open) -> None:
+    def __init__(self, grammar: OpenVocabulary) -> None:
         self._grammar = grammar
         self._ids: list[int] = []
-        self._written = ""
+        self.try_write = ""
         self._confidence = 1.0
         self.tags: list[tuple[str, float]] = []
         self.closed = False
 
-    def take(self, logits: torch.Tensor, log_total: torch.Tensor) -> int:
+    def step(self, logits: torch.Tensor, log_total: torch.Tensor) -> int:
         grammar = self._grammar
         if self.closed:
             return grammar.end
-        allowed = grammar.allowed(self._written).to(logits.device)
+        allowed = grammar.allowed(self.try_write).to(logits.device)
         values = logits[: len(allowed)].float().masked_fill(~allowed, -torch.inf)
         chosen = int(values.argmax())
         [written] = grammar.decode([[*self._ids, chosen]])
@@ -229,10 +229,10 @@ class OpenWalk:
         if len(tags) == len(self.tags):
             self._confidence *= float((values[chosen] - log_total).exp())
         else:  # what comes after the tag's quote, a comma or a bracket, is not the tag's
-            same = grammar.beginning_with(written[len(self._written) : found[-1][1]]) & allowed
+            same = grammar.tokens_starting_with(written[len(self.try_write) : found[-1][1]]) & allowed
             self.tags.append((tags[-1], self._confidence * float((values[same] - log_total).exp().sum())))
             self._confidence = 1.0
         self._ids.append(chosen)
-        self._written = written
+        self.try_write = written
         self.closed = len(tags) == grammar.most or grammar.list.fullmatch(written) is not None
         return chosen

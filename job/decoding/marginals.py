@@ -10,33 +10,33 @@ from typing import TYPE_CHECKING, Any
 import peft
 import torch
 
-from job.decoding.config import LEAST
+from job.decoding.config import MIN_PROBABILITY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from job.decoding.constraints import Node, Vocabulary
+    from job.decoding.constraints import ClosedVocabulary, TrieNode
 
-WAYS = 8
+BEAM_ROWS = 8
 """For each text of a batch, the ways that are followed at once; further ones come after them."""
-GOES_ON = 0.2
+MIN_CONTINUE_PROB = 0.2
 """How likely a list has to go on for its next place to be looked at: what comes later adds little."""
 
 
 @dataclass
-class Likely:
+class TagDistribution:
     """What a text's list may hold."""
 
     tags: dict[str, float] = field(default_factory=dict)
     """Those that may be in it, each with its confidence."""
     written: list[str] = field(default_factory=list)
     """The likeliest list, as far as it was followed, and its best tag in the last place that was looked at."""
-    goes_on: float = 1.0
+    continue_prob: float = 1.0
     """The probability that it has a tag after those that are written."""
 
     def add(self, found: dict[str, float]) -> str | None:
         """Take in what may stand in the next place; its likeliest tag, if there is any."""
-        new = {tag: value for tag, value in found.items() if value >= LEAST and tag not in self.written}
+        new = {tag: value for tag, value in found.items() if value >= MIN_PROBABILITY and tag not in self.written}
         for tag, value in new.items():
             self.tags[tag] = 1 - (1 - self.tags.get(tag, 0.0)) * (1 - min(1.0, value))
         best = max(new, key=new.__getitem__, default=None)
@@ -44,15 +44,15 @@ class Likely:
         return best
 
 
-def likely_tags(
+def tag_marginals(
     model: PreTrainedModel | peft.PeftModel,
     ids: torch.Tensor,
     mask: torch.Tensor,
-    vocabulary: Vocabulary,
+    vocabulary: ClosedVocabulary,
     *,
-    places: int,
+    max_positions: int,
     room: int,
-) -> list[Likely]:
+) -> list[TagDistribution]:
     """For each text the tags that its list may hold, and how confident the model is of each.
 
     The likeliest list as a whole is too sure of its tags. So it is followed, for at most so many places and
@@ -60,30 +60,30 @@ def likely_tags(
     probability that the list goes on to place k and has the tag there, where those before are the likeliest ones, the
     confidence is 1 - (1 - h(1)) (1 - h(2)) ...: the probability that the tag is in one of the places, were these
     independent. A tag that the list is followed through is not asked for again, so that its confidence is rather low;
-    an h(k) below LEAST counts as none. A list that has something else than a tag and a comma does not go on.
+    an h(k) below MIN_PROBABILITY counts as none. A list that has something else than a tag and a comma does not go on.
 
     `ids` and `mask` are int64 [texts, width], padded on the left; probabilities are the model's own, over all tokens.
     Lists of unlike length leave holes in the mask, which a model with an attention window counts as tokens, and which
     one whose positions do not follow from the mask or `position_ids` (MPT) takes for distance.
     """
     forward = _Forward(model)
-    lists = [Likely() for _ in ids]
+    lists = [TagDistribution() for _ in ids]
     here, used = list(range(len(ids))), [0] * len(ids)
     logits, cache = forward(ids, mask, None, 1)
-    for place in range(places):
-        start = vocabulary.further if place else vocabulary.first
-        begin = [(row, start, lists[text].goes_on, room - used[text]) for row, text in enumerate(here)]
+    for place in range(max_positions):
+        start = vocabulary.next_root if place else vocabulary.first
+        begin = [(row, start, lists[text].continue_prob, room - used[text]) for row, text in enumerate(here)]
         found = _next_tags(forward, logits, cache, mask, begin)
         rows: list[int] = []
         ways: list[list[int]] = []
         values: list[float] = []
         for row, (text, tags) in enumerate(zip(here, found, strict=True)):
             if (best := lists[text].add(tags)) is not None:
-                way = vocabulary.onward[start][best]
+                way = vocabulary.separator_ids[start][best]
                 used[text] += len(way)
                 if used[text] <= room:
                     rows, ways, values = [*rows, row], [*ways, way], [*values, tags[best]]
-        if not rows or place + 1 == places:
+        if not rows or place + 1 == max_positions:
             break
         # all of these lists are written on by their likeliest tag, which also says how likely they go on after it
         at = torch.tensor(rows, device=ids.device)
@@ -92,21 +92,21 @@ def likely_tags(
         tokens = torch.tensor([[0] * (longest - len(way)) + way for way in ways], device=ids.device)
         mask = torch.cat([mask[at], holes], 1)
         before = logits[at, -1:]
-        logits, cache = forward(tokens, mask, _rows(cache, at), longest)
+        logits, cache = forward(tokens, mask, select_cache_rows(cache, at), longest)
         here = [here[row] for row in rows]
         for text, way, value, one, rest in zip(here, ways, values, before, logits, strict=True):
             steps = torch.cat([one, rest[longest - len(way) : -1]]).float().log_softmax(-1)
             written = steps.gather(1, torch.tensor(way, device=ids.device)[:, None]).sum().exp().item()
-            lists[text].goes_on *= min(1.0, written * lists[text].goes_on / value)
-        on = [row for row, text in enumerate(here) if lists[text].goes_on >= GOES_ON]
+            lists[text].continue_prob *= min(1.0, written * lists[text].continue_prob / value)
+        on = [row for row, text in enumerate(here) if lists[text].continue_prob >= MIN_CONTINUE_PROB]
         if not on:
             break
         at = torch.tensor(on, device=ids.device)
-        here, mask, logits, cache = [here[row] for row in on], mask[at], logits[at, -1:], _rows(cache, at)
+        here, mask, logits, cache = [here[row] for row in on], mask[at], logits[at, -1:], select_cache_rows(cache, at)
     return lists
 
 
-_Way = tuple[int, "Node", float, int]
+_TrieState = tuple[int, "TrieNode", float, int]
 """Of a row, where in the trie it is, how likely it came there, and how many more tokens there is room for."""
 
 
@@ -136,40 +136,40 @@ class _Forward:
 
 
 def _next_tags(
-    forward: _Forward, logits: torch.Tensor, cache: Any, mask: torch.Tensor, begin: list[_Way]
+    forward: _Forward, logits: torch.Tensor, cache: Any, mask: torch.Tensor, begin: list[_TrieState]
 ) -> list[dict[str, float]]:
     """For each row the tags that may be written next, each with its probability times that of getting there.
 
     `logits` is [rows, tokens, vocabulary], of which the last token counts. A way is left where it is less
-    likely than LEAST, so that there are few of them; where the two ways of a tag, last and before another, part before
+    likely than MIN_PROBABILITY, so that there are few of them; where the two ways of a tag, last and before another, part before
     the tag is the only one left, one that is below may go uncounted.
     """
     found: list[dict[str, float]] = [{} for _ in logits]
-    most = len(found) * WAYS
+    most = len(found) * BEAM_ROWS
     ahead: list[Any] = [(None, mask, cache, begin)]
     while ahead:
         ids, mask, cache, ways = ahead.pop()
         if ids is not None:
             logits, cache = forward(ids, mask, cache, 1)
         probabilities = logits[:, -1].float().softmax(-1)
-        further: list[tuple[int, int, _Way]] = []
+        further: list[tuple[int, int, _TrieState]] = []
         for row, (text, node, likely, left) in enumerate(ways):
             values = (probabilities[row, node.index.to(logits.device)] * likely).tolist()
             for i, child, value in zip(node.ids, node.children.values(), values, strict=True):
                 if (tag := child.only) is not None:
                     found[text][tag] = found[text].get(tag, 0.0) + value
-                elif value >= LEAST and left > 0:
+                elif value >= MIN_PROBABILITY and left > 0:
                     further.append((row, i, (text, child, value, left - 1)))
         for first in range(0, len(further), most):
             rows, tokens, onward = zip(*further[first : first + most], strict=True)
             at = torch.tensor(rows, device=logits.device)
             longer = torch.nn.functional.pad(mask[at], (0, 1), value=1)
             ids = torch.tensor(tokens, device=logits.device)[:, None]
-            ahead.append((ids, longer, _rows(cache, at), list(onward)))
+            ahead.append((ids, longer, select_cache_rows(cache, at), list(onward)))
     return found
 
 
-def _rows(cache: Any, rows: torch.Tensor) -> Any:
+def select_cache_rows(cache: Any, rows: torch.Tensor) -> Any:
     """A cache with these rows of another one, which stays as it is."""
     chosen = copy.copy(cache)
     chosen.layers = [copy.copy(layer) for layer in cache.layers]

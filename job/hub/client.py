@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from job.settings import Hub
-from job.types import Account, PushFailed, Refused, Resolved
+from job.types import HubRevision, InvalidInputError, PublishError, TokenInfo
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -27,7 +27,7 @@ Kind = Literal["model", "dataset"]
 SECRET_FILE = Path("/run/secrets/hf_token")
 CHECK_SECONDS = 30.0
 """How long a check before training keeps trying: nothing is lost yet if it gives up."""
-PASSING = (408, 412, 425, 429, 500, 502, 503, 504)
+RETRYABLE_STATUSES = (408, 412, 425, 429, 500, 502, 503, 504)
 """Statuses that may pass by themselves; 412 says that another commit came in between."""
 
 
@@ -63,7 +63,7 @@ def is_offline() -> bool:
     return bool(constants.is_offline_mode())
 
 
-def retrying(step: Callable[[], T], seconds: float, what: str) -> T:
+def retry(step: Callable[[], T], seconds: float, what: str) -> T:
     """Do a step, again when it fails in a way that may pass, for up to so many seconds.
 
     Waits 1, 2, 4, ... 60 s, a little at random, or what the Hub's Retry-After says if that is more.
@@ -74,34 +74,34 @@ def retrying(step: Callable[[], T], seconds: float, what: str) -> T:
         try:
             return step()
         except Exception as error:
-            wait = _wait(error)
+            wait = retry_delay(error)
             if wait is None:
                 raise
             wait = max(wait, pause * random.uniform(0.8, 1.2))
             if time.monotonic() + wait > deadline:
                 raise
-            log.warning("%s: %s; again in %.0f s", what, reason(error), wait)
+            log.warning("%s: %s; again in %.0f s", what, error_message(error), wait)
             time.sleep(wait)
             pause = min(60.0, 2 * pause)
 
 
-def _wait(error: BaseException) -> float | None:
+def retry_delay(error: BaseException) -> float | None:
     """How long the Hub asks to wait before trying again; None for an error that would come again."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
-        if error.response.status_code not in PASSING:
+        if error.response.status_code not in RETRYABLE_STATUSES:
             return None
         after = error.response.headers.get("Retry-After", "")
         return float(after) if after.isdigit() else 0.0
     if isinstance(error, httpx2.TransportError) and not isinstance(error, httpx2.UnsupportedProtocol):
         return 0.0
     # a failed upload of a large file comes wrapped
-    return _wait(error.__cause__) if error.__cause__ is not None else None
+    return retry_delay(error.__cause__) if error.__cause__ is not None else None
 
 
-def reason(error: BaseException) -> str:
+def error_message(error: BaseException) -> str:
     """What an error of the client says, on one line and without the token."""
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
     text = " ".join(str(cause).split()) or type(cause).__name__
@@ -109,24 +109,24 @@ def reason(error: BaseException) -> str:
     return text.replace(secret, "***") if secret else text
 
 
-def account() -> Account:
-    """Whose token it is; raises Refused when the Hub does not know it or cannot be reached."""
+def token_info() -> TokenInfo:
+    """Whose token it is; raises InvalidInputError when the Hub does not know it or cannot be reached."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
     if not (token() or "").isascii():
-        raise Refused("HF_TOKEN is not valid: it holds characters that no token has; copy it again")
+        raise InvalidInputError("HF_TOKEN is not valid: it holds characters that no token has; copy it again")
     try:
-        said = retrying(api().whoami, CHECK_SECONDS, "hub")
+        said = retry(api().whoami, CHECK_SECONDS, "hub")
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
-            raise Refused(
+            raise InvalidInputError(
                 "HF_TOKEN is not valid: the Hub does not know it. Make a new one with write access under "
                 "Settings, Access Tokens, or unset it to train without publishing"
             ) from None
-        raise unreachable(error) from None
+        raise hub_unreachable(error) from None
     except (httpx2.HTTPError, OSError) as error:
-        raise unreachable(error) from None
+        raise hub_unreachable(error) from None
     access = said.get("auth", {}).get("accessToken", {})
     fine_grained = access.get("fineGrained", {})
     writable = {
@@ -134,7 +134,7 @@ def account() -> Account:
         for scope in fine_grained.get("scoped", [])
         if "repo.write" in scope.get("permissions", []) and "name" in scope.get("entity", {})
     }
-    return Account(
+    return TokenInfo(
         user=said["name"],
         organizations=tuple(org["name"] for org in said.get("orgs", [])),
         role=access.get("role", "write"),
@@ -142,10 +142,10 @@ def account() -> Account:
     )
 
 
-def prepare_repo(repo: str, who: Account, *, private: bool) -> None:
+def prepare_repo(repo: str, who: TokenInfo, *, private: bool) -> None:
     """Make sure that the repo is there, is private if wanted, and takes this token's commits.
 
-    Raises Refused for a namespace that is not the token's, a token that may not write, and a public
+    Raises InvalidInputError for a namespace that is not the token's, a token that may not write, and a public
     repo that was meant to be private.
     """
     import httpx2
@@ -154,14 +154,14 @@ def prepare_repo(repo: str, who: Account, *, private: bool) -> None:
     namespace = repo.partition("/")[0]
     if namespace not in (who.user, *who.organizations):
         mine = ", ".join((who.user, *who.organizations))
-        raise Refused(f"TAGGER_HUB_REPO={repo}: the namespace {namespace} is not the token's; it has {mine}")
+        raise InvalidInputError(f"TAGGER_HUB_REPO={repo}: the namespace {namespace} is not the token's; it has {mine}")
     if who.role == "read":
-        raise Refused(
+        raise InvalidInputError(
             "HF_TOKEN may only read; publishing needs one with write access. Make one under Settings, Access Tokens, "
             "or set TAGGER_HUB_PUSH=never"
         )
     if who.role == "fineGrained" and not who.writable & {namespace, repo}:
-        raise Refused(
+        raise InvalidInputError(
             f"HF_TOKEN is fine-grained and may not write to repos of {namespace}; allow it under Settings, Access "
             "Tokens, or set TAGGER_HUB_PUSH=never"
         )
@@ -177,27 +177,27 @@ def prepare_repo(repo: str, who: Account, *, private: bool) -> None:
         return is_private
 
     try:
-        is_private = retrying(prepare, CHECK_SECONDS, "hub")
+        is_private = retry(prepare, CHECK_SECONDS, "hub")
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403, 404):
-            raise Refused(
-                f"HF_TOKEN may not write to {repo} ({reason(error)}); give it write access to {namespace}, "
+            raise InvalidInputError(
+                f"HF_TOKEN may not write to {repo} ({error_message(error)}); give it write access to {namespace}, "
                 "or set TAGGER_HUB_PUSH=never"
             ) from None
-        raise unreachable(error) from None
+        raise hub_unreachable(error) from None
     except (httpx2.HTTPError, OSError) as error:
-        raise unreachable(error) from None
+        raise hub_unreachable(error) from None
     if private and not is_private:
-        raise Refused(
+        raise InvalidInputError(
             f"{repo} is public and TAGGER_HUB_PRIVATE=true; nothing is pushed there. Make the repo private, name "
             "another TAGGER_HUB_REPO, or set TAGGER_HUB_PRIVATE=false"
         )
 
 
-def resolve(kind: Kind, name: str, revision: str | None) -> Resolved:
+def resolve_revision(kind: Kind, name: str, revision: str | None) -> HubRevision:
     """The commit hash and licence of a model or data set at a revision, or at its head.
 
-    Raises Refused, each in its own words, when it is missing or gated, or has no such revision.
+    Raises InvalidInputError, each in its own words, when it is missing or gated, or has no such revision.
     """
     import httpx2
     from huggingface_hub.errors import (
@@ -212,54 +212,54 @@ def resolve(kind: Kind, name: str, revision: str | None) -> Resolved:
     what = {"model": "base model", "dataset": "data set"}[kind]
     client = api()
 
-    def ask() -> Resolved:
+    def ask() -> HubRevision:
         validate_repo_id(name)
         client.auth_check(name, repo_type=kind)
         info = client.repo_info(name, repo_type=kind, revision=revision)
         files = [file.rfilename for file in getattr(info, "siblings", None) or []]
         if kind == "model" and files and not any(file.endswith(".safetensors") for file in files):
-            raise Refused(
+            raise InvalidInputError(
                 f"the base model {name} has no weights in safetensors, and pickles are not read because they can run "
                 "code; name another revision or model (TAGGER_BASE_MODEL)"
             )
-        return Resolved(str(info.sha), getattr(getattr(info, "card_data", None), "license", None))
+        return HubRevision(str(info.sha), getattr(getattr(info, "card_data", None), "license", None))
 
     try:
-        return retrying(ask, CHECK_SECONDS, "hub")
+        return retry(ask, CHECK_SECONDS, "hub")
     except GatedRepoError:
-        raise Refused(
+        raise InvalidInputError(
             f"the {what} {name} is gated; accept its terms on its page on the Hub with the account of HF_TOKEN, "
             f"or set {variable} to another"
         ) from None
     except RepositoryNotFoundError:
-        raise Refused(
+        raise InvalidInputError(
             f"the {what} {name} is not on the Hub, or is private and HF_TOKEN may not read it; check {variable}"
         ) from None
     except RevisionNotFoundError:
-        raise Refused(
+        raise InvalidInputError(
             f"the {what} {name} has no revision {revision}; check {variable.rpartition('_')[0]}_REVISION"
         ) from None
     except HFValidationError:
-        raise Refused(
+        raise InvalidInputError(
             f"{variable}={name} is neither a local path that exists nor a Hub id; expected owner/name"
         ) from None
     except (httpx2.HTTPError, OSError) as error:
-        raise unreachable(error) from None
+        raise hub_unreachable(error) from None
 
 
-def manifest(settings: Hub) -> dict[str, Any]:
+def published_manifest(settings: Hub) -> dict[str, Any]:
     """The manifest that was published with the repo's adapter; empty where there is none."""
     assert settings.repo is not None
     try:
         return published_json(settings.repo, settings.revision, "manifest.json") or {}
-    except Unreadable as error:
-        raise Refused(
+    except HubFileError as error:
+        raise InvalidInputError(
             f"the adapter's repo {settings.repo} cannot be read ({error}); check TAGGER_HUB_REPO, "
             "TAGGER_HUB_REVISION and HF_TOKEN"
         ) from None
 
 
-class Unreadable(Exception):
+class HubFileError(Exception):
     """A published file that cannot be fetched, or is not what it should be."""
 
 
@@ -272,14 +272,14 @@ def published_json(repo: str, revision: str | None, name: str) -> dict[str, Any]
     from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
     try:
-        path = retrying(lambda: download(repo, revision, name), CHECK_SECONDS, "hub")
+        path = retry(lambda: download(repo, revision, name), CHECK_SECONDS, "hub")
         found = json.loads(path.read_text(encoding="utf-8"))
     except (RemoteEntryNotFoundError, RevisionNotFoundError):
         return None
     except (httpx2.HTTPError, OSError, ValueError) as error:
-        raise Unreadable(reason(error)) from None
+        raise HubFileError(error_message(error)) from None
     if not isinstance(found, dict):
-        raise Unreadable(f"{name} is not a JSON object")
+        raise HubFileError(f"{name} is not a JSON object")
     return found
 
 
@@ -291,31 +291,31 @@ def download(repo: str, revision: str | None, name: str) -> Path:
 
 
 @contextmanager
-def publishing(what: str, remedy: str) -> Iterator[None]:
-    """Within, what the Hub fails with becomes PushFailed, which says what could not be done and what finishes it."""
+def publish_errors(what: str, remedy: str) -> Iterator[None]:
+    """Within, what the Hub fails with becomes PublishError, which says what could not be done and what finishes it."""
     import httpx2
 
     try:
         yield
     except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise PushFailed(f"{what} ({reason(error)}); {remedy}") from None
+        raise PublishError(f"{what} ({error_message(error)}); {remedy}") from None
 
 
-def head(repo: str, branch: str | None) -> str:
+def branch_head(repo: str, branch: str | None) -> str:
     """The commit at the head of a branch, main without one; the branch is made if it is not there."""
     if branch is not None:
-        make_branch(repo, branch, None)
-    return retrying(lambda: str(api().repo_info(repo, revision=branch).sha), CHECK_SECONDS, "hub")
+        ensure_branch(repo, branch, None)
+    return retry(lambda: str(api().repo_info(repo, revision=branch).sha), CHECK_SECONDS, "hub")
 
 
-def make_branch(repo: str, branch: str, start: str | None) -> None:
+def ensure_branch(repo: str, branch: str, start: str | None) -> None:
     """Make a branch that begins at a commit, or at the head of main, unless it is there."""
-    retrying(lambda: api().create_branch(repo, branch=branch, revision=start, exist_ok=True), CHECK_SECONDS, "hub")
+    retry(lambda: api().create_branch(repo, branch=branch, revision=start, exist_ok=True), CHECK_SECONDS, "hub")
 
 
-def unreachable(error: BaseException) -> Refused:
+def hub_unreachable(error: BaseException) -> InvalidInputError:
     """The sentence for a Hub that does not answer."""
-    return Refused(
-        f"the Hub cannot be asked ({reason(error)}); check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 "
+    return InvalidInputError(
+        f"the Hub cannot be asked ({error_message(error)}); check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 "
         "to use what is cached and publish nothing"
     )

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from job.evaluate import normalise_tag, score
 from job.types import Example, Scores
 
-SEEN, C, THRESHOLD = 3, 30, 0.1
+MIN_TAG_COUNT, C, THRESHOLD = 3, 30, 0.1
 """Of TF-IDF: a tag is learned that this many examples have; inverse regularization; least probability of an answer.
 Measured on 2,009 English quotes: micro-F1 0.255 at 0.1, 0.248 at 0.2."""
 
 
-def references(train: Sequence[Example], examples: Sequence[Example]) -> dict[str, Scores]:
+def score_baselines(train: Sequence[Example], examples: Sequence[Example]) -> dict[str, Scores]:
     """The scores of each reference, by its name."""
     gold = [example.tags for example in examples]
     answers = {"most_common_tags": most_common_tags(train, examples), "tfidf": tfidf(train, examples)}
@@ -35,7 +35,7 @@ def tfidf(train: Sequence[Example], examples: Sequence[Example]) -> list[list[st
     from sklearn.multiclass import OneVsRestClassifier
     from sklearn.preprocessing import MultiLabelBinarizer
 
-    tags = [tag for tag, count in sorted(_counts(train).items()) if SEEN <= count < len(train)]
+    tags = [tag for tag, count in sorted(_counts(train).items()) if MIN_TAG_COUNT <= count < len(train)]
     vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+")
     if not tags or not any(vectorizer.build_analyzer()(example.text) for example in train):
         return [[]] * len(examples)  # nothing to learn, or nothing to learn from

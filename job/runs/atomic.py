@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-Seal = dict[str, dict[str, int | str]]
+Checksums = dict[str, dict[str, int | str]]
 """For each file, by its path within a folder, its size in `bytes` and its `sha256`."""
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Write a file beside and rename it, so that it is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -30,7 +30,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """A folder beside `path` to fill; left without an error, it is on the disk and takes the path's place.
 
     Raises OSError also for what the libraries' own writers say of a disk that is full.
@@ -54,7 +54,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def seal(folder: Path, files: Iterable[Path]) -> Seal:
+def checksum_files(folder: Path, files: Iterable[Path]) -> Checksums:
     """Size and digest of these files of a folder."""
     return {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
@@ -62,7 +62,7 @@ def seal(folder: Path, files: Iterable[Path]) -> Seal:
     }
 
 
-def broken(folder: Path, sealed: Mapping[str, Mapping[str, int | str]]) -> str | None:
+def find_mismatch(folder: Path, sealed: Mapping[str, Mapping[str, int | str]]) -> str | None:
     """The first file that is not as it was sealed, and why; None when all are."""
     for name, was in sealed.items():
         file = folder / name

@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from job.runs import shutdown
-from job.types import Examples, Published, Refused
+from job.types import SplitData, Published, InvalidInputError
 from job.settings import Run, Settings
-from job.runs.atomic import broken, json_lines, seal, whole_folder, write_whole
+from job.runs.atomic import find_mismatch, json_lines, checksum_files, atomic_directory, atomic_write
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-CARD = "adapter/README.md"
+MODEL_CARD = "adapter/README.md"
 """Not sealed: a model card may be edited before it is pushed."""
 RESULTS = ("adapter", "metrics.json", "log.jsonl", "predictions.jsonl", "tags.jsonl", "samples.jsonl")
 """What there is before the gate, and is sealed then."""
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
+TRACKED_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
 
 
 class RunFolder:
@@ -52,13 +52,13 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def begun(self) -> bool:
+    def started(self) -> bool:
         return (self.path / "manifest.json").is_file()
 
     @property
     def trained(self) -> bool:
         """Whether all that comes before the gate is done and as it was written."""
-        return self.sealed(*RESULTS)
+        return self.is_intact(*RESULTS)
 
     @property
     def complete(self) -> bool:
@@ -69,23 +69,23 @@ class RunFolder:
         return self.manifest.get("published") is not None
 
     @classmethod
-    def open(cls, settings: Settings, examples: Examples) -> RunFolder:
+    def open(cls, settings: Settings, examples: SplitData) -> RunFolder:
         """The run's folder as it is found. Nothing is written before `begin`.
 
-        Raises Refused when it cannot be written, holds something else, or a run of other settings or data.
+        Raises InvalidInputError when it cannot be written, holds something else, or a run of other settings or data.
         """
         run_id = settings.run.id or default_run_id(settings, examples)
         path = settings.run.dir / run_id
-        try_to_write(path)
+        check_writable(path)
         if (path / "manifest.json").is_file():
             run = cls(path, read_manifest(path))
             run._refuse_other(settings, examples)
             return run
         if path.is_dir() and any(path.iterdir()):
-            raise Refused(f"{path} holds files but no run (no manifest.json); set TAGGER_RUN_ID to another name")
+            raise InvalidInputError(f"{path} holds files but no run (no manifest.json); set TAGGER_RUN_ID to another name")
         return cls(path, _new_manifest(run_id, settings, examples))
 
-    def _refuse_other(self, settings: Settings, examples: Examples) -> None:
+    def _refuse_other(self, settings: Settings, examples: SplitData) -> None:
         before, now = self.manifest["settings"], settings.values()
         differences = [
             f"{name} was {before.get(name)!r} and is {now[name]!r}"
@@ -97,7 +97,7 @@ class RunFolder:
             files = settings.data.dataset if tags in (None, "open", "seen") else f"{settings.data.dataset} or {tags}"
             differences = [f"the contents of {files} have changed"]
         if differences:
-            raise Refused(
+            raise InvalidInputError(
                 f"the run {self.path} was made with something else: {'; '.join(differences)}. "
                 "Set it back, or set TAGGER_RUN_ID to another name"
             )
@@ -111,13 +111,13 @@ class RunFolder:
         self.update(status="running", device=device)
 
     def lock(self) -> None:
-        """Take the run until this object or its process ends; raises Refused when another has it."""
+        """Take the run until this object or its process ends; raises InvalidInputError when another has it."""
         if self._locked:
             return
         if self.on_saved is None:  # a volume's other machines do not see the lock, and an open file is in its way
             self._take_lock()
         self._locked = True
-        if self.begun:
+        if self.started:
             self.manifest = read_manifest(self.path)  # the owner before may have got further since it was read
 
     def _take_lock(self) -> None:
@@ -126,26 +126,26 @@ class RunFolder:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refused(
+            raise InvalidInputError(
                 f"another process is at work on {self.path}; wait for it, or set TAGGER_RUN_ID to another name"
             ) from None
 
-    def seal(self, *names: str) -> None:
+    def record_checksums(self, *names: str) -> None:
         """Record size and digest of files and folders that are done: what is sealed is not made again."""
-        files = [file for name in names for file in self._files(name) if file != self.path / CARD]
-        self.update(sealed=self.manifest.get("sealed", {}) | seal(self.path, files))
+        files = [file for name in names for file in self._files(name) if file != self.path / MODEL_CARD]
+        self.update(checksums=self.manifest.get("checksums", {}) | checksum_files(self.path, files))
 
-    def sealed(self, *names: str) -> bool:
+    def is_intact(self, *names: str) -> bool:
         """Whether all of these files and folders were sealed, and are as they were then."""
         for name in names:
             was = {
                 file: entry
-                for file, entry in self.manifest.get("sealed", {}).items()
+                for file, entry in self.manifest.get("checksums", {}).items()
                 if file == name or file.startswith(f"{name}/")
             }
             if not was:
                 return False
-            if (why := broken(self.path, was)) is not None:
+            if (why := find_mismatch(self.path, was)) is not None:
                 log.warning("run: %s; it is made again", why)
                 return False
         return True
@@ -154,7 +154,7 @@ class RunFolder:
         path = self.path / name
         return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
 
-    def judged(self, *, passed: bool) -> None:
+    def record_verdict(self, *, passed: bool) -> None:
         """Record whether the gate lets the adapter be published."""
         self.update(status="passed" if passed else "refused")
 
@@ -172,9 +172,9 @@ class RunFolder:
         """Add entries to the manifest and write it."""
         self.manifest.update(entries)
         self.write("manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
-        self.saved()
+        self.notify_saved()
 
-    def saved(self) -> None:
+    def notify_saved(self) -> None:
         """Say that a resume could go on from further than before."""
         if self.on_saved is not None:
             self.on_saved(self)
@@ -203,7 +203,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run: beside, then renamed, so that it is whole or absent."""
-        write_whole(self.path / name, text)
+        atomic_write(self.path / name, text)
 
     def write_lines(self, name: str, entries: Iterable[object]) -> None:
         """Write a file of JSON lines."""
@@ -212,16 +212,16 @@ class RunFolder:
     @contextmanager
     def folder(self, name: str) -> Iterator[Path]:
         """A folder to fill, which takes its name when it is left without an error."""
-        with whole_folder(self.path / name) as folder:
+        with atomic_directory(self.path / name) as folder:
             yield folder
 
 
-def default_run_id(settings: Settings, examples: Examples) -> str:
+def default_run_id(settings: Settings, examples: SplitData) -> str:
     """The base model's name and a digest of settings and data: the same command finds the same run."""
     return f"{Path(settings.base.model).stem}-{settings.digest(examples.fingerprint)}"
 
 
-def as_begun(settings: Settings) -> Settings:
+def with_recorded_revisions(settings: Settings) -> Settings:
     """The settings with the revisions at which the named run began, where none are asked for.
 
     So that a run goes on with the model and data it has, though the Hub has newer ones by now.
@@ -234,14 +234,14 @@ def as_begun(settings: Settings) -> Settings:
         group: was.get(f"TAGGER_{group}_{name}".upper()) == getattr(getattr(settings, group), name)
         for group, name in (("base", "model"), ("data", "dataset"))
     }
-    return settings.pinned(
+    return settings.with_revisions(
         base=settings.base.revision or (was.get("TAGGER_BASE_REVISION") if same["base"] else None),
         data=settings.data.revision or (was.get("TAGGER_DATA_REVISION") if same["data"] else None),
     )
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a run's folder; raises Refused when it is not one."""
+    """The manifest of a run's folder; raises InvalidInputError when it is not one."""
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         whole = isinstance(manifest["settings"], dict) and isinstance(manifest["timings"], dict)
@@ -249,14 +249,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if manifest["schema_version"] != SCHEMA_VERSION or not whole:
             raise ValueError
     except (ValueError, KeyError, TypeError) as error:
-        raise Refused(
+        raise InvalidInputError(
             f"{path}/manifest.json is not a manifest of this version of the job; set TAGGER_RUN_ID to another name"
         ) from error
     return manifest
 
 
-def try_to_write(path: Path, what: str = "the run folder", remedy: str = "TAGGER_RUN_DIR to a folder") -> None:
-    """Raise Refused unless a folder can be made at, or in, this path; leaves nothing behind."""
+def check_writable(path: Path, what: str = "the run folder", remedy: str = "TAGGER_RUN_DIR to a folder") -> None:
+    """Raise InvalidInputError unless a folder can be made at, or in, this path; leaves nothing behind."""
     ancestor = path.absolute()
     try:
         while not os.path.lexists(ancestor):
@@ -264,10 +264,10 @@ def try_to_write(path: Path, what: str = "the run folder", remedy: str = "TAGGER
         with tempfile.TemporaryDirectory(dir=ancestor):
             pass
     except OSError as error:
-        raise Refused(f"{what} {path} cannot be written: {error.strerror or error}; set {remedy} that can") from error
+        raise InvalidInputError(f"{what} {path} cannot be written: {error.strerror or error}; set {remedy} that can") from error
 
 
-def _new_manifest(run_id: str, settings: Settings, examples: Examples) -> dict[str, Any]:
+def _new_manifest(run_id: str, settings: Settings, examples: SplitData) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
@@ -283,21 +283,21 @@ def _new_manifest(run_id: str, settings: Settings, examples: Examples) -> dict[s
             "near_duplicates": examples.near_duplicates,
             "skipped": examples.skipped,
         },
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in TRACKED_VERSIONS},
         "timings": {},
     }
 
 
-def find(settings: Run) -> RunFolder:
+def find_run(settings: Run) -> RunFolder:
     """The run that is named, or else the one whose adapter was written last.
 
-    Raises Refused when there is none that has an adapter.
+    Raises InvalidInputError when there is none that has an adapter.
     """
     runs = [settings.dir / settings.id] if settings.id else settings.dir.glob("*")
     adapters = [run / "adapter" for run in runs if (run / "adapter" / "adapter_config.json").is_file()]
     if not adapters:
         where = f"in {settings.dir / settings.id}" if settings.id else f"under {settings.dir}"
-        raise Refused(
+        raise InvalidInputError(
             f"there is no trained adapter {where}; run the job first, or set TAGGER_HUB_REPO or TAGGER_RUN_ID"
         )
     path = max(adapters, key=lambda adapter: adapter.stat().st_mtime).parent

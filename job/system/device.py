@@ -15,20 +15,20 @@ from typing import Literal
 import psutil
 import torch
 
-from job.types import Refused
+from job.types import InvalidInputError
 
 Precision = Literal["fp16", "bf16", "fp32"]
 DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-DRIVER = Path("/proc/driver/nvidia/version")
+DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 """The kernel's NVIDIA driver: to be seen in every container, whether a GPU was given to it or not."""
-CONTROL = Path("/dev/nvidiactl")
+NVIDIA_CTL = Path("/dev/nvidiactl")
 """There only where a GPU is."""
-NEEDED_DRIVER = {"12": 525, "13": 580}
+MIN_DRIVER = {"12": 525, "13": 580}
 """The first driver for a major version of CUDA, by NVIDIA's table of minor version compatibility."""
 
 
 @dataclass(frozen=True)
-class Machine:
+class ComputeSpec:
     """The device of this process and the arithmetic of its forward and backward passes."""
 
     device: torch.device
@@ -37,18 +37,18 @@ class Machine:
     @classmethod
     def resolve(
         cls, device: Literal["auto", "cuda", "cpu"], precision: Literal["auto", "fp16", "bf16", "fp32"]
-    ) -> Machine:
-        """What the settings mean here; raises Refused for what the device does not have.
+    ) -> ComputeSpec:
+        """What the settings mean here; raises InvalidInputError for what the device does not have.
 
         `auto` is a GPU if PyTorch sees one, with bf16 where it has that and else fp16. A CPU computes in bf16 if it
         has matrix units for it (AMX), and else in fp32, which is faster there.
         """
-        lacking = None if device == "cpu" else why_no_gpu()
+        lacking = None if device == "cpu" else gpu_unavailable_reason()
         if device == "cuda" and lacking:
-            raise Refused(f"TAGGER_RUN_DEVICE=cuda, but {lacking}, or set TAGGER_RUN_DEVICE=cpu")
+            raise InvalidInputError(f"TAGGER_RUN_DEVICE=cuda, but {lacking}, or set TAGGER_RUN_DEVICE=cpu")
         if device == "cpu" or lacking:
             if precision == "fp16":
-                raise Refused(
+                raise InvalidInputError(
                     "TAGGER_TRAIN_PRECISION=fp16 needs a GPU and this run is on the CPU; use auto, fp32 or bf16"
                 )
             if precision == "auto":
@@ -56,7 +56,7 @@ class Machine:
             return cls(torch.device("cpu"), precision)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "bf16" and not bf16:
-            raise Refused(
+            raise InvalidInputError(
                 f"TAGGER_TRAIN_PRECISION=bf16, but {torch.cuda.get_device_name()} has no bf16; use auto, fp16 or fp32"
             )
         if precision == "auto":
@@ -80,7 +80,7 @@ class Machine:
         if self.device.type == "cuda":
             unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             return float(torch.cuda.mem_get_info(self.device)[0] + unused)
-        return min(float(psutil.virtual_memory().available), _left_of_limit(Path("/sys/fs/cgroup")))
+        return min(float(psutil.virtual_memory().available), _cgroup_memory_left(Path("/sys/fs/cgroup")))
 
     def peak_memory(self) -> dict[str, float]:
         """The most memory held so far, in GiB: of this process and of its GPU."""
@@ -95,7 +95,7 @@ class Machine:
         return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads) in {self.precision}"
 
 
-def _left_of_limit(group: Path) -> float:
+def _cgroup_memory_left(group: Path) -> float:
     """Bytes left of a control group's memory limit (cgroup v2); what caches files can be taken back."""
     try:
         limit = int((group / "memory.max").read_text())
@@ -106,15 +106,15 @@ def _left_of_limit(group: Path) -> float:
     return float(limit - used + int(stat.get("file", 0)))
 
 
-def why_no_gpu() -> str | None:
+def gpu_unavailable_reason() -> str | None:
     """Why PyTorch can use no GPU and what to do about it, as a clause; None if it can."""
     with warnings.catch_warnings(action="ignore"):  # PyTorch's own words for a driver that is too old
         if torch.cuda.is_available():
             return None
     cuda = torch.version.cuda
-    words = DRIVER.read_text(encoding="utf-8").split() if DRIVER.is_file() else []
+    words = DRIVER_VERSION.read_text(encoding="utf-8").split() if DRIVER_VERSION.is_file() else []
     driver = next((word for word in words if word.count(".") and word.replace(".", "").isdigit()), None)
-    needed = None if cuda is None else NEEDED_DRIVER.get(cuda.partition(".")[0])
+    needed = None if cuda is None else MIN_DRIVER.get(cuda.partition(".")[0])
     if driver is None:
         return "this machine has no NVIDIA driver; take a machine with a GPU, or install the driver"
     if cuda is None:
@@ -126,7 +126,7 @@ def why_no_gpu() -> str | None:
     for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
         if os.environ.get(name) in ("", "-1", "none", "void", "NoDevFiles"):
             return f"{name}={os.environ[name]} hides every GPU of this machine (driver {driver}); unset it"
-    if not CONTROL.exists():
+    if not NVIDIA_CTL.exists():
         return (
             f"the machine has an NVIDIA driver ({driver}) but no GPU is given to this container; start it with "
             "`docker run --gpus all`, or ask Kubernetes for nvidia.com/gpu"

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 
-NOISE = {
+NOISY_LOGGERS = {
     # every int8 matrix product with inputs that are not fp16 says so
     "bitsandbytes.autograd._functions": logging.ERROR,
     # tries an optional CPU kernel from the Hub when it is imported
@@ -21,7 +21,7 @@ def configure() -> None:
     """Log our lines to standard error with the time of day; silence the NOISE, logger by logger."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("job").setLevel(logging.INFO)
-    for name, level in NOISE.items():
+    for name, level in NOISY_LOGGERS.items():
         logging.getLogger(name).setLevel(level)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of downloads and loading are for terminals

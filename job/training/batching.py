@@ -8,27 +8,29 @@ from itertools import pairwise
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from job.data import NO_LOSS
-from job.types import Encoded
+from job.data import IGNORE_INDEX
+from job.types import EncodedExample
 
 
-def examples_of_step(examples: Sequence[Encoded], step: int, *, per_step: int, seed: int) -> list[Encoded]:
+def examples_of_step(
+    examples: Sequence[EncodedExample], step: int, *, per_step: int, seed: int
+) -> list[EncodedExample]:
     """The examples of an optimizer step (counted from 0): the same ones whatever ran before it.
 
     Epochs follow one another without a gap, each a seeded permutation of all examples, so every step
     has exactly `per_step` of them and every example comes once an epoch.
     """
-    chosen: list[Encoded] = []
+    chosen: list[EncodedExample] = []
     position = step * per_step
     while len(chosen) < per_step:
         epoch, offset = divmod(position + len(chosen), len(examples))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(examples), generator=generator)[offset : offset + per_step - len(chosen)]
-        chosen += [examples[i].in_epoch(epoch) for i in order.tolist()]
+        chosen += [examples[i].for_epoch(epoch) for i in order.tolist()]
     return chosen
 
 
-def cut(lengths: Sequence[int], *, limit: int, overhead: int, padded: bool) -> Iterator[slice]:
+def partition_by_cost(lengths: Sequence[int], *, limit: int, overhead: int, padded: bool) -> Iterator[slice]:
     """Cut ascending lengths into consecutive groups that cost the least, in tokens computed.
 
     A group costs `overhead` (what starting it takes, as tokens) and its tokens: their sum, or where
@@ -54,8 +56,8 @@ def cut(lengths: Sequence[int], *, limit: int, overhead: int, padded: bool) -> I
 
 
 def micro_batches(
-    examples: Sequence[Encoded], *, limit: int, overhead: int, padded: bool
-) -> Iterator[Sequence[Encoded]]:
+    examples: Sequence[EncodedExample], *, limit: int, overhead: int, padded: bool
+) -> Iterator[Sequence[EncodedExample]]:
     """The examples of a step, sorted by length and cut; the cut changes what is computed at once, not the result.
 
     The longest come first, so that what the others need fits where theirs was, and memory that does
@@ -63,13 +65,13 @@ def micro_batches(
     """
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
     lengths = [len(example.input_ids) for example in by_length]
-    parts = list(cut(lengths, limit=limit, overhead=overhead, padded=padded))
+    parts = list(partition_by_cost(lengths, limit=limit, overhead=overhead, padded=padded))
     return (by_length[part] for part in reversed(parts))
 
 
-def label_count(examples: Sequence[Encoded]) -> int:
+def num_label_tokens(examples: Sequence[EncodedExample]) -> int:
     """Tokens that carry loss. The first of a text has nothing before it to be predicted from."""
-    return sum(label != NO_LOSS for example in examples for label in example.labels[1:])
+    return sum(label != IGNORE_INDEX for example in examples for label in example.labels[1:])
 
 
 class Collator:
@@ -87,10 +89,10 @@ class Collator:
         self._pad_token_id = pad_token_id
         self._packed = packed
 
-    def __call__(self, examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
         ids = [torch.tensor(example.input_ids) for example in examples]
         labels = [torch.tensor(example.labels) for example in examples]
-        shifted = [torch.nn.functional.pad(row[1:], (0, 1), value=NO_LOSS) for row in labels]
+        shifted = [torch.nn.functional.pad(row[1:], (0, 1), value=IGNORE_INDEX) for row in labels]
         if self._packed:
             rows = {
                 "input_ids": torch.cat(ids)[None],
@@ -102,8 +104,8 @@ class Collator:
             rows = {
                 "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_token_id),
                 "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-                "labels": pad_sequence(labels, batch_first=True, padding_value=NO_LOSS),
+                "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             }
-            next_labels = pad_sequence(shifted, batch_first=True, padding_value=NO_LOSS)
-        keep = next_labels != NO_LOSS
+            next_labels = pad_sequence(shifted, batch_first=True, padding_value=IGNORE_INDEX)
+        keep = next_labels != IGNORE_INDEX
         return {**rows, "shift_labels": next_labels[keep], "logits_to_keep": keep}

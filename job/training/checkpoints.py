@@ -13,15 +13,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from job.runs.atomic import broken, seal, whole_folder
+from job.runs.atomic import atomic_directory, checksum_files, find_mismatch
 
 log = logging.getLogger(__name__)
 
-TENSORS, STATE, SEAL = "tensors.safetensors", "state.json", "sealed.json"
+TENSORS, STATE, CHECKSUMS = "tensors.safetensors", "state.json", "sealed.json"
 
 
 @dataclass
-class Progress:
+class TrainerState:
     """How far training is; with the tensors, all that a resume needs.
 
     Dropout and the order of examples follow from seed and step, so no random state is kept.
@@ -29,7 +29,7 @@ class Progress:
 
     step: int = 0
     """Optimizer steps done."""
-    micro_tokens: int = 0
+    micro_batch_tokens: int = 0
     recompute: bool = False
     loss_scale: dict[str, float] = field(default_factory=dict)
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -38,27 +38,27 @@ class Progress:
     """Of training, in all processes together."""
 
 
-def save(checkpoints: Path, tensors: dict[str, torch.Tensor], progress: Progress, *, keep: int) -> None:
-    """Write checkpoint-<step>: beside, sealed, fsynced, renamed last; then remove all but the newest `keep`.
+def save(checkpoints: Path, tensors: dict[str, torch.Tensor], progress: TrainerState, *, save_total_limit: int) -> None:
+    """Write checkpoint-<step> atomically, with its checksums; then remove all but the newest `save_total_limit`.
 
     Raises OSError when it cannot be written; those before are as they were then.
     """
-    with whole_folder(checkpoints / f"checkpoint-{progress.step}") as folder:
+    with atomic_directory(checkpoints / f"checkpoint-{progress.step}") as folder:
         save_file(tensors, folder / TENSORS)
         (folder / STATE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
-        (folder / SEAL).write_text(json.dumps(seal(folder, folder.iterdir())), encoding="utf-8")
-    for old in _newest_first(checkpoints)[keep:]:
+        (folder / CHECKSUMS).write_text(json.dumps(checksum_files(folder, folder.iterdir())), encoding="utf-8")
+    for old in _newest_first(checkpoints)[save_total_limit:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_newest(checkpoints: Path) -> tuple[dict[str, torch.Tensor], Progress] | None:
+def load_newest(checkpoints: Path) -> tuple[dict[str, torch.Tensor], TrainerState] | None:
     """The newest checkpoint that is as it was written; one that is not is named and passed over."""
     for folder in _newest_first(checkpoints):
         try:
-            sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-            if (why := broken(folder, {TENSORS: sealed[TENSORS], STATE: sealed[STATE]})) is not None:
+            sealed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+            if (why := find_mismatch(folder, {TENSORS: sealed[TENSORS], STATE: sealed[STATE]})) is not None:
                 raise ValueError(why)
-            progress = Progress(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+            progress = TrainerState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
             return load_file(folder / TENSORS), progress
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("train: %s cannot be used (%s); going back to the one before", folder, error)

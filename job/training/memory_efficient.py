@@ -21,17 +21,17 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 if TYPE_CHECKING:
     import peft
 
-PLAIN_HEADS = ("bloom", "llama", "qwen2")
+LINEAR_HEAD_ARCHITECTURES = ("bloom", "llama", "qwen2")
 """Architectures whose logits are the head's product with the last hidden state, and nothing else."""
 
 
 @contextmanager
-def installed(model: peft.PeftModel) -> Iterator[None]:
+def patched(model: peft.PeftModel) -> Iterator[None]:
     """Put these forward passes into the model's modules, and take them out again: they compute the same."""
-    scratch = _Scratch()
+    scratch = _DequantBuffer()
     replaced = []
     for module in model.modules():
-        if (forward := _lean(module, scratch)) is not None:
+        if (forward := replacement_forward(module, scratch)) is not None:
             module.forward = types.MethodType(forward, module)
             replaced.append(module)
     try:
@@ -41,9 +41,9 @@ def installed(model: peft.PeftModel) -> Iterator[None]:
             del module.forward
 
 
-def _lean(module: torch.nn.Module, scratch: _Scratch) -> Callable[..., Any] | None:
+def replacement_forward(module: torch.nn.Module, scratch: _DequantBuffer) -> Callable[..., Any] | None:
     """What to put in the place of a module's forward pass, if anything."""
-    if isinstance(module, PreTrainedModel) and module.config.model_type in PLAIN_HEADS:
+    if isinstance(module, PreTrainedModel) and module.config.model_type in LINEAR_HEAD_ARCHITECTURES:
         head = module.get_output_embeddings()
         return _loss if type(head) is torch.nn.Linear and getattr(head, "bias", None) is None else None
     if isinstance(module, LoraLayer):
@@ -118,7 +118,7 @@ class _Adapter(torch.autograd.Function):
         ctx.dtype, ctx.rate, ctx.scale = _compute_dtype(x, a.dtype), rate, scale
         dropped = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(rate) if rate else None
         with torch.autocast(x.device.type, enabled=False):
-            low = _without(x, dropped).to(ctx.dtype) @ a.to(ctx.dtype).T / (1 - rate)
+            low = apply_dropout_mask(x, dropped).to(ctx.dtype) @ a.to(ctx.dtype).T / (1 - rate)
             ctx.save_for_backward(x, a, b, low, dropped)
             return low @ b.to(ctx.dtype).T * scale
 
@@ -129,14 +129,14 @@ class _Adapter(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1]) * ctx.scale
         grad_b = flat.T @ low.reshape(-1, low.shape[-1])
         grad_low = flat @ b.to(ctx.dtype) / (1 - ctx.rate)
-        grad_a = grad_low.T @ _without(x, dropped).to(ctx.dtype).reshape(-1, x.shape[-1])
+        grad_a = grad_low.T @ apply_dropout_mask(x, dropped).to(ctx.dtype).reshape(-1, x.shape[-1])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _without((grad_low @ a.to(ctx.dtype)).view(x.shape).to(x.dtype), dropped)
+            grad_x = apply_dropout_mask((grad_low @ a.to(ctx.dtype)).view(x.shape).to(x.dtype), dropped)
         return grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None
 
 
-def _without(x: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
+def apply_dropout_mask(x: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
     return x if dropped is None else x.masked_fill(dropped, 0.0)
 
 
@@ -155,7 +155,7 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), functional.silu(gate).mul_(grad)
 
 
-class _Scratch:
+class _DequantBuffer:
     """One buffer for all dequantized weights: a new one each time would cost as much as a tenth of the product."""
 
     def __init__(self) -> None:
@@ -179,7 +179,7 @@ class _Int8(torch.autograd.Function):
         weight: torch.Tensor,
         scale: torch.Tensor,
         bias: torch.Tensor | None,
-        scratch: _Scratch,
+        scratch: _DequantBuffer,
     ) -> torch.Tensor:
         ctx.dtype, ctx.dtype_x = _compute_dtype(x, x.dtype), x.dtype
         ctx.weight, ctx.scale, ctx.scratch = weight, scale, scratch

@@ -13,20 +13,20 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor, dropout_add
 
-from job.training.batching import cut
+from job.training.batching import partition_by_cost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "tagger_packed"
-THROUGH_THE_INTERFACE = ("llama", "qwen2")
+ATTENTION_NAME = "tagger_packed"
+SDPA_INTERFACE_ARCHITECTURES = ("llama", "qwen2")
 """Architectures whose attention transformers lets one replace by name, and whose positions one may give."""
 GROUP_OVERHEAD = {"cpu": 64, "cuda": 1024}
 """What one more attention call costs, in padded tokens."""
 
 
 @dataclass(frozen=True)
-class _Group:
+class _LengthGroup:
     """Consecutive texts of like length, padded on the right for one attention call."""
 
     tokens: slice
@@ -54,16 +54,16 @@ class PackedAttention:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._groups: list[_Group] = []
+        self._groups: list[_LengthGroup] = []
         self._alibi: torch.Tensor | None = None
 
     @staticmethod
-    def fits(model: PreTrainedModel) -> bool:
+    def supports(model: PreTrainedModel) -> bool:
         """Whether this architecture's texts can be packed; others are padded."""
         config = model.config
         if config.model_type == "bloom":
             return not config.slow_but_exact
-        return config.model_type in THROUGH_THE_INTERFACE and not getattr(config, "use_sliding_window", False)
+        return config.model_type in SDPA_INTERFACE_ARCHITECTURES and not getattr(config, "use_sliding_window", False)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -79,18 +79,18 @@ class PackedAttention:
                     del module.forward
         else:
             before = self._model.config._attn_implementation
-            AttentionInterface.register(NAME, self._interface_forward)
-            self._model.set_attn_implementation(NAME)
+            AttentionInterface.register(ATTENTION_NAME, self._interface_forward)
+            self._model.set_attn_implementation(ATTENTION_NAME)
             try:
                 yield
             finally:
                 self._model.set_attn_implementation(before)
 
-    def lay_out(self, lengths: Sequence[int], device: torch.device) -> None:
+    def set_sequence_lengths(self, lengths: Sequence[int], device: torch.device) -> None:
         """Set the lengths of the texts in the next row, ascending."""
         overhead = GROUP_OVERHEAD.get(device.type, GROUP_OVERHEAD["cuda"])
         self._groups, start = [], 0
-        for part in cut(lengths, limit=sum(lengths), overhead=overhead, padded=True):
+        for part in partition_by_cost(lengths, limit=sum(lengths), overhead=overhead, padded=True):
             own = torch.tensor(lengths[part])
             width = int(own[-1])
             real = torch.arange(width) < own[:, None]
@@ -98,7 +98,7 @@ class PackedAttention:
             gather = torch.zeros(real.numel(), dtype=torch.int64)
             gather[scatter] = torch.arange(len(scatter))
             tokens = slice(start, start + len(scatter))
-            self._groups.append(_Group(tokens, len(own), width, gather.to(device), scatter.to(device)))
+            self._groups.append(_LengthGroup(tokens, len(own), width, gather.to(device), scatter.to(device)))
             start = tokens.stop
         if self._model.config.model_type == "bloom":
             self._alibi = _alibi(self._model.config.n_head, max(lengths), device)
