@@ -12,6 +12,7 @@ from typing import Any
 import modal
 
 from job.cloud import modal_launcher
+from job.config import environment
 
 HOURS = 60 * 60
 ROOT = Path(__file__).parent
@@ -54,10 +55,9 @@ def perform(command: str, given: dict[str, str]) -> dict[str, Any]:
     single_use_containers=True,
 )
 def scheduled() -> dict[str, Any]:
-    from job import settings
     from job.cloud import modal_worker
 
-    outcome = modal_worker.run_command("retrain", settings.explicit_values(), call=_call(), commit=runs.commit)
+    outcome = modal_worker.run_command("retrain", environment.explicit_values(), call=_call(), commit=runs.commit)
     if outcome["exit_code"]:
         raise RuntimeError(outcome["message"])  # there is no caller who would look at the exit code
     return outcome

@@ -14,7 +14,7 @@ from pathlib import Path
 import peft
 import torch
 
-from job.data import IGNORE_INDEX
+from job.dataset.tokenization import IGNORE_INDEX
 from job.system.device import ComputeSpec
 from job.types import EncodedExample
 

@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 from bench.bases import SMOLLM2, model_setting
 from job import data
-from job.decoding.config import MIN_PROBABILITY
+from job.dataset import near_duplicates, tokenization
+from job.dataset.split import split, split_calibration
+from job.dataset.tags import drop_rare_tags, drop_tags, parse_list
 from job.settings import Data, Settings
-from job.types import Example, SplitData
+from job.types import MIN_PROBABILITY, Example, SplitData
 
 if TYPE_CHECKING:
-    from job.evaluate import ScoredTags
+    from job.metrics.thresholds import ScoredTags
     from job.sample import Tagger
     from job.system.device import ComputeSpec
 
@@ -123,7 +125,7 @@ def trainings(steps: int) -> dict[str, Groups]:
 LIKELY = {"decoding": "marginal", "threshold": "auto"}
 ALL_TEXTS = {"decoding": "marginal", "threshold": 0.07}
 """No texts are set aside: the threshold is the best one on fold 2 of the English quotes, after 320 steps of the
-embedded base model, so that scores on that fold flatter. With --places 1 that is 0.04."""
+embedded base model, so that scores on that fold flatter. With --max-positions 1 that is 0.04."""
 VARIANTS = {
     "recipe, free": Variant("recipe", free=True),
     "recipe, open list": Variant("recipe"),
@@ -168,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--test", choices=list(VARIANTS), metavar="VARIANT", help="score this one on the test split")
     parser.add_argument("--second", action="store_true", help="with --test: on the second one")
-    parser.add_argument("--places", type=int, help="TAGGER_SAMPLE_MAX_POSITIONS")
+    parser.add_argument("--max-positions", type=int, help="TAGGER_SAMPLE_MAX_POSITIONS")
     parser.add_argument(
         "--against", default="tfidf", choices=[*REFERENCES, *VARIANTS], metavar="VARIANT", help="what to compare with"
     )
@@ -183,17 +185,19 @@ def folds(dataset: str, fold: int | str) -> tuple[tuple[Example, ...], tuple[Exa
         return apart.train, apart.held_out
     if fold == SECOND_TEST:
         return _second_test(dataset, [*apart.train, *apart.held_out])
-    train, development = data.split(apart.train, Data(eval_size=DEVELOPMENT_SHARE, seed=int(fold)))
+    train, development = split(apart.train, Data(eval_size=DEVELOPMENT_SHARE, seed=int(fold)))
     return tuple(train), tuple(development)
 
 
 def _second_test(dataset: str, examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Examples to train on and some to score: of these no near-duplicate is in another split or trained on."""
     scored = {example.text for other in (TEST, *FOLDS) for example in folds(dataset, other)[1]}
-    groups = dict(zip(examples, data.near_duplicate_groups([example.text for example in examples]), strict=True))
+    groups = dict(
+        zip(examples, near_duplicates.near_duplicate_groups([example.text for example in examples]), strict=True)
+    )
     known = {group for example, group in groups.items() if example.text in scored}
     unseen = [example for example, group in groups.items() if group not in known]
-    _, held_out = data.split(unseen, Data(eval_size=SECOND_SHARE, seed=TEST_SEED + 1))
+    _, held_out = split(unseen, Data(eval_size=SECOND_SHARE, seed=TEST_SEED + 1))
     apart = {groups[example] for example in held_out}
     return tuple(example for example, group in groups.items() if group not in apart), tuple(held_out)
 
@@ -268,10 +272,8 @@ def _measure(
     variant = VARIANTS[name]
     settings = _settings(options, variant)
     # of variants without a threshold of their own the same texts are set aside, so that they can share a training
-    parts = (
-        examples if isinstance(settings.sample.threshold, float) else data.split_calibration(examples, settings.data)
-    )
-    chosen = data.drop_rare_tags(_fewer(parts.train, variant), settings.data.min_tag_count)
+    parts = examples if isinstance(settings.sample.threshold, float) else split_calibration(examples, settings.data)
+    chosen = drop_rare_tags(_fewer(parts.train, variant), settings.data.min_tag_count)
     # adapters are the same however they are decoded
     folder = options.work / "trained" / f"{fold}, {settings.with_published_decoding().digest(_digest(chosen))}"
     model, tokenizer, seconds = _trained(folder, settings, chosen, machine)
@@ -301,7 +303,7 @@ def _fewer(train: Sequence[Example], variant: Variant) -> list[Example]:
     texts = [example for example in train if draw.random() < variant.texts]
     counts = Counter(tag for example in texts for tag in example.tags)
     rare = {tag for tag in sorted(counts) if counts[tag] == 1 and draw.random() >= variant.rare}
-    return data.drop_tags(texts, rare.__contains__)
+    return drop_tags(texts, rare.__contains__)
 
 
 def _trained(
@@ -326,7 +328,7 @@ def _trained(
     new = add_adapters(model, settings.lora, seed=settings.train.seed)
     run = RunFolder(folder, {})
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    encoded = data.encode(tokenizer, train, settings)
+    encoded = tokenization.encode(tokenizer, train, settings)
     trained = train_adapters(new, encoded, settings.train, tokenizer=tokenizer, machine=machine, run=run)
     with run.folder("adapter") as into:
         save_adapter(new, tokenizer, into, settings.base)
@@ -366,7 +368,7 @@ def _free_tagger() -> type[Tagger]:
 
 def _read(text: str) -> tuple[list[str], bool]:
     """The tags of an answer that were closed, and whether it was one whole list."""
-    whole = data.parse_list(text)
+    whole = parse_list(text)
     if whole and all(isinstance(tag, str) for tag in whole):
         return list(dict.fromkeys(whole)), True
     closed = re.findall(r"'([^'\n]+)'|\"([^\"\n]+)\"", text) if text.strip().startswith("[") else []
@@ -399,7 +401,8 @@ def measured_on(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _row(name: str, records: Sequence[Record], against: Sequence[Record]) -> str:
-    from job.evaluate import bootstrap_weights, f1_difference, interval, score
+    from job.metrics.bootstrap import bootstrap_weights, f1_difference, interval
+    from job.metrics.scores import score
 
     gold, predicted, parsed = (list(_joined(records, what)) for what in ("gold", "predicted", "well_formed"))
     scores = score(gold, predicted, parsed)
@@ -427,7 +430,7 @@ def _row(name: str, records: Sequence[Record], against: Sequence[Record]) -> str
 
 def by_threshold(records: Sequence[Record]) -> Iterator[str]:
     """For each variant that ranks tags, the micro-F1 of its folds' texts together at each threshold up to a tenth."""
-    from job.evaluate import f1_curve
+    from job.metrics.thresholds import f1_curve
 
     for name in dict.fromkeys(record["variant"] for record in records if "ranked" in record):
         own = [record for record in records if record["variant"] == name]
@@ -447,7 +450,8 @@ def average_precision(gold: Sequence[Sequence[str]], ranked: Sequence[ScoredTags
     """
     import numpy as np
 
-    from job.evaluate import bootstrap_weights, interval, match_predictions
+    from job.metrics.bootstrap import bootstrap_weights, interval
+    from job.metrics.thresholds import match_predictions
 
     answers, positives = match_predictions(gold, ranked)
     if not answers:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.bases import BASES, model_setting
+from job.dataset import tokenization
 
 WARM_UP = 1
 """Steps before those that are counted."""
@@ -149,7 +150,7 @@ def _work(base: str, quantize: str, options: argparse.Namespace, folder: Path) -
     settings = Settings(**chosen, lora=Lora().model_dump(), train=Train().model_dump())
     machine = ComputeSpec.resolve(options.device, "auto")
     tokenizer = load_tokenizer(settings.base)
-    encoded = data.encode(tokenizer, data.load(settings.data).train, settings)
+    encoded = tokenization.encode(tokenizer, data.load(settings.data).train, settings)
     draw = random.Random(options.seed)
     size = settings.train.batch_size * settings.train.gradient_accumulation_steps
     steps = [draw.sample(encoded, size) for _ in range(WARM_UP + options.steps)]

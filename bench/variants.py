@@ -27,13 +27,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from job.data import IGNORE_INDEX
+from job.dataset.tokenization import IGNORE_INDEX
 from job.settings import Settings
 from job.system.device import ComputeSpec
-from job.train import MAX_GRAD_NORM, MICRO_BATCH_TOKENS, accumulate, learning_rate, micro_batch_overhead
 from job.training import memory_efficient
 from job.training.batching import Collator, micro_batches, num_label_tokens
 from job.training.packing import PackedAttention
+from job.training.trainer import MAX_GRAD_NORM, MICRO_BATCH_TOKENS, accumulate, learning_rate, micro_batch_overhead
 from job.types import EncodedExample
 
 Tick = Callable[[], None]

@@ -8,25 +8,17 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from job import __version__
+from job.errors import EXIT_CODES, INTERRUPTED, InvalidInputError, JobError, print_error
 from job.runs import shutdown
 from job.system import logging_setup
-from job.types import InvalidInputError, JobError
 
 if TYPE_CHECKING:
     from job.settings import Settings
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-EXIT_CODES = """exit codes:
-  0  done
-  1  crashed: a defect or the machine
-  2  settings, data or machine refused; nothing was spent
-  3  trained, but the quality gate refused to publish
-  4  trained and saved, but publishing failed
-  75 interrupted; run it again, it goes on from what is saved"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +31,7 @@ def command() -> NoReturn:
     """Run as a program: as `main`, and nothing that a library left running delays the end of what was interrupted."""
     with shutdown.handled(then=signal.SIG_IGN):  # once it is over, its code is known
         code = _run_until_interrupted(None)
-    if code == shutdown.EXIT_CODE:
+    if code == INTERRUPTED:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -55,18 +47,18 @@ def _run_until_interrupted(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         by = f" by {shutdown.received()}" if shutdown.received() else ""
         print(f"interrupted{by}; the same command goes on from what is saved", file=sys.stderr)
-        return shutdown.EXIT_CODE
+        return INTERRUPTED
     return code
 
 
 def _run_command(options: argparse.Namespace) -> int:
     """Run the command; its errors become sentences and exit codes."""
-    from job import settings  # takes 0.2 s, in which a signal is handled already
+    from job.config import environment  # takes 0.2 s, in which a signal is handled already
 
     try:
-        for name, value in settings.third_party_variables(options.recipe).items():
+        for name, value in environment.third_party_variables(options.recipe).items():
             os.environ.setdefault(name, value)
-        options.command(options, settings.load(options.recipe))
+        options.command(options, environment.load(options.recipe))
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -82,7 +74,7 @@ def _run_command(options: argparse.Namespace) -> int:
             code = 1
         else:
             raise
-        print("\n".join(f"error: {line}" for line in problem.splitlines()), file=sys.stderr)
+        print_error(problem)
         return code
     return 0
 
@@ -91,16 +83,16 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--recipe",
-        type=Path,
-        metavar="FILE",
+        metavar="RECIPE",
         default=argparse.SUPPRESS,
-        help="file of settings as NAME=value lines; .env and the environment win over it",
+        help="name of a shipped recipe (see `tagger-job settings --recipes`), or file with lines NAME=value; "
+        ".env and the environment override it",
     )
     parser = argparse.ArgumentParser(
         prog="tagger-job",
         description="Fine-tune a small language model into a tagger. Settings are environment variables named "
         "TAGGER_<GROUP>_<KNOB>; `tagger-job settings` lists them.",
-        epilog=EXIT_CODES,
+        epilog=_exit_codes(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[common],
     )
@@ -147,9 +139,16 @@ def _parser() -> argparse.ArgumentParser:
     promote.set_defaults(command=_promote)
 
     show = commands.add_parser("settings", parents=[common], help="the effective settings and where each came from")
+    show.add_argument("--recipes", action="store_true", help="list the recipes that ship with the package instead")
     show.add_argument("--env-example", action="store_true", help="print .env.example instead")
+    show.add_argument("--markdown", action="store_true", help="print the reference of all settings instead")
     show.set_defaults(command=_settings)
     return parser
+
+
+def _exit_codes() -> str:
+    lines = [f"  {code:<3}{entry.meaning}\n     {entry.action}" for code, entry in EXIT_CODES.items()]
+    return "\n".join(["exit codes, and what to do:", *lines])
 
 
 def _run(options: argparse.Namespace, chosen: Settings) -> None:
@@ -214,13 +213,14 @@ def _retrain(options: argparse.Namespace, chosen: Settings) -> None:
 
 def _promote(options: argparse.Namespace, chosen: Settings) -> None:
     from job import promote, push
+    from job.hub import access
     from job.hub import client as hub
 
     if hub.token() is None:
         raise InvalidInputError(
             "promote changes a repo on the Hub and there is no token; set HF_TOKEN to one with write access"
         )
-    repo = push.repo_name(chosen, hub.token_info())
+    repo = push.repo_name(chosen, access.token_info())
     with hub.publish_errors(f"{repo} could not be changed", "the same command again tries anew"):
         published = promote.promote(repo, options.revision, chosen.hub)
     print(f"{published.url} is published, as {published.tag}")
@@ -228,7 +228,7 @@ def _promote(options: argparse.Namespace, chosen: Settings) -> None:
 
 def _sample(options: argparse.Namespace, chosen: Settings) -> None:
     from job import data, pipeline, report
-    from job.settings import is_unicode
+    from job.config.validators import is_unicode
 
     if any(not text.strip() or not is_unicode(text) for text in options.texts):
         raise InvalidInputError("a TEXT to tag is empty or not readable text; expected some words")
@@ -239,6 +239,7 @@ def _sample(options: argparse.Namespace, chosen: Settings) -> None:
 
 def _evaluate(options: argparse.Namespace, chosen: Settings) -> None:
     from job import data, model_card, pipeline
+    from job.dataset.split import split_digest
     from job.runs import markup
 
     held_out = data.load(chosen.data).held_out[: chosen.eval.limit]
@@ -247,25 +248,26 @@ def _evaluate(options: argparse.Namespace, chosen: Settings) -> None:
     from job.evaluate import evaluate
 
     scores, _ = evaluate(tagger, held_out)
-    print(f"split: {len(held_out)} held-out examples, {data.split_digest(held_out)}")
+    print(f"split: {len(held_out)} held-out examples, {split_digest(held_out)}")
     print("\n".join(markup.markdown_table(model_card.score_table({"adapter": scores}))))
 
 
 def _settings(options: argparse.Namespace, chosen: Settings) -> None:
     from job import settings
+    from job.config import environment, recipes, reference
 
-    if options.env_example:
-        print(settings.env_example(), end="")
+    if options.recipes:
+        for name in recipes.recipe_names():
+            print(f"{name:<12} {recipes.describe_recipe(name)}")
         return
-    sources = settings.sources(options.recipe)
+    if options.env_example or options.markdown:
+        print(reference.env_example() if options.env_example else reference.settings_markdown(), end="")
+        return
+    sources = environment.sources(options.recipe)
     for name, value in chosen.values().items():
         print(f"{name}={settings.to_env(value)}   # {sources.get(name, 'default')}")
-    in_files = settings.third_party_variables(options.recipe)
+    in_files = environment.third_party_variables(options.recipe)
     for name in ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "CUDA_VISIBLE_DEVICES"):
         if (value := os.environ.get(name)) is not None:
             source = "a file" if in_files.get(name) == value else "environment"
             print(f"{name}={'***' if name == 'HF_TOKEN' else value}   # {source}")
-
-
-if __name__ == "__main__":
-    command()

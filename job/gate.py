@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from job import promote, push, quantize, report
 from job.decoding import config as decoding
-from job.evaluate import f1_difference
+from job.errors import GateRejected, InvalidInputError, PublishError
 from job.hub import client as hub
+from job.metrics.bootstrap import f1_difference
 from job.runs.run_folder import RunFolder
 from job.settings import Eval, Hub, Settings
-from job.types import Example, GateRejected, InvalidInputError, Prediction, PublishError, Scores, SplitData, Verdict
+from job.types import Example, Prediction, Scores, SplitData, Verdict
 
 if TYPE_CHECKING:
     from job.system.device import ComputeSpec
@@ -56,8 +57,8 @@ def check_split(settings: Settings, examples: SplitData) -> None:
     n = len(examples.held_out[: settings.eval.limit])
     if settings.eval.gate == "published" and n < MIN_EXAMPLES:
         raise InvalidInputError(
-            f"TAGGER_EVAL_GATE=published needs {MIN_EXAMPLES} held-out examples or more to tell two adapters apart, and "
-            f"has {n}; raise TAGGER_DATA_EVAL_SIZE (or TAGGER_EVAL_LIMIT), bring more data, or {_OTHER_GATE}"
+            f"TAGGER_EVAL_GATE=published needs {MIN_EXAMPLES} held-out examples or more to tell two adapters apart, "
+            f"and has {n}; raise TAGGER_DATA_EVAL_SIZE (or TAGGER_EVAL_LIMIT), bring more data, or {_OTHER_GATE}"
         )
 
 
@@ -188,7 +189,10 @@ def _evaluate_published(
     predictions: list[Prediction],
     machine: ComputeSpec,
 ) -> tuple[Scores, list[Prediction]]:
-    """Scores and predictions of a published adapter, on the texts of these; raises InvalidInputError when it does not load."""
+    """Return scores and predictions of the published adapter on the texts of `predictions`.
+
+    Raises InvalidInputError when it does not load.
+    """
     from job.evaluate import evaluate
     from job.sample import load_tagger
 

@@ -10,9 +10,10 @@ import peft
 import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+from job.errors import InvalidInputError
 from job.quantize import hub_identity
 from job.settings import Base, Lora
-from job.types import InvalidInputError, ParameterCount
+from job.types import ParameterCount
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

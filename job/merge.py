@@ -12,9 +12,9 @@ from job import quantize
 from job.data import inference_texts
 from job.decoding.config import load_config
 from job.decoding.equivalence import same_answer
+from job.errors import JobError
 from job.sample import Tagger
 from job.system.device import ComputeSpec
-from job.types import JobError
 
 if TYPE_CHECKING:
     from job.runs.run_folder import RunFolder

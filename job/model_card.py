@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from job import data, quantize
+from job import quantize
+from job.dataset import prompts
 from job.runs.markup import Table, markdown_table
 from job.settings import Settings, to_env
 from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local
@@ -34,7 +35,7 @@ def model_card(
         **({"datasets": [settings.data.dataset]} if data_on_hub else {}),
         "model-index": [_model_index(base, settings, scores["adapter"])],
     }
-    prompt = data.prompt("some text", settings.data.separator)
+    prompt = prompts.prompt("some text", settings.data.separator)
     at = f" at revision `{revision}`" if on_hub and revision else ""
     lines = [
         "---",
@@ -44,7 +45,7 @@ def model_card(
         f"# A tagger on {base}",
         "",
         f"A LoRA adapter for `{base}`{at} that answers a text with a list of tags. It is asked `{prompt}` and goes",
-        f"on with `{data.target(['a tag', 'another'], settings.data.separator)}` and the end of sequence.",
+        f"on with `{prompts.target(['a tag', 'another'], settings.data.separator)}` and the end of sequence.",
         f"Whoever uses it is bound by the licence of the base model{f' ({licence})' if licence else ''}.",
         "",
         *(

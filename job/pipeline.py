@@ -77,7 +77,9 @@ def run_checked(checked: PreflightResult, on_saved: Callable[[RunFolder], None] 
 
 def fine_tune(checked: PreflightResult, machine: ComputeSpec) -> None:
     """Everything up to an adapter that is saved with what is known of it."""
-    from job.data import drop_rare_tags, encode, inference_texts
+    from job.data import inference_texts
+    from job.dataset.tags import drop_rare_tags
+    from job.dataset.tokenization import encode
     from job.decoding.config import initial_config
     from job.evaluate import calibrate, evaluate
     from job.freeze import freeze

@@ -8,13 +8,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from job import data, gate, push, quantize, report
+from job.dataset import tokenization
+from job.dataset.split import split_calibration
+from job.dataset.tags import drop_rare_tags
 from job.decoding import config as decoding
+from job.errors import GateRejected, InvalidInputError
+from job.hub import access
 from job.hub import client as hub
 from job.runs import run_folder
 from job.runs.run_folder import RunFolder
 from job.settings import Settings
 from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local
-from job.types import GateRejected, HubRevision, InvalidInputError, SplitData
+from job.types import HubRevision, SplitData
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,9 @@ def check(settings: Settings) -> PreflightResult:
     if is_local(settings.base.model, WEIGHT_SUFFIXES):
         attempt(quantize.check_local, settings.base.model)
     elif not hub.is_offline():
-        base = attempt(hub.resolve_revision, "model", settings.base.model, settings.base.revision)
+        base = attempt(access.resolve_revision, "model", settings.base.model, settings.base.revision)
     if not is_local(settings.data.dataset, DATA_SUFFIXES) and not hub.is_offline():
-        dataset = attempt(hub.resolve_revision, "dataset", settings.data.dataset, settings.data.revision)
+        dataset = attempt(access.resolve_revision, "dataset", settings.data.dataset, settings.data.revision)
     repo = attempt(push.prepare_repo, settings)
     attempt(gate.check_published, settings, repo)
     attempt(data.inference_texts, settings.sample)
@@ -69,8 +74,8 @@ def check(settings: Settings) -> PreflightResult:
         raise InvalidInputError(*problems)
     attempt(gate.check_split, settings, examples)
     if settings.sample.threshold == "auto":
-        examples = attempt(data.split_calibration, examples, settings.data) or examples
-    attempt(data.drop_rare_tags, examples.train, settings.data.min_tag_count)
+        examples = attempt(split_calibration, examples, settings.data) or examples
+    attempt(drop_rare_tags, examples.train, settings.data.min_tag_count)
     if listed:  # the file's name alone would not tell another content
         both = hashlib.sha256(repr((examples.fingerprint, listed)).encode()).hexdigest()
         examples = replace(examples, fingerprint=both)
@@ -137,9 +142,9 @@ def check_machine(checked: PreflightResult) -> list[str]:
     settings, examples = checked.settings, checked.examples
     machine = ComputeSpec.resolve(settings.run.device, settings.train.precision)
     tokenizer = quantize.load_tokenizer(settings.base)
-    taught = data.drop_rare_tags(examples.train, settings.data.min_tag_count)
+    taught = drop_rare_tags(examples.train, settings.data.min_tag_count)
     longest = sorted(taught, key=lambda e: len(e.text), reverse=True)[:1]  # micro-batches get no smaller
-    encoded = data.encode(tokenizer, longest, settings)
+    encoded = tokenization.encode(tokenizer, longest, settings)
     for example in encoded:
         assert example.labels[-1] == tokenizer.eos_token_id, "the end of sequence is a label"
     need = estimate.estimate(settings, machine, encoded)

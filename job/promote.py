@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from job.errors import InvalidInputError, PublishError
 from job.hub import client as hub
 from job.push import commits_after
 from job.runs import shutdown
 from job.runs.run_folder import RunFolder
 from job.settings import Hub
-from job.types import InvalidInputError, Published, PublishError
+from job.types import Published
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationCopy, CommitOperationDelete, HfApi

@@ -10,12 +10,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from job.errors import InvalidInputError
+from job.hub import access
 from job.hub import client as hub
 from job.runs import shutdown
-from job.runs.atomic import file_digest
+from job.runs.checksums import file_digest
 from job.runs.run_folder import RunFolder
 from job.settings import Hub, Settings
-from job.types import InvalidInputError, Published, TokenInfo, Verdict
+from job.types import Published, TokenInfo, Verdict
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, GitCommitInfo
@@ -49,9 +51,9 @@ def prepare_repo(settings: Settings) -> str | None:
         if is_missing:
             log.info("push: nothing will be pushed, for there is not %s", missing)
             return None
-    who = hub.token_info()
+    who = access.token_info()
     repo = repo_name(settings, who)
-    hub.prepare_repo(repo, who, private=settings.hub.private)
+    access.prepare_repo(repo, who, private=settings.hub.private)
     return repo
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import shutil
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from job.errors import InvalidInputError
 from job.hub import client as hub
+from job.runs.atomic import atomic_directory
 from job.settings import Base
 from job.system.paths import WEIGHT_SUFFIXES, hub_snapshot, is_local, local_path
-from job.types import InvalidInputError
 
 if TYPE_CHECKING:
     import torch
@@ -204,15 +203,8 @@ def cached_gguf_conversion(gguf: Path) -> Path:
     folder = Path(HF_HOME, "tagger-job", f"{gguf.stem}-{digest}")
     if not folder.is_dir():
         log.info("converting %s, once, to %s", gguf.name, folder)
-        beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        try:
-            _convert(gguf, beside)
-            beside.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        with atomic_directory(folder, keep_existing=True) as converted:
+            _convert(gguf, converted)
     return folder
 
 

@@ -10,26 +10,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job import data
+from job.dataset.split import split_digest
 from job.decoding.equivalence import same_answer
-from job.evaluate import score_tags
+from job.errors import InvalidInputError, PublishError
+from job.metrics.scores import score_tags
 from job.model_card import model_card, score_table
 from job.runs import markup, plots, shutdown
 from job.runs.atomic import atomic_write, json_lines
 from job.runs.markup import Block, Picture
 from job.runs.run_folder import RunFolder, check_writable
 from job.settings import Settings
-from job.types import (
-    InvalidInputError,
-    Prediction,
-    Published,
-    PublishError,
-    Scores,
-    Summary,
-    TaggedText,
-    TrainResult,
-    Verdict,
-)
+from job.types import Prediction, Published, Scores, Summary, TaggedText, TrainResult, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +105,7 @@ def save_metrics(
     run.write_lines("tags.jsonl", map(asdict, tags))
     metrics = {
         "schema_version": 1,
-        "split": {"examples": len(predictions), "sha256": data.split_digest(predictions)},
+        "split": {"examples": len(predictions), "sha256": split_digest(predictions)},
         "scores": {name: asdict(score) for name, score in scores.items()},
         "training": asdict(trained),
     }
@@ -165,8 +156,7 @@ def check_round_trip(run: RunFolder, load: Callable[[], Tagger], settings: Setti
 def show_samples(samples: Sequence[TaggedText], output: Path | None) -> None:
     """Print a line for each answer, `prompt ['tag', ...]`, and write the file that is asked for."""
     for sample in samples:
-        unparsed = "" if sample.well_formed else f"   (not a whole list: {sample.raw!r})"
-        print(f"{sample.prompt} {list(sample.tags)}{unparsed}", flush=True)
+        print(sample, flush=True)
     if output is not None:
         atomic_write(output, json_lines(map(asdict, samples)))
 

@@ -10,15 +10,17 @@ import httpx2
 import peft
 import torch
 
-from job import data, quantize
+from job import quantize
+from job.dataset import prompts, tokenization
 from job.decoding.config import DecodingConfig, load_config
 from job.decoding.constraints import ClosedVocabulary, OpenVocabulary, constrain
 from job.decoding.marginals import BEAM_ROWS, tag_marginals
+from job.errors import InvalidInputError
 from job.freeze import freeze
 from job.hub import client as hub
 from job.settings import Data, Sample, Settings
 from job.system.device import ComputeSpec
-from job.types import InvalidInputError, Published, TaggedText
+from job.types import Published, TaggedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,7 +49,7 @@ class Tagger:
         self._sample: Sample = settings.sample
         self._machine = machine
         self.decoding = decoding
-        space, most = data.target([], settings.data.separator).removesuffix("[]"), decoding.max_tags
+        space, most = prompts.target([], settings.data.separator).removesuffix("[]"), decoding.max_tags
         self._grammar: OpenVocabulary | ClosedVocabulary
         if decoding.vocabulary == "open":
             self._grammar = OpenVocabulary(tokenizer, space, most)
@@ -61,7 +63,9 @@ class Tagger:
         BATCH_TOKENS tokens unless one text alone has more.
         """
         room = self._sample.max_new_tokens
-        prompts = [data.encode_prompt(self._tokenizer, text, self._data, reserved_tokens=room) for text in texts]
+        prompts = [
+            tokenization.encode_prompt(self._tokenizer, text, self._data, reserved_tokens=room) for text in texts
+        ]
         by_length = sorted(range(len(texts)), key=lambda i: len(prompts[i]))
         answers: dict[int, TaggedText] = {}
         likely = self.decoding.decoding == "marginal"
@@ -81,7 +85,7 @@ class Tagger:
         kept = [(tag, confidence) for tag, confidence in tags if confidence >= self.decoding.threshold]
         return TaggedText(
             text,
-            data.prompt(text, self._data.separator),
+            prompts.prompt(text, self._data.separator),
             raw,
             tuple(tag for tag, _ in kept),
             closed,

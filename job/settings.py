@@ -1,23 +1,17 @@
-"""Every knob, its default and its meaning; the only reader of the environment.
+"""Every setting: name, default, bounds and meaning.
 
-`TAGGER_LORA_R` is `settings.lora.r`: prefix, group (one a chapter), knob. A value comes from the
-environment, else from `.env` in the current folder, else from a recipe file, else from the default.
+`TAGGER_LORA_R` is `settings.lora.r`: prefix, group (one a chapter), knob. `job.config.environment` reads
+the values.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import io
 import json
-import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from dotenv import dotenv_values
-from dotenv.parser import parse_stream
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -28,113 +22,22 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from job.types import InvalidInputError
+from job.cloud.gpus import parse_gpus
+from job.config.validators import (
+    Identifier,
+    ModalName,
+    NameList,
+    TextList,
+    Threshold,
+    _cron,
+    _eval_size,
+    _separator,
+)
+from job.errors import InvalidInputError
 
 PREFIX = "TAGGER_"
-DOTENV = Path(".env")
-RUN_DIR = "TAGGER_RUN_DIR"
-NEVER = "never"
-MODAL_GPUS = {
-    **dict.fromkeys(("T4", "L4", "L40S", "A100", "A100-40GB", "A100-80GB", "RTX-PRO-6000"), 8),
-    **dict.fromkeys(("H100", "H100!", "H200", "B200", "B200+"), 8),
-    **dict.fromkeys(("A10", "A10G"), 4),
-}
-"""The GPUs that Modal has and how many of each a container can get (modal.com/docs/guide/gpu, November 2026).
-
-A10G is the former name of A10; `!` asks for exactly this one, `+` for this or a newer one.
-"""
-
-
-def _comma_separated(value: object) -> object:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
-
-
-def _json_list(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    try:
-        texts = json.loads(value)
-    except (ValueError, RecursionError):
-        texts = None
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError('expected a JSON list of texts, for example ["a text", "another text"]')
-    if not all(text.strip() for text in texts):
-        raise ValueError("a text in the list is empty; remove it")
-    return tuple(texts)
-
-
-def _separator(value: object) -> object:
-    """Give the separator the white space around it that env files strip from values."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        raise ValueError("expected a mark that is not only white space, for example ' ->: '")
-    before = "" if value[0].isspace() else " "
-    after = "" if value[-1].isspace() else " "
-    return before + value + after
-
-
-def _eval_size(value: float) -> float:
-    if value >= 1 and value != int(value):
-        raise ValueError("expected a share below 1, or a whole number of examples")
-    return value
-
-
-def _threshold(value: object) -> object:
-    try:
-        if value == "auto" or 0 <= float(str(value)) < 1:
-            return value
-    except ValueError:
-        pass
-    raise ValueError("expected auto, or a number from 0 to below 1")
-
-
-def _not_blank(value: str) -> str:
-    if not value.strip():
-        raise ValueError("expected a name, not only white space")
-    return value
-
-
-def _gpus(value: str) -> str:
-    """Modal takes any text for a GPU and refuses it only once the image is built."""
-    wanted = [part.strip() for part in value.split(",") if part.strip()]
-    for gpu in wanted:
-        name, _, count = gpu.partition(":")
-        most = MODAL_GPUS.get(name.upper(), 0)
-        if not most or (":" in gpu and not (count.isascii() and count.isdigit() and 1 <= int(count) <= most)):
-            known = ", ".join(MODAL_GPUS)
-            raise ValueError(f"expected {known}, or one of them with a count such as L4:2 (up to 8; A10 up to 4)")
-    if not wanted:
-        raise ValueError("expected the name of a GPU, such as L4")
-    return ",".join(gpu.upper() for gpu in wanted)
-
-
-def _cron(value: str) -> str:
-    fields, ranges = value.split(), ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
-    if value != NEVER and not (len(fields) == 5 and all(map(_is_cron_field, fields, ranges))):
-        raise ValueError("expected minute, hour, day of the month, month, day of the week, for example 23 4 * * 1")
-    return " ".join(fields)
-
-
-def _is_cron_field(field: str, limits: tuple[int, int]) -> bool:
-    parts = [re.fullmatch(r"(?:\*|(\d{1,2})(?:-(\d{1,2}))?)(?:/([1-9]\d?))?", part) for part in field.split(",")]
-    return all(
-        part is not None and all(limits[0] <= int(number) <= limits[1] for number in part.group(1, 2) if number)
-        for part in parts
-    )
-
-
-Identifier = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_not_blank)]
-ModalName = Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=63)]
-TextList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_json_list)]
-NameList = Annotated[tuple[Identifier, ...], NoDecode, BeforeValidator(_comma_separated)]
-
-
-Threshold = Annotated[float | Literal["auto"], BeforeValidator(_threshold)]
 
 
 class SettingsGroup(BaseModel):
@@ -359,7 +262,7 @@ class Run(SettingsGroup):
 
 
 class Modal(SettingsGroup):
-    gpu: Annotated[str, AfterValidator(_gpus)] = Field(
+    gpu: Annotated[str, AfterValidator(parse_gpus)] = Field(
         "L4,A10,T4", description="GPU asked for on Modal; a comma-separated list gives fallbacks."
     )
     timeout_hours: float = Field(
@@ -448,7 +351,7 @@ class Settings(BaseSettings):
         try:
             return Settings.model_validate(groups)
         except ValidationError as error:
-            problems = [_describe(detail, {}) for detail in error.errors(include_url=False)]
+            problems = [describe_error(detail, {}) for detail in error.errors(include_url=False)]
             raise InvalidInputError(
                 *(f"with the settings of the run that trained it: {problem}" for problem in problems)
             ) from None
@@ -479,87 +382,6 @@ def _changes_result(name: str) -> bool:
     return name.startswith(("TAGGER_BASE_", "TAGGER_DATA_", "TAGGER_LORA_", "TAGGER_TRAIN_", "TAGGER_EVAL_LIMIT"))
 
 
-def load(recipe: Path | None = None) -> Settings:
-    """Read and validate all settings.
-
-    Raises InvalidInputError with every unknown name and every bad value at once.
-    """
-    files = _settings_files(recipe)
-    explicit_values = _value_sources(files)
-    broken = [name for name, value in os.environ.items() if has_prefix(name) and not is_unicode(value)]
-    if broken:
-        raise InvalidInputError(f"{', '.join(broken)}: expected text in UTF-8; the value holds bytes that are none")
-    known = {name for name, _, _ in iter_fields()}
-    problems = [_unknown_name(name, source, known) for name, source in explicit_values.items() if name not in known]
-    if any(name.upper().removeprefix(PREFIX).lower() in Settings.model_fields for name in explicit_values):
-        raise InvalidInputError(*problems)  # the name of a group alone would be read as all of its knobs, in JSON
-    try:
-        settings = Settings(_env_file=files)
-    except ValidationError as error:
-        problems += [
-            _describe(detail, explicit_values)
-            for detail in error.errors(include_url=False)
-            if detail["type"] != "extra_forbidden"
-        ]
-    else:
-        if not problems:
-            return settings
-    raise InvalidInputError(*problems)
-
-
-def explicit_values(recipe: Path | None = None) -> dict[str, str]:
-    """The variables that were given, as text, but for where the runs are: that is another machine's own affair.
-
-    With them, that machine loads the same settings.
-    """
-    values: dict[str, str | None] = {}
-    for file in _settings_files(recipe):
-        values.update(_read_file(file))
-    values.update(os.environ)
-    return {name: value for name, value in values.items() if value and has_prefix(name) and name != RUN_DIR}
-
-
-def replace_environment(explicit_values: Mapping[str, str]) -> None:
-    """Put what was given on another machine in the place of this one's variables, but for where the runs are."""
-    for name in [name for name in os.environ if has_prefix(name) and name != RUN_DIR]:
-        del os.environ[name]
-    os.environ.update(explicit_values)
-
-
-def sources(recipe: Path | None = None) -> dict[str, str]:
-    """Where each variable that was given came from; the others have their default."""
-    return _value_sources(_settings_files(recipe))
-
-
-def third_party_variables(recipe: Path | None = None) -> dict[str, str]:
-    """What the files say for other programs (HF_TOKEN, HF_HOME, ...), names without our prefix."""
-    merged: dict[str, str | None] = {}
-    for file in _settings_files(recipe):
-        merged.update(_read_file(file))
-    return {name: value for name, value in merged.items() if value and not has_prefix(name)}
-
-
-def env_example() -> str:
-    """The text of `.env.example`: every variable with its meaning and default.
-
-    Values stand without quotes because `docker run --env-file` would keep them.
-    """
-    lines = [
-        "# Every setting with its default. Copy to .env and keep what you change.",
-        "# HF_TOKEN, HF_HOME, HF_ENDPOINT and CUDA_VISIBLE_DEVICES keep their usual names and meaning.",
-    ]
-    last_group = ""
-    for name, group, knob in iter_fields():
-        field_group = Settings.model_fields[group].annotation
-        assert isinstance(field_group, type) and issubclass(field_group, SettingsGroup)
-        field = field_group.model_fields[knob]
-        if group != last_group:
-            lines.append("")
-            last_group = group
-        lines += [f"# {field.description}", f"{name}={to_env(field.default)}"]
-    return "\n".join(lines) + "\n"
-
-
 def to_env(value: object) -> str:
     """A value as one would write it in the environment."""
     if value is None:
@@ -573,78 +395,14 @@ def to_env(value: object) -> str:
     return str(value)
 
 
-def _settings_files(recipe: Path | None) -> tuple[Path, ...]:
-    if recipe is None:
-        return (DOTENV,) if DOTENV.is_file() else ()
-    if not recipe.is_file():
-        raise InvalidInputError(f"--recipe {recipe} is not a file; expected one with lines such as TAGGER_LORA_R=16")
-    return (recipe, DOTENV) if DOTENV.is_file() else (recipe,)
-
-
-def _value_sources(files: tuple[Path, ...]) -> dict[str, str]:
-    """Source of each non-empty variable with our prefix, in any case; a later source wins."""
-    explicit_values: dict[str, str] = {}
-    for file in files:
-        explicit_values.update(
-            {name: str(file) for name, value in _read_file(file).items() if value and has_prefix(name)}
-        )
-    explicit_values.update({name: "environment" for name, value in os.environ.items() if value and has_prefix(name)})
-    return explicit_values
-
-
-def _read_file(file: Path) -> dict[str, str | None]:
-    """The variables of a file; raises InvalidInputError with the number of a line that is no NAME=value."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"{file} cannot be read as lines of NAME=value ({error}); fix or remove it") from error
-    for binding in parse_stream(io.StringIO(text)):
-        line = binding.original.string.strip()
-        if binding.error or (binding.key is not None and (binding.value is None or not binding.key.isidentifier())):
-            raise InvalidInputError(
-                f"{file} line {binding.original.line}: {line[:60]!r} is not NAME=value; repair or remove the line"
-            )
-    return dotenv_values(stream=io.StringIO(text))
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: environment and JSON can hold halves of characters, which cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def has_prefix(name: str) -> bool:
-    return name.upper().startswith(PREFIX)
-
-
-RENAMED = {
-    "TAGGER_TRAIN_ACCUMULATION": "TAGGER_TRAIN_GRADIENT_ACCUMULATION_STEPS",
-    "TAGGER_TRAIN_MICRO_TOKENS": "TAGGER_TRAIN_MICRO_BATCH_TOKENS",
-    "TAGGER_TRAIN_SCHEDULE": "TAGGER_TRAIN_LR_SCHEDULER_TYPE",
-    "TAGGER_TRAIN_AVERAGE": "TAGGER_TRAIN_WEIGHT_AVERAGING",
-    "TAGGER_TRAIN_LOSS_ON": "TAGGER_TRAIN_COMPLETION_ONLY_LOSS (true for tags, false for all)",
-    "TAGGER_TRAIN_CHECKPOINTING": "TAGGER_TRAIN_GRADIENT_CHECKPOINTING",
-    "TAGGER_TRAIN_KEEP": "TAGGER_TRAIN_SAVE_TOTAL_LIMIT",
-    "TAGGER_SAMPLE_PLACES": "TAGGER_SAMPLE_MAX_POSITIONS",
-}
-"""Former names of settings, which are refused with the present one."""
-
-
-def _unknown_name(name: str, source: str, known: set[str]) -> str:
-    where = "" if source == "environment" else f" (in {source})"
-    if name.upper() in RENAMED:
-        return f"{name}{where} is now called {RENAMED[name.upper()]}; rename it."
-    nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)[0]
-    return f"{name}{where} is not a setting; did you mean {nearest}? `tagger-job settings` lists all."
-
-
-def _describe(detail: Any, explicit_values: Mapping[str, str]) -> str:
+def describe_error(detail: Any, source_of: Mapping[str, str]) -> str:
     """One sentence for one of pydantic's errors: variable, value, what is allowed."""
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     path = [str(part) for part in detail["loc"] if not isinstance(part, int)]
     if len(path) < 2:
         return str(message)
     name = PREFIX + "_".join(path[:2]).upper()
-    source = explicit_values.get(name, "environment")
+    source = source_of.get(name, "environment")
     where = "" if source == "environment" else f" (in {source})"
     expected = message if message.startswith(("expected", "a text")) else f"expected {message[0].lower()}{message[1:]}"
     return f"{name}={to_env(detail['input'])}{where}: {expected}."

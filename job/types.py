@@ -1,4 +1,4 @@
-"""What passes between chapters: frozen dataclasses, and the errors that carry an exit code."""
+"""What passes between chapters: frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -6,40 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-
-class JobError(Exception):
-    """An end of the job that has a sentence for the user and an exit code of its own."""
-
-    exit_code = 1
-
-
-class InvalidInputError(JobError):
-    """Settings, data or machine do not fit: nothing was spent.
-
-    Holds every problem found, so that a user fixes them all before the next try.
-    """
-
-    exit_code = 2
-
-    def __init__(self, *problems: str) -> None:
-        self.problems = tuple(" ".join(problem.split()) for problem in problems)  # a line for each
-        super().__init__("\n".join(self.problems))
-
-
-class DivergedError(JobError):
-    """The loss is not finite: going on would train nothing."""
-
-
-class GateRejected(JobError):
-    """Trained and saved, but not good enough to publish."""
-
-    exit_code = 3
-
-
-class PublishError(JobError):
-    """Trained and saved, but not published."""
-
-    exit_code = 4
+MIN_PROBABILITY = 0.01
+"""Tags less probable than this are never reported; thresholds are searched in steps of this size."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +87,11 @@ class TaggedText:
     """Whether the list came to its end."""
     confidences: tuple[float, ...] = field(compare=False)
     """For each tag the probability that it is written, as the model gives it; of `likely` see marginals.likely_tags."""
+
+    def __str__(self) -> str:
+        """Return the line that is shown: the prompt, the tags, and the raw answer if it is not a complete list."""
+        malformed = "" if self.well_formed else f"   (not a complete list: {self.raw!r})"
+        return f"{self.prompt} {list(self.tags)}{malformed}"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from job.runs.atomic import atomic_directory, atomic_write, checksum_files, find_mismatch
+from job.runs.atomic import atomic_directory, atomic_write
+from job.runs.checksums import checksum_files, find_mismatch
 
 
 @contextmanager

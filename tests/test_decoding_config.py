@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from job.decoding.config import CONFIG_NAME, DEFAULT_MAX_TAGS, DecodingConfig, initial_config, load_config
+from job.errors import InvalidInputError
 from job.settings import Sample
-from job.types import Example, InvalidInputError
+from job.types import Example
 
 TRAIN = [Example("one", ("rain", "music")), Example("two", ("été", "rain"))]
 SEEN = ("rain", "music", "été")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import CPU, make_settings
 
+from job.errors import InvalidInputError
 from job.estimate import CPU_PARAMETERS, MemoryEstimate, cpu_problems
 from job.system import device
 from job.system.device import ComputeSpec, gpu_unavailable_reason
-from job.types import InvalidInputError
 
 PROPRIETARY = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Mar  5 22:23:56 UTC 2024\nGCC version:  gcc 11.4.0"

@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import CPU, make_settings
 
-from job.estimate import MemoryEstimate, disk_problems, estimate, memory_problems, plan_batches
+from job.estimate import MemoryEstimate, disk_problems, estimate, memory_problems
 from job.lora import add_adapters
 from job.quantize import load_model
 from job.settings import Base, Lora, Train
 from job.system.device import ComputeSpec, _cgroup_memory_left
+from job.training.memory_budget import plan_batches
 from job.types import EncodedExample
 
 LONGEST = [EncodedExample([7] * 40, [-100] * 30 + [7] * 10), EncodedExample([7] * 25, [-100] * 20 + [7] * 5)]
@@ -44,8 +45,8 @@ def test_weights_and_adapters_are_what_a_loaded_model_holds(
 def test_logits_count_only_the_labelled_positions_and_recomputation_saves_activations(
     llama: Path, tmp_path: Path
 ) -> None:
-    off = estimate(make_settings(llama, tmp_path, train={"checkpointing": "off"}), CPU, LONGEST)
-    on = estimate(make_settings(llama, tmp_path, train={"checkpointing": "on"}), CPU, LONGEST)
+    off = estimate(make_settings(llama, tmp_path, train={"gradient_checkpointing": "off"}), CPU, LONGEST)
+    on = estimate(make_settings(llama, tmp_path, train={"gradient_checkpointing": "on"}), CPU, LONGEST)
     assert off.logits == 8 * 15 * 600
     assert on.activations < off.activations
     assert dataclasses.replace(on, activations=0) == dataclasses.replace(off, activations=0)

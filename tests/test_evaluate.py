@@ -9,7 +9,10 @@ import pytest
 from sklearn.metrics import jaccard_score, precision_recall_fscore_support
 from sklearn.preprocessing import MultiLabelBinarizer
 
-from job.evaluate import best_threshold, f1_difference, normalise_tag, score, score_tags
+from job.dataset.tags import normalise_tag
+from job.metrics.bootstrap import f1_difference
+from job.metrics.scores import score, score_tags
+from job.metrics.thresholds import best_threshold
 
 FIGURES = ("precision", "recall", "f1", "macro_precision", "macro_recall", "macro_f1", "jaccard", "exact_match")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from job.evaluate import score
 from job.gate import compare
+from job.metrics.scores import score
 from job.settings import Eval
 from job.types import Prediction, Scores, Verdict
 

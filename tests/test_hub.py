@@ -9,9 +9,10 @@ import pytest
 from hub import READ_TOKEN, SCOPED_TOKEN, WRITE_TOKEN, Fault, Hub, Repo
 
 from job import push
+from job.errors import InvalidInputError
+from job.hub import access
 from job.hub import client as hub
 from job.settings import Settings
-from job.types import InvalidInputError
 
 
 def settings(**knobs: object) -> Settings:
@@ -74,9 +75,9 @@ def test_names_become_commits_and_licences(loopback_hub: Hub) -> None:
     model = loopback_hub.models["big/model"] = Repo("big/model", licence="bigscience-bloom-rail-1.0")
     first = model.commit("main", "first", {})
     second = model.commit("main", "second", {})
-    assert hub.resolve_revision("model", "big/model", None).commit == second.oid
-    assert hub.resolve_revision("model", "big/model", first.oid).commit == first.oid
-    assert hub.resolve_revision("model", "big/model", None).licence == "bigscience-bloom-rail-1.0"
+    assert access.resolve_revision("model", "big/model", None).commit == second.oid
+    assert access.resolve_revision("model", "big/model", first.oid).commit == first.oid
+    assert access.resolve_revision("model", "big/model", None).licence == "bigscience-bloom-rail-1.0"
 
 
 @pytest.mark.parametrize(
@@ -93,21 +94,21 @@ def test_missing_and_gated_and_no_such_revision_each_have_their_own_words(
 ) -> None:
     loopback_hub.models |= {"big/model": Repo("big/model"), "big/gated": Repo("big/gated", gated=True)}
     with pytest.raises(InvalidInputError) as refusal:
-        hub.resolve_revision("model", name, revision)
+        access.resolve_revision("model", name, revision)
     assert said in str(refusal.value)
 
 
 def test_a_server_error_that_passes_is_waited_out(loopback_hub: Hub) -> None:
     loopback_hub.models["big/model"] = Repo("big/model")
     loopback_hub.faults = [Fault("auth-check", "status", status=503), Fault("GET /api/models/big/model$", "drop")]
-    assert hub.resolve_revision("model", "big/model", None).commit
+    assert access.resolve_revision("model", "big/model", None).commit
 
 
 def test_a_hub_that_stays_away_is_said_to(loopback_hub: Hub) -> None:
     loopback_hub.faults = [Fault("auth-check", "status", times=99, status=502)]
     started = time.monotonic()
     with pytest.raises(InvalidInputError, match="the Hub cannot be asked .*; check the network and HF_ENDPOINT"):
-        hub.resolve_revision("model", "big/model", None)
+        access.resolve_revision("model", "big/model", None)
     assert time.monotonic() - started < 10
 
 
@@ -115,20 +116,20 @@ def test_retry_after_is_obeyed_and_what_would_fail_again_is_not_tried_again(loop
     loopback_hub.models["big/model"] = Repo("big/model")
     loopback_hub.faults = [Fault("auth-check", "status", status=429, headers={"Retry-After": "2"})]
     started = time.monotonic()
-    hub.resolve_revision("model", "big/model", None)
+    access.resolve_revision("model", "big/model", None)
     assert time.monotonic() - started >= 2
     asked = len(loopback_hub.requests)
     with pytest.raises(InvalidInputError):
-        hub.resolve_revision("model", "big/absent", None)
+        access.resolve_revision("model", "big/absent", None)
     assert len(loopback_hub.requests) == asked + 1
 
 
 def test_a_mounted_secret_is_a_token_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hf_token").write_text(f"{WRITE_TOKEN}\n")
     monkeypatch.setattr(hub, "SECRET_FILE", tmp_path / "hf_token")
-    assert hub.token_info().user == "ada"
+    assert access.token_info().user == "ada"
     monkeypatch.setenv("HF_TOKEN", SCOPED_TOKEN)
-    assert hub.token_info().role == "fineGrained"
+    assert access.token_info().role == "fineGrained"
 
 
 def test_errors_never_show_the_token(monkeypatch: pytest.MonkeyPatch) -> None:

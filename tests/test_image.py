@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from job.cli import _parser
-from job.runs import shutdown
+from job.errors import INTERRUPTED
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -112,7 +112,7 @@ def test_kubernetes_tries_again_what_was_interrupted_and_never_what_was_refused(
     [job] = yaml.safe_load_all((ROOT / "deploy" / "k8s-job.yaml").read_text(encoding="utf-8"))
     rules = job["spec"]["podFailurePolicy"]["rules"]
     by_action = {rule["action"]: rule.get("onExitCodes", {}).get("values") for rule in rules if "onExitCodes" in rule}
-    assert by_action == {"FailJob": [2, 3, 4], "Ignore": [shutdown.EXIT_CODE]}
+    assert by_action == {"FailJob": [2, 3, 4], "Ignore": [INTERRUPTED]}
     pod = job["spec"]["template"]["spec"]
     assert pod["restartPolicy"] == "Never", "the policy is only read with it"
     assert pod["terminationGracePeriodSeconds"] > shutdown.GRACE_SECONDS

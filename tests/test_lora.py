@@ -12,11 +12,11 @@ import torch
 from conftest import CPU
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
+from job.errors import InvalidInputError
 from job.freeze import freeze
 from job.lora import add_adapters, count_parameters, save_adapter
 from job.quantize import load_model, load_tokenizer
 from job.settings import Base, Lora
-from job.types import InvalidInputError
 
 
 def base(folder: Path, quantize: str = "none") -> PreTrainedModel:

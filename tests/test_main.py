@@ -26,6 +26,8 @@ from transformers import AutoModelForCausalLM
 
 from job import data
 from job.cli import main
+from job.dataset.split import split_calibration
+from job.dataset.tags import drop_rare_tags
 from job.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -111,8 +113,8 @@ def test_an_adapter_is_used_with_the_tags_and_the_threshold_that_it_was_publishe
     for name, value in chosen.items():
         tiny.setenv(name, value)
     settings = Settings()
-    examples = data.split_calibration(data.load(settings.data), settings.data).train
-    taught = {tag for example in data.drop_rare_tags(examples, settings.data.min_tag_count) for tag in example.tags}
+    examples = split_calibration(data.load(settings.data), settings.data).train
+    taught = {tag for example in drop_rare_tags(examples, settings.data.min_tag_count) for tag in example.tags}
     assert taught < {tag for example in examples for tag in example.tags}
     assert main([]) == 0
     run = tmp_path / "runs" / "tiny"
@@ -478,11 +480,11 @@ def test_what_an_interrupted_run_has_done_is_not_done_again(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for place in (steps := "job.train.Trainer._step", evaluations := "job.evaluate.evaluate"):
+    for place in (steps := "job.training.trainer.Trainer._step", evaluations := "job.evaluate.evaluate"):
         counted(place)
     reached = []
     for place in (
-        "job.train.Trainer.run",
+        "job.training.trainer.Trainer.run",
         "job.report.save_metrics",
         "job.report.save_card",
         "job.push.push",

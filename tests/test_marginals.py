@@ -26,14 +26,14 @@ class Scorer:
     prompts: list[list[int]]
     tags: tuple[str, ...] = TAGS
 
-    def search(self, *, places: int = 1, room: int = 1000) -> list[TagDistribution]:
+    def search(self, *, max_positions: int = 1, room: int = 1000) -> list[TagDistribution]:
         vocabulary = ClosedVocabulary(self.tokenizer, self.tags, " ", 9)
         width = max(map(len, self.prompts))
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in self.prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in self.prompts])
         with torch.inference_mode():
-            return tag_marginals(self.model, ids, mask, vocabulary, max_positions=places, room=room)
+            return tag_marginals(self.model, ids, mask, vocabulary, max_positions=max_positions, room=room)
 
     def way(self, tag: str, end: str, *, first: bool) -> list[int]:
         return list(self.tokenizer(f"{' [' if first else ' '}{tag!r}{end}").input_ids)
@@ -61,11 +61,11 @@ class Scorer:
                 found[tag] = sum(self.probability(prompt, list(way)) for way in until)
         return found
 
-    def along_the_likeliest(self, prompt: list[int], places: int, room: int = 1000) -> TagDistribution:
+    def along_the_likeliest(self, prompt: list[int], max_positions: int, room: int = 1000) -> TagDistribution:
         """What the search should find, with how likely the list goes on after each of its tags in `followed`."""
         self.followed: list[float] = []
         missed, written, goes_on = dict[str, float](), list[str](), 1.0
-        for place in range(places):
+        for place in range(max_positions):
             found = self.next(prompt, first=place == 0, room=room)
             new = {tag: value for tag, value in found.items() if tag not in written}
             for tag, value in new.items():
@@ -76,7 +76,7 @@ class Scorer:
             written.append(best)
             way = self.way(best, ",", first=place == 0)
             room -= len(way)
-            if room < 0 or place + 1 == places:
+            if room < 0 or place + 1 == max_positions:
                 break
             goes_on *= min(1.0, self.probability(prompt, way) / new[best])
             self.followed.append(goes_on)

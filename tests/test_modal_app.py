@@ -25,8 +25,9 @@ from modal_server import MODAL, Loss, Modal, caller
 
 from job import pipeline
 from job.cloud import modal_launcher, modal_worker
+from job.errors import InvalidInputError
 from job.settings import Settings
-from job.types import HubRevision, InvalidInputError, TaggedText
+from job.types import HubRevision, TaggedText
 
 ROOT = Path(__file__).parents[1]
 APP = str(ROOT / "modal_app.py")
@@ -277,7 +278,7 @@ def test_what_is_wrong_is_refused_before_modal_is_asked_for_anything(tmp_path: P
     for recipe in ("nowhere.env", "folder.env"):
         refused = modal.run("retrain", "--recipe", recipe)
         assert refused.returncode == 2
-        assert refused.stderr.startswith(f"error: --recipe {recipe} is not a file; expected one with lines such as")
+        assert refused.stderr.startswith(f"error: --recipe={recipe} is neither a recipe of the package")
     assert modal.requests == []
 
 
@@ -369,7 +370,7 @@ def test_a_warm_container_tags_with_the_adapter_that_the_repo_has_now(monkeypatc
         loaded.append(chosen.hub.revision)
         return Silent()
 
-    monkeypatch.setattr("job.hub.client.resolve_revision", lambda *_: HubRevision(next(heads), None))
+    monkeypatch.setattr("job.hub.access.resolve_revision", lambda *_: HubRevision(next(heads), None))
     monkeypatch.setattr("job.pipeline.tagger", load)
     for _ in range(3):
         assert modal_worker.tag({"TAGGER_HUB_REPO": REPO}, ["a text"])["exit_code"] == 0
@@ -518,10 +519,10 @@ def test_answers_that_are_not_those_for_the_texts_are_never_written() -> None:
 
 
 def test_answers_are_shown_as_the_job_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
-    whole = {"text": "a", "prompt": "a ->:", "raw": "['b']", "tags": ("b",), "well_formed": True}
+    whole = {"text": "a", "prompt": "a ->:", "raw": "['b']", "tags": ["b"], "well_formed": True, "confidences": [0.5]}
     modal_launcher.show_answers([whole, {**whole, "raw": "['b', 'c", "well_formed": False}])
     out = capsys.readouterr().out
-    assert out == "a ->: ['b']\na ->: ['b']   (not a whole list: \"['b', 'c\")\n"
+    assert out == "a ->: ['b']\na ->: ['b']   (not a complete list: \"['b', 'c\")\n"
 
 
 class Files:

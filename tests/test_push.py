@@ -8,9 +8,9 @@ import pytest
 from hub import WRITE_TOKEN, Fault, Hub, Repo
 
 from job import push
+from job.errors import PublishError
 from job.runs.run_folder import RunFolder
 from job.settings import Hub as HubSettings
-from job.types import PublishError
 
 NAME = "ada/tagger"
 

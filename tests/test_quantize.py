@@ -13,8 +13,8 @@ from conftest import CPU
 from transformers import PreTrainedModel
 
 from job import quantize
+from job.errors import InvalidInputError
 from job.settings import Base
-from job.types import InvalidInputError
 
 
 def load(folder: Path, how: str) -> PreTrainedModel:

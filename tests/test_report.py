@@ -10,11 +10,12 @@ import pytest
 
 from job import report
 from job.decoding.config import DecodingConfig
-from job.evaluate import score
+from job.errors import PublishError
+from job.metrics.scores import score
 from job.report import cached_evaluation, cached_threshold, check_round_trip, save_samples
 from job.runs.run_folder import RunFolder
 from job.settings import Settings
-from job.types import Prediction, PublishError, Scores, TaggedText
+from job.types import Prediction, Scores, TaggedText
 
 OUTCOME = (score([["x", "y"]], [["x"]]), [Prediction("a text", ("x", "y"), ("x",), "['x']")])
 

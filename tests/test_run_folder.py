@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from job.errors import InvalidInputError
 from job.runs.run_folder import RunFolder, find_run
 from job.settings import Settings
-from job.types import Example, InvalidInputError, SplitData
+from job.types import Example, SplitData
 
 EXAMPLES = SplitData((Example("a", ("x",)),), (Example("b", ("y",)),), skipped=1, fingerprint="f1")
 OTHER = SplitData(EXAMPLES.train, EXAMPLES.held_out, skipped=1, fingerprint="f2")
@@ -169,7 +170,8 @@ def test_the_adapter_of_the_newest_run_is_found(tmp_path: Path) -> None:
 
 def test_a_run_has_one_owner(tmp_path: Path) -> None:
     code = (
-        "from job.runs.run_folder import RunFolder; from pathlib import Path; from job.types import InvalidInputError\n"
+        "from pathlib import Path\nfrom job.runs.run_folder import RunFolder\n"
+        "from job.errors import InvalidInputError\n"
         f"try: RunFolder(Path({str(tmp_path / 'one')!r}), {{}}).lock()\n"
         "except InvalidInputError as refusal: print(refusal)"
     )

@@ -8,12 +8,13 @@ import pytest
 from conftest import CPU, make_settings
 
 from job.decoding.config import initial_config
+from job.errors import InvalidInputError
 from job.freeze import freeze
 from job.lora import add_adapters, save_adapter
 from job.quantize import load_model, load_tokenizer
 from job.sample import Tagger, load_tagger
 from job.settings import Settings
-from job.types import Example, InvalidInputError
+from job.types import Example
 
 KNOWN = [Example("a text", ("music", "rain", "don't", "the sea")), Example("another", ("rain", "rainfall", "a,b"))]
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from job import settings
+from job.config import environment, reference
+from job.errors import InvalidInputError
 from job.settings import Settings
-from job.types import InvalidInputError
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_the_defaults_are_the_recipe() -> None:
-    s = settings.load()
+    s = environment.load()
     assert (s.base.model, s.base.quantize) == ("bigscience/bloomz-560m", "int8")
     assert (s.lora.r, s.lora.alpha, s.lora.dropout) == (16, 32, 0.05)
     assert (s.train.batch_size, s.train.gradient_accumulation_steps, s.train.warmup_steps, s.train.max_steps) == (
@@ -38,7 +38,7 @@ def test_every_problem_is_reported_at_once_with_name_value_and_what_is_allowed(m
     monkeypatch.setenv("TAGGER_LORA_RANK", "8")
     monkeypatch.setenv("TAGGER_FOO", "1")
     with pytest.raises(InvalidInputError) as refusal:
-        settings.load()
+        environment.load()
     text = "\n".join(sorted(refusal.value.problems))
     assert len(refusal.value.problems) == 6, text
     assert "TAGGER_LORA_R=0: expected greater than or equal to 1." in text
@@ -76,7 +76,7 @@ def test_every_problem_is_reported_at_once_with_name_value_and_what_is_allowed(m
 def test_a_bad_value_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(InvalidInputError) as refusal:
-        settings.load()
+        environment.load()
     assert name in str(refusal.value)
     assert said in str(refusal.value)
 
@@ -85,30 +85,30 @@ def test_what_modal_knows_is_let_through_as_it_writes_it(monkeypatch: pytest.Mon
     monkeypatch.setenv("TAGGER_MODAL_GPU", "h100!:8, a10g,B200+,RTX-PRO-6000")
     for cron in ("never", "*/5 0-6,18-23 1,15 * 1-5/2"):
         monkeypatch.setenv("TAGGER_MODAL_CRON", cron)
-        assert settings.load().modal.cron == cron
-    assert settings.load().modal.gpu == "H100!:8,A10G,B200+,RTX-PRO-6000"
+        assert environment.load().modal.cron == cron
+    assert environment.load().modal.gpu == "H100!:8,A10G,B200+,RTX-PRO-6000"
 
 
 def test_a_group_without_a_knob_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAGGER_LORA", "{bad")
     with pytest.raises(InvalidInputError, match="TAGGER_LORA is not a setting"):
-        settings.load()
+        environment.load()
 
 
 def test_settings_that_do_not_fit_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAGGER_RUN_DEVICE", "cpu")
     monkeypatch.setenv("TAGGER_TRAIN_PRECISION", "fp16")
     with pytest.raises(InvalidInputError, match="TAGGER_TRAIN_PRECISION=fp16 needs a GPU"):
-        settings.load()
+        environment.load()
     monkeypatch.delenv("TAGGER_TRAIN_PRECISION")
     monkeypatch.setenv("TAGGER_DATA_LIMIT", "100")
     monkeypatch.setenv("TAGGER_DATA_EVAL_SIZE", "100")
     with pytest.raises(InvalidInputError, match="holds out all of TAGGER_DATA_LIMIT=100"):
-        settings.load()
+        environment.load()
     monkeypatch.delenv("TAGGER_DATA_LIMIT")
     monkeypatch.setenv("TAGGER_MODAL_CACHE_VOLUME", "tagger-runs")
     with pytest.raises(InvalidInputError, match="are both tagger-runs; name two volumes"):
-        settings.load()
+        environment.load()
 
 
 def test_the_environment_wins_over_dotenv_and_dotenv_over_the_recipe(
@@ -118,14 +118,14 @@ def test_the_environment_wins_over_dotenv_and_dotenv_over_the_recipe(
     recipe.write_text("TAGGER_LORA_R=1\nTAGGER_LORA_ALPHA=1\nTAGGER_LORA_DROPOUT=0.1\nHF_HOME=/recipe\n")
     (tmp_path / ".env").write_text("TAGGER_LORA_R=2\nTAGGER_LORA_ALPHA=2\nHF_TOKEN=hf_secret\n")
     monkeypatch.setenv("TAGGER_LORA_R", "3")
-    s = settings.load(recipe)
+    s = environment.load(recipe)
     assert (s.lora.r, s.lora.alpha, s.lora.dropout) == (3, 2, 0.1)
-    assert settings.sources(recipe) == {
+    assert environment.sources(recipe) == {
         "TAGGER_LORA_R": "environment",
         "TAGGER_LORA_ALPHA": ".env",
         "TAGGER_LORA_DROPOUT": str(recipe),
     }
-    assert settings.third_party_variables(recipe) == {"HF_HOME": "/recipe", "HF_TOKEN": "hf_secret"}
+    assert environment.third_party_variables(recipe) == {"HF_HOME": "/recipe", "HF_TOKEN": "hf_secret"}
 
 
 def test_an_unknown_name_in_a_file_is_refused_with_the_file(tmp_path: Path) -> None:
@@ -134,9 +134,9 @@ def test_an_unknown_name_in_a_file_is_refused_with_the_file(tmp_path: Path) -> N
     with pytest.raises(
         InvalidInputError, match=r"TAGGER_LORA_RR \(in .*typo.env\) is not a setting; did you mean TAGGER_LORA_R\?"
     ):
-        settings.load(recipe)
-    with pytest.raises(InvalidInputError, match="is not a file"):
-        settings.load(tmp_path / "absent.env")
+        environment.load(recipe)
+    with pytest.raises(InvalidInputError, match="nor a file with lines"):
+        environment.load(tmp_path / "absent.env")
 
 
 @pytest.mark.parametrize(
@@ -150,27 +150,27 @@ def test_an_unknown_name_in_a_file_is_refused_with_the_file(tmp_path: Path) -> N
 )
 def test_a_file_that_is_not_lines_of_settings_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "bad.env").write_bytes(content)
-    for read in (settings.load, settings.third_party_variables):
+    for read in (environment.load, environment.third_party_variables):
         with pytest.raises(InvalidInputError) as refusal:
             read(tmp_path / "bad.env")
         assert said in str(refusal.value)
 
 
 def test_env_example_is_in_step_with_the_settings() -> None:
-    assert (ROOT / ".env.example").read_text(encoding="utf-8") == settings.env_example(), "run `make .env.example`"
+    assert (ROOT / ".env.example").read_text(encoding="utf-8") == reference.env_example(), "run `make .env.example`"
 
 
 def test_env_example_as_it_stands_means_the_defaults() -> None:
-    assert settings.load(ROOT / ".env.example") == Settings()
-    for line in settings.env_example().splitlines():
+    assert environment.load(ROOT / ".env.example") == Settings()
+    for line in reference.env_example().splitlines():
         assert line.partition("=")[2][:1] not in ("'", '"'), f"docker run --env-file would keep the quote: {line}"
 
 
 def test_a_separator_gets_back_the_spaces_that_env_files_strip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAGGER_DATA_SEPARATOR", "=>")
-    assert settings.load().data.separator == " => "
+    assert environment.load().data.separator == " => "
     monkeypatch.setenv("TAGGER_DATA_SEPARATOR", "\nTags: ")
-    assert settings.load().data.separator == "\nTags: "
+    assert environment.load().data.separator == "\nTags: "
 
 
 def test_what_does_not_change_the_result_does_not_change_the_digest() -> None:
@@ -187,7 +187,7 @@ def test_the_shipped_recipes_are_valid() -> None:
     recipes = sorted((ROOT / "job" / "config" / "recipes").glob("*.env"))
     assert recipes
     for recipe in recipes:
-        settings.load(recipe)
+        environment.load(recipe)
 
 
 def test_the_settings_command_imports_nothing_heavy_and_masks_the_token() -> None:
@@ -216,7 +216,7 @@ def test_settings_of_a_run_that_do_not_fit_these_are_refused_in_a_sentence() -> 
 def test_a_threshold_is_auto_or_a_number_in_one_sentence(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("TAGGER_SAMPLE_THRESHOLD", value)
     with pytest.raises(InvalidInputError) as refused:
-        settings.load()
+        environment.load()
     assert refused.value.problems == (
         f"TAGGER_SAMPLE_THRESHOLD={value}: expected auto, or a number from 0 to below 1.",
     )

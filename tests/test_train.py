@@ -16,18 +16,20 @@ import torch
 from conftest import CPU
 from transformers import get_scheduler
 
-from job.data import IGNORE_INDEX
+from job.dataset.tokenization import IGNORE_INDEX
+from job.errors import DivergedError, InvalidInputError, JobError
 from job.freeze import freeze
 from job.lora import add_adapters
 from job.quantize import load_model, load_tokenizer
 from job.runs.run_folder import RunFolder
 from job.settings import Base, Lora, Train
 from job.system import logging_setup
-from job.train import is_out_of_memory, learning_rate, train
+from job.train import train
 from job.training import checkpoints
 from job.training.batching import num_label_tokens
 from job.training.packing import PackedAttention
-from job.types import DivergedError, EncodedExample, InvalidInputError, JobError
+from job.training.trainer import is_out_of_memory, learning_rate
+from job.types import EncodedExample
 
 ROOT = Path(__file__).parents[1]
 
@@ -254,8 +256,9 @@ def test_a_run_that_was_interrupted_ends_bitwise_as_one_that_was_not(
             raise by
 
     with monkeypatch.context() as patch:
-        patch.setattr("job.train.label_count", lambda examples: interrupt() or num_label_tokens(examples))
-        calls = -20  # the examples are counted first
+        patch.setattr(
+            "job.training.trainer.num_label_tokens", lambda examples: interrupt() or num_label_tokens(examples)
+        )
         with pytest.raises(by):
             trained_on(tmp_path / "cut", llama, model=with_dropout(llama), **knobs)
     newest = checkpoints.load_newest(tmp_path / "cut" / "checkpoints")
@@ -387,7 +390,9 @@ def test_examples_without_a_label_are_refused(tmp_path: Path, llama: Path) -> No
 def test_the_learning_rate_follows_the_schedule_as_the_library_s_does(schedule: str, name: str) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-4)
     theirs = get_scheduler(name, optimizer, 5, 20)
-    settings = Train.model_validate({"max_steps": 20, "warmup_steps": 5, "learning_rate": 2e-4, "schedule": schedule})
+    settings = Train.model_validate(
+        {"max_steps": 20, "warmup_steps": 5, "learning_rate": 2e-4, "lr_scheduler_type": schedule}
+    )
     for step in range(20):
         assert learning_rate(settings, step) == pytest.approx(theirs.get_last_lr()[0])
         optimizer.step()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from job import settings
+from job.cloud.gpus import price_per_second
+from job.config import environment
+from job.config.validators import is_unicode
+from job.errors import INTERRUPTED, InvalidInputError, JobError, print_error
 from job.runs.atomic import atomic_directory, atomic_write, json_lines
 from job.runs.run_folder import check_writable, read_manifest
-from job.runs.shutdown import EXIT_CODE as INTERRUPTED
-from job.settings import Modal, Settings, is_unicode
+from job.settings import Modal, Settings
 from job.system.paths import DATA_SUFFIXES, PACKAGE_PREFIX, WEIGHT_SUFFIXES, is_local
-from job.types import InvalidInputError, JobError
+from job.types import TaggedText
 
 if TYPE_CHECKING:
     import modal
@@ -39,22 +40,6 @@ OVERRIDES = {
     "--dataset": "TAGGER_DATA_DATASET",
     "--repo": "TAGGER_HUB_REPO",
 }
-PRICES = {
-    "T4": 0.000164,
-    "L4": 0.000222,
-    "A10": 0.000306,
-    "A10G": 0.000306,
-    "L40S": 0.000542,
-    "A100": 0.000694,
-    "6000": 0.000842,
-    "H100": 0.001097,
-    "H200": 0.001261,
-    "B200": 0.001736,
-}
-"""US dollars a second by a word of the GPU's name, modal.com/pricing as of May 2026 (of the larger A100).
-
-CPU, memory and a choice of region come on top.
-"""
 
 
 @dataclass(frozen=True)
@@ -79,9 +64,9 @@ def parse_request(app: str, words: Sequence[str] | None = None) -> Request:
         command, rest = _command(Path(app), sys.argv if words is None else words)
         options = _parser(command).parse_args(rest)
         _override(options)
-        chosen = settings.load(options.recipe)
+        chosen = environment.load(options.recipe)
         texts = _validate_request(command, options, chosen)
-        return Request(command, options, chosen.modal, settings.explicit_values(options.recipe), texts)
+        return Request(command, options, chosen.modal, environment.explicit_values(options.recipe), texts)
     except InvalidInputError as refusal:
         _exit(refusal)
 
@@ -102,7 +87,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         description="Settings are environment variables named TAGGER_<GROUP>_<KNOB>, as everywhere; these options win.",
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", type=Path, metavar="FILE", help="file of settings as NAME=value lines")
+    parser.add_argument("--recipe", metavar="RECIPE", help="name of a shipped recipe, or file with lines NAME=value")
     for option, variable in OVERRIDES.items():
         parser.add_argument(option, metavar="VALUE", help=f"in the place of {variable}")
     if command in ("main", "retrain"):
@@ -180,7 +165,10 @@ def local_only_inputs(chosen: Settings) -> list[str]:
 
 
 def read_texts(path: Path, column: str) -> tuple[str, ...]:
-    """The texts of a file of JSON lines, which are texts or objects with the column; raises InvalidInputError with the line."""
+    """Return the texts of a file of JSON lines: strings, or objects with the column.
+
+    Raises InvalidInputError with the number of a line that holds none.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -246,8 +234,7 @@ def summary(outcome: Mapping[str, Any], gpus: str) -> list[str]:
     """How a call ended and what it cost, line by line."""
     lines = [f"run: {outcome['run_id']}, {outcome['status']}", *outcome.get("table", [])] if "run_id" in outcome else []
     seconds, device = outcome["gpu_seconds"], outcome.get("device") or "a GPU that was not used"
-    words = re.split(r"[\s-]+", device)
-    price = next((price for name, price in PRICES.items() if name in words), None)
+    price = price_per_second(device)
     count = max(int(gpu.partition(":")[2] or 1) for gpu in gpus.split(","))
     cost = "" if price is None else f", about ${price * count * seconds:.2f}"
     lines.append(f"GPU: {seconds:.0f} s on {device}{cost}")
@@ -257,7 +244,7 @@ def summary(outcome: Mapping[str, Any], gpus: str) -> list[str]:
 def exit_with(outcome: Mapping[str, Any]) -> None:
     """End as the job did: with its sentences and its exit code, if that is not 0."""
     if outcome["exit_code"]:
-        print("\n".join(f"error: {line}" for line in outcome["message"].splitlines()), file=sys.stderr)
+        print_error(outcome["message"])
         raise SystemExit(outcome["exit_code"])
 
 
@@ -347,8 +334,7 @@ def collect(texts: Sequence[str], outcomes: Iterable[Mapping[str, Any]]) -> list
 def show_answers(answers: Iterable[Mapping[str, Any]]) -> None:
     """Print a line for each answer, as `tagger-job sample` does."""
     for answer in answers:
-        unparsed = "" if answer["well_formed"] else f"   (not a whole list: {answer['raw']!r})"
-        print(f"{answer['prompt']} {list(answer['tags'])}{unparsed}")
+        print(TaggedText(**answer))
 
 
 def save_answers(answers: Sequence[Mapping[str, Any]], output: Path) -> None:
@@ -358,5 +344,5 @@ def save_answers(answers: Sequence[Mapping[str, Any]], output: Path) -> None:
 
 
 def _exit(error: JobError) -> NoReturn:
-    print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+    print_error(str(error))
     raise SystemExit(error.exit_code)

@@ -11,13 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job import model_card, pipeline, report, settings
-from job.hub import client as hub
+from job import model_card, pipeline, report
+from job.config import environment
+from job.errors import JobError
+from job.hub import access
 from job.runs import markup
 from job.runs.atomic import atomic_write
 from job.runs.run_folder import RunFolder, read_manifest
 from job.system import logging_setup
-from job.types import JobError, Summary
+from job.types import Summary
 
 if TYPE_CHECKING:
     from job.sample import Tagger
@@ -37,9 +39,9 @@ def run_command(command: str, given: Mapping[str, str], *, call: str, commit: Ca
     same run, whatever the Hub has by then.
     """
     logging_setup.configure()
-    settings.replace_environment(given)
+    environment.replace_environment(given)
     try:
-        chosen = settings.load()
+        chosen = environment.load()
     except JobError as error:  # as it cannot be, for the caller has looked; an exception would be tried again
         return {"exit_code": error.exit_code, "message": str(error), "gpu_seconds": 0.0}
     attempt = CallAttempt(chosen.run.dir / CALL_STATE_DIR / call, commit)
@@ -62,7 +64,7 @@ class CallAttempt:
         self._seconds_before: float = before.get("seconds", 0.0)
 
     def run_command(self, command: str) -> dict[str, Any]:
-        chosen = settings.load()
+        chosen = environment.load()
         if self._run_id is not None:
             chosen = chosen.model_copy(update={"run": chosen.run.model_copy(update={"id": self._run_id})})
         try:
@@ -113,10 +115,10 @@ def tag(given: Mapping[str, str], texts: Sequence[str]) -> dict[str, Any]:
     Until the repo has another adapter.
     """
     logging_setup.configure()
-    settings.replace_environment(given)
+    environment.replace_environment(given)
     try:
-        chosen = settings.load().hub
-        head = None if chosen.repo is None else hub.resolve_revision("model", chosen.repo, chosen.revision).commit
+        chosen = environment.load().hub
+        head = None if chosen.repo is None else access.resolve_revision("model", chosen.repo, chosen.revision).commit
         answers = _tagger(tuple(sorted(given.items())), head).tag(texts)
     except JobError as error:
         return {"exit_code": error.exit_code, "message": str(error), "answers": []}
@@ -125,6 +127,6 @@ def tag(given: Mapping[str, str], texts: Sequence[str]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def _tagger(given: tuple[tuple[str, str], ...], commit: str | None) -> Tagger:
-    chosen = settings.load()
+    chosen = environment.load()
     at_commit = chosen.hub.model_copy(update={"revision": commit})
     return pipeline.tagger(chosen.model_copy(update={"hub": at_commit}), "BASE", "DATA")

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from job.errors import InvalidInputError
 from job.hub import client as hub
 from job.settings import Sample
-from job.types import Example, InvalidInputError
+from job.types import Example
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +21,6 @@ CONFIG_NAME = "tagger.json"
 SCHEMA_VERSION = 1
 DEFAULT_MAX_TAGS = 20
 """Tags of an answer, if nothing else is said."""
-MIN_PROBABILITY = 0.01
-"""Confidence: where the threshold is looked for, from here on in steps of this size."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,10 @@ def with_overrides(settings: Sample, otherwise: DecodingConfig) -> DecodingConfi
 
 
 def read_vocabulary_file(settings: Sample) -> tuple[str, ...] | None:
-    """The tags of a vocabulary file, one a line, each once; None without a file, raises InvalidInputError when it has none."""
+    """Return the tags of a vocabulary file, one a line, each once; None without a file.
+
+    Raises InvalidInputError when the file has no tags.
+    """
     if settings.vocabulary in (None, "open", "seen"):
         return None
     file = Path(settings.vocabulary)

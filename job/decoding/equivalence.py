@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from job.data import parse_list
-from job.decoding.config import MIN_PROBABILITY, DecodingConfig
+from job.dataset.tags import parse_list
+from job.decoding.config import DecodingConfig
+from job.types import MIN_PROBABILITY
 
 CONFIDENCE_TOLERANCE = 0.01
 """Of a confidence, on another device or in another precision."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import peft
 import torch
 
-from job.decoding.config import MIN_PROBABILITY
+from job.types import MIN_PROBABILITY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,9 +140,9 @@ def _next_tags(
 ) -> list[dict[str, float]]:
     """For each row the tags that may be written next, each with its probability times that of getting there.
 
-    `logits` is [rows, tokens, vocabulary], of which the last token counts. A way is left where it is less
-    likely than MIN_PROBABILITY, so that there are few of them; where the two ways of a tag, last and before another, part before
-    the tag is the only one left, one that is below may go uncounted.
+    `logits` is [rows, tokens, vocabulary], of which the last token counts. A branch is dropped when it is less likely
+    than MIN_PROBABILITY, which keeps their number small; if the two spellings of a tag, last in the list and before
+    another tag, separate before the tag is the only candidate, one that is below may stay uncounted.
     """
     found: list[dict[str, float]] = [{} for _ in logits]
     most = len(found) * BEAM_ROWS

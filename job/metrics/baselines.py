@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from job.evaluate import normalise_tag, score
+from job.dataset.tags import normalise_tag
+from job.metrics.scores import score
 from job.types import Example, Scores
 
 MIN_TAG_COUNT, C, THRESHOLD = 3, 30, 0.1

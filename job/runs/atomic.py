@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and seals that tell whether they still are what was written."""
+"""Atomic writes: a file or folder appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -6,77 +6,61 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-Checksums = dict[str, dict[str, int | str]]
-"""For each file, by its path within a folder, its size in `bytes` and its `sha256`."""
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write a file beside and rename it, so that it is whole or absent."""
+    """Write a text file under a temporary name and rename it, so that it is complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    tmp_path = _tmp_path(path)
     try:
-        with beside.open("w", encoding="utf-8") as file:
+        with tmp_path.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        tmp_path.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        tmp_path.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to fill; left without an error, it is on the disk and takes the path's place.
+def atomic_directory(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder that is synced and takes the place of `path` if the block ends without an error.
 
-    Raises OSError also for what the libraries' own writers say of a disk that is full.
+    With `keep_existing`, a folder that another process has put at `path` in the meantime stays, and this one is
+    discarded. Raises OSError also for what the libraries' own writers report of a full disk.
     """
-    beside = path.with_name(f"{path.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    tmp_path = _tmp_path(path)
     try:
-        beside.mkdir()
-        yield beside
-        for written in (*beside.rglob("*"), beside):
+        tmp_path.mkdir(parents=True)
+        yield tmp_path
+        for written in (*tmp_path.rglob("*"), tmp_path):
             _sync(written)
-        shutil.rmtree(path, ignore_errors=True)
-        beside.rename(path)
+        if not keep_existing:
+            shutil.rmtree(path, ignore_errors=True)
+        try:
+            tmp_path.rename(path)
+        except OSError:
+            if not (keep_existing and path.is_dir()):
+                raise
         _sync(path.parent)
     except Exception as error:
-        said = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers are written in Rust
-        if said and not isinstance(error, OSError):
-            raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
+        code = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers are written in Rust
+        if code and not isinstance(error, OSError):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-def checksum_files(folder: Path, files: Iterable[Path]) -> Checksums:
-    """Size and digest of these files of a folder."""
-    return {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
-        for file in sorted(files)
-    }
-
-
-def find_mismatch(folder: Path, sealed: Mapping[str, Mapping[str, int | str]]) -> str | None:
-    """The first file that is not as it was sealed, and why; None when all are."""
-    for name, was in sealed.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{file} is not there"
-        if file.stat().st_size != was["bytes"] or file_digest(file) != was["sha256"]:
-            return f"{file} is not as it was written"
-    return None
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _tmp_path(path: Path) -> Path:
+    """Return a name beside `path` that no other process or machine uses."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def json_lines(entries: Iterable[object]) -> str:

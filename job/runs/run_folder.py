@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from job.runs import shutdown
-from job.types import SplitData, Published, InvalidInputError
+from job.types import SplitData, Published
+from job.errors import InvalidInputError
 from job.settings import Run, Settings
-from job.runs.atomic import find_mismatch, json_lines, checksum_files, atomic_directory, atomic_write
+from job.runs.checksums import find_mismatch, checksum_files
+from job.runs.atomic import json_lines, atomic_directory, atomic_write
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-EXIT_CODE = 75
+from job.errors import INTERRUPTED
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_SECONDS = 8.0
 """From the first signal to the end, whatever is not saved by then: `docker stop` kills after 10."""
@@ -98,4 +99,4 @@ def _watch(reader: int) -> None:
 
 def _end(why: str) -> NoReturn:
     os.write(2, f"interrupted: {why}; the same command goes on from what is saved\n".encode())
-    os._exit(EXIT_CODE)
+    os._exit(INTERRUPTED)

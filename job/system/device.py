@@ -15,7 +15,7 @@ from typing import Literal
 import psutil
 import torch
 
-from job.types import InvalidInputError
+from job.errors import InvalidInputError
 
 Precision = Literal["fp16", "bf16", "fp32"]
 DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from job.types import InvalidInputError
+from job.errors import InvalidInputError
 
 PACKAGE_PREFIX = "package:"
 WEIGHT_SUFFIXES = (".gguf",)

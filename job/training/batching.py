@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from job.data import IGNORE_INDEX
+from job.dataset.tokenization import IGNORE_INDEX
 from job.types import EncodedExample
 
 

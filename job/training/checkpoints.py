@@ -13,11 +13,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from job.runs.atomic import atomic_directory, checksum_files, find_mismatch
+from job.runs.atomic import atomic_directory
+from job.runs.checksums import checksum_files, find_mismatch
 
 log = logging.getLogger(__name__)
 
-TENSORS, STATE, CHECKSUMS = "tensors.safetensors", "state.json", "sealed.json"
+TENSORS, STATE, CHECKSUMS = "tensors.safetensors", "state.json", "checksums.json"
 
 
 @dataclass

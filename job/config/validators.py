@@ -1,0 +1,100 @@
+"""Validators and types of single settings. This module imports nothing of the job."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+)
+from pydantic_settings import NoDecode
+
+NEVER = "never"
+
+
+def _comma_separated(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _json_list(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        texts = json.loads(value)
+    except (ValueError, RecursionError):
+        texts = None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError('expected a JSON list of texts, for example ["a text", "another text"]')
+    if not all(text.strip() for text in texts):
+        raise ValueError("a text in the list is empty; remove it")
+    return tuple(texts)
+
+
+def _separator(value: object) -> object:
+    """Give the separator the white space around it that env files strip from values."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        raise ValueError("expected a mark that is not only white space, for example ' ->: '")
+    before = "" if value[0].isspace() else " "
+    after = "" if value[-1].isspace() else " "
+    return before + value + after
+
+
+def _eval_size(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("expected a share below 1, or a whole number of examples")
+    return value
+
+
+def _threshold(value: object) -> object:
+    try:
+        if value == "auto" or 0 <= float(str(value)) < 1:
+            return value
+    except ValueError:
+        pass
+    raise ValueError("expected auto, or a number from 0 to below 1")
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("expected a name, not only white space")
+    return value
+
+
+def _cron(value: str) -> str:
+    fields, ranges = value.split(), ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
+    if value != NEVER and not (len(fields) == 5 and all(map(_is_cron_field, fields, ranges))):
+        raise ValueError("expected minute, hour, day of the month, month, day of the week, for example 23 4 * * 1")
+    return " ".join(fields)
+
+
+def _is_cron_field(field: str, limits: tuple[int, int]) -> bool:
+    parts = [re.fullmatch(r"(?:\*|(\d{1,2})(?:-(\d{1,2}))?)(?:/([1-9]\d?))?", part) for part in field.split(",")]
+    return all(
+        part is not None and all(limits[0] <= int(number) <= limits[1] for number in part.group(1, 2) if number)
+        for part in parts
+    )
+
+
+Identifier = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_not_blank)]
+
+ModalName = Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=63)]
+
+TextList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_json_list)]
+
+NameList = Annotated[tuple[Identifier, ...], NoDecode, BeforeValidator(_comma_separated)]
+
+
+Threshold = Annotated[float | Literal["auto"], BeforeValidator(_threshold)]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: environment and JSON can hold halves of characters, which cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -1,0 +1,98 @@
+"""The errors of the job, and the exit codes with what they ask for.
+
+    JobError                  1  a defect or the machine; also the base of the others
+    ├── DivergedError         1  the loss or the weights are not finite
+    ├── InvalidInputError     2  settings, data or the machine were refused before training
+    ├── GateRejected          3  trained, but not published
+    └── PublishError          4  trained and saved, but publishing failed
+
+This module imports only the standard library, so that scripts can read the table of exit codes.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+DONE, CRASHED, INVALID_INPUT, GATE_REJECTED, PUBLISH_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 75
+
+
+@dataclass(frozen=True)
+class ExitCode:
+    """What an exit code means."""
+
+    meaning: str
+    action: str
+    """What to do."""
+    run_again: str
+    """Whether the same command helps."""
+    severity: Literal["notice", "warning", "error"]
+    """How CI shows it."""
+
+
+EXIT_CODES = {
+    DONE: ExitCode("done", "nothing to do", "no need", "notice"),
+    CRASHED: ExitCode("crashed: a defect or the machine", "read the last lines of the log", "maybe", "error"),
+    INVALID_INPUT: ExitCode(
+        "settings, data or machine refused; nothing was spent",
+        "fix what the error names, then run the same command",
+        "after a fix",
+        "error",
+    ),
+    GATE_REJECTED: ExitCode(
+        "trained, but the quality gate refused to publish",
+        "read report.md; `tagger-job promote --revision BRANCH` publishes it anyway",
+        "no",
+        "error",
+    ),
+    PUBLISH_FAILED: ExitCode(
+        "trained and saved, but publishing failed",
+        "run `tagger-job push`, or the same command, to finish it",
+        "yes, it only publishes",
+        "error",
+    ),
+    INTERRUPTED: ExitCode(
+        "interrupted; its state is saved", "run the same command: it resumes", "yes, it resumes", "warning"
+    ),
+}
+
+
+class JobError(Exception):
+    """An end of the job with a sentence for the user and an exit code of its own."""
+
+    exit_code = CRASHED
+
+
+class InvalidInputError(JobError):
+    """Settings, data or machine were refused before anything was spent.
+
+    Holds every problem found, so that the user can fix them all at once.
+    """
+
+    exit_code = INVALID_INPUT
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = tuple(" ".join(problem.split()) for problem in problems)  # one line each
+        super().__init__("\n".join(self.problems))
+
+
+class DivergedError(JobError):
+    """The loss or the weights are not finite: further training is useless."""
+
+
+class GateRejected(JobError):
+    """Trained and saved, but not good enough to publish."""
+
+    exit_code = GATE_REJECTED
+
+
+class PublishError(JobError):
+    """Trained and saved, but not published."""
+
+    exit_code = PUBLISH_FAILED
+
+
+def print_error(message: str) -> None:
+    """Print a message to standard error, each line with `error: ` in front."""
+    print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)

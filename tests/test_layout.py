@@ -1,0 +1,121 @@
+"""The layers of job/, and what an installed package holds."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+JOB = ROOT / "job"
+CHAPTERS = (
+    *("preflight", "estimate", "gate", "promote", "push", "merge", "report", "model_card"),
+    *("evaluate", "sample", "train", "lora", "freeze", "quantize", "data"),
+)
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("__main__",),
+    ("cli", "cloud.modal_launcher", "cloud.modal_worker"),
+    ("pipeline",),
+    *((chapter,) for chapter in CHAPTERS),
+    ("training", "decoding", "metrics"),
+    ("dataset",),
+    ("hub",),
+    ("runs",),
+    ("config", "system"),
+    ("settings",),
+    ("types",),
+    ("errors",),
+    ("config.validators", "cloud.gpus"),  # tables and plain functions, below the settings that they validate
+)
+"""A module imports only from layers below its own, or from its own package."""
+FREE = ("", "config.validators", "cloud.gpus")
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(JOB.rglob("*.py")):
+        name = ".".join(path.relative_to(JOB).with_suffix("").parts)
+        yield name.removesuffix("__init__").removesuffix("."), path
+
+
+MODULES = dict(modules())
+
+
+def layer(module: str) -> tuple[int, str]:
+    """The layer of a module, and the entry of LAYERS that it belongs to."""
+    matches = [
+        (number, entry)
+        for number, entries in enumerate(LAYERS)
+        for entry in entries
+        if module == entry or module.startswith(f"{entry}.")
+    ]
+    assert matches, f"job/{module.replace('.', '/')}.py is in no layer of tests/test_layout.py"
+    return max(matches, key=lambda match: len(match[1]))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules of job that a file imports, also inside functions and for type checkers only."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "job":
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}".removeprefix("job").removeprefix(".")
+                yield module if module in MODULES else node.module.removeprefix("job").removeprefix(".")
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.removeprefix("job.") for alias in node.names if alias.name.startswith("job."))
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not MODULES[name].name.startswith("__init__")])
+def test_imports_point_to_lower_layers_only(module: str) -> None:
+    own, package = layer(module)
+    for imported in imports(MODULES[module]):
+        if imported == "":  # job/__init__.py holds the version and imports nothing
+            continue
+        other, its_package = layer(imported)
+        assert other > own or (package == its_package and "." in module), f"job.{module} imports job.{imported}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {name: {i for i in imports(path) if i} for name, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " > ".join((*above, name))
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_packages_import_nothing_by_themselves() -> None:
+    for path in JOB.rglob("__init__.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        assert not [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))], path
+
+
+def test_a_wheel_holds_every_module_and_every_data_file(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "installed"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(JOB, source / "job", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(tmp_path), str(source)],
+        check=True,
+    )
+    [wheel] = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(target)
+    files = {path.relative_to(JOB) for path in JOB.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    missing = {str(path) for path in files if not (target / "job" / path).is_file()}
+    assert not missing
+    code = "import job, job.cli; print(job.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=target, capture_output=True, text=True, check=True, env={"PYTHONPATH": ""}
+    )
+    assert done.stdout.startswith(str(target)), "imported from the wheel alone"
