@@ -1,12 +1,12 @@
 # The job as an image: `docker build -t tagger-job .`, then `docker run --gpus all -e HF_TOKEN tagger-job`.
-# torch's wheels bring the CUDA libraries, so the base has none. Build arguments:
-#   UV_TORCH_BACKEND=cpu   PyTorch's CPU build, for laptops and CI; BASE_IMAGE=ubuntu:24.04 goes with it
-#   BAKE=1                 base model and data set are in the image, which then asks the Hub for nothing; the
-#                          TAGGER_BASE_* and TAGGER_DATA_* below choose them, --secret id=hf_token opens gated ones
+# PyTorch's wheels contain the CUDA libraries, so the base image has none. Build arguments:
+#   UV_TORCH_BACKEND=cpu   install PyTorch's CPU build, for laptops and CI; use it with BASE_IMAGE=ubuntu:24.04
+#   BAKE=1                 put base model and data set into the image, which then works offline; the TAGGER_BASE_* and
+#                          TAGGER_DATA_* arguments below choose them, --secret id=hf_token reads gated or private ones
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04@sha256:2ab6381d970b211fb93853796dc6707eb8a72575a375c422b17cf4d8b2641701
 
 FROM ${BASE_IMAGE} AS build
-# hadolint ignore=DL3008 # the base image fixes the release; a version of Debian or Ubuntu is gone at the next fix
+# hadolint ignore=DL3008 # the base image pins the release; its archive drops a version at the next security fix
 RUN python3 -c "import ensurepip" 2>/dev/null || { \
         apt-get update \
         && apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
@@ -14,13 +14,13 @@ RUN python3 -c "import ensurepip" 2>/dev/null || { \
 RUN python3 -m venv /opt/uv \
     && /opt/uv/bin/python -m pip install --no-cache-dir uv==0.13.9 \
     && python3 -m venv /opt/venv
-# certificates are the base image's; a cache mount is of another file system than the environment
+# use the system's certificates; copy from the cache mount, because hard links do not cross file systems
 ENV PATH=/opt/venv/bin:/opt/uv/bin:$PATH VIRTUAL_ENV=/opt/venv UV_SYSTEM_CERTS=1 UV_LINK_MODE=copy
 WORKDIR /build
 COPY requirements.lock ./
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --no-deps --require-hashes -r requirements.lock
-# torch apart, by version alone: each kind of machine has a build of its own
+# torch is pinned by version, not by hash: there is one build for CPUs and one for each CUDA version
 ARG UV_TORCH_BACKEND
 ARG UV_FIND_LINKS
 COPY pyproject.toml ./
@@ -29,7 +29,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     && find /opt/venv -type d -name tests -prune -exec rm -rf {} + \
     && python -c "import sysconfig; open(sysconfig.get_path('purelib') + '/job.pth', 'w').write('/app\n')"
 COPY job/ /app/job/
-# by hash, not by time of change, which copies between stages may not keep
+# do not compare time stamps: copying between stages may change them
 RUN python -m compileall -q --invalidation-mode unchecked-hash /app
 ARG BAKE
 ARG HF_ENDPOINT
@@ -42,12 +42,12 @@ RUN --mount=type=secret,id=hf_token \
     mkdir /baked && { [ -z "$BAKE" ] || HF_HOME=/baked/cache python -m job prefetch; }
 
 FROM ${BASE_IMAGE}
-# hadolint ignore=DL3008 # as above
+# hadolint ignore=DL3008 # as in the build stage
 RUN python3 -c "" 2>/dev/null || { \
         apt-get update \
         && apt-get install --yes --no-install-recommends python3 \
         && rm -rf /var/lib/apt/lists/*; }
-# a volume takes its mode from here: writable under any --user
+# a new volume takes over this mode, which lets any --user write to it
 RUN mkdir --mode=1777 /runs /cache
 COPY --from=build /opt/venv /opt/venv
 ARG BAKE
@@ -59,7 +59,7 @@ ARG TAGGER_DATA_SPLIT
 COPY --from=build /baked /baked
 COPY --chmod=755 deploy/entrypoint.sh /usr/local/bin/tagger-job
 COPY --from=build /app /app
-# USER: an id without a name makes getpass fail, which torch calls
+# USER: torch calls getpass, which fails for a user id that has no name
 ENV PATH=/opt/venv/bin:$PATH \
     USER=tagger \
     HOME=/cache \
