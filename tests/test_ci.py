@@ -79,6 +79,6 @@ def test_on_modal_the_script_needs_only_modals_client_and_passes_its_exit_code_o
     assert done.returncode == code, done.stderr
     assert done.stdout.startswith(f"**{code}**: ")
     assert "| adapter | 0.5 |" in done.stdout
-    _, install, retrain = (tmp_path / "seen").read_text().splitlines()
+    _, install, retrain, *_ = (tmp_path / "seen").read_text().splitlines()
     assert install == "-m pip install --quiet --no-deps --require-hashes -r requirements-modal.lock"
     assert retrain == f"-m modal run modal_app.py::retrain --to {runs}"

@@ -14,6 +14,7 @@ import yaml
 
 from job.cli import _parser
 from job.errors import INTERRUPTED
+from job.runs import shutdown
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
