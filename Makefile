@@ -76,7 +76,8 @@ quality: install  ## measure the quality of the tags, for variants; options in Q
 pictures: install  ## make the pictures of the docs again, from a run of the recipe offline
 	$(BIN)/python docs/make_pictures.py
 
-docs: .env.example docs/settings.md  ## write the generated files again
+docs: .env.example docs/settings.md  ## write the generated files and tables of the docs again
+	$(BIN)/python docs/make_modules.py
 
 install: $(VENV)/installed  ## make .venv with the locked packages
 
