@@ -1,38 +1,41 @@
-"""What a token may do on the Hub, and which commit a name stands for."""
+"""Token permissions, and the commits that names on the Hub stand for; checked before training."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from job.errors import InvalidInputError
+from job.hub import client
 from job.types import HubRevision, TokenInfo
 
-if TYPE_CHECKING:
-    pass
-from job.hub import client
+RepoType = Literal["model", "dataset"]
 
-Kind = Literal["model", "dataset"]
+_LABELS = {"model": "base model", "dataset": "data set"}
+_VARIABLES = {"model": "TAGGER_BASE_MODEL", "dataset": "TAGGER_DATA_DATASET"}
 
 
 def token_info() -> TokenInfo:
-    """Whose token it is; raises InvalidInputError when the Hub does not know it or cannot be reached."""
+    """Return the account and the permissions of the token.
+
+    Raises InvalidInputError if the Hub does not know the token, or cannot be reached.
+    """
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
     if not (client.token() or "").isascii():
-        raise InvalidInputError("HF_TOKEN is not valid: it holds characters that no token has; copy it again")
+        raise InvalidInputError("HF_TOKEN is not valid: it contains a character that no token has; copy it again")
     try:
-        said = client.retry(client.api().whoami, client.CHECK_SECONDS, "hub")
+        account = client.retry(client.api().whoami, client.CHECK_SECONDS, "hub")
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise InvalidInputError(
-                "HF_TOKEN is not valid: the Hub does not know it. Make a new one with write access under "
-                "Settings, Access Tokens, or unset it to train without publishing"
+                "HF_TOKEN is not valid: the Hub does not know it. Create a token with write access under Settings, "
+                "Access Tokens, or unset HF_TOKEN to train without publishing"
             ) from None
         raise client.hub_unreachable(error) from None
     except (httpx2.HTTPError, OSError) as error:
         raise client.hub_unreachable(error) from None
-    access = said.get("auth", {}).get("accessToken", {})
+    access = account.get("auth", {}).get("accessToken", {})
     fine_grained = access.get("fineGrained", {})
     writable = {
         scope["entity"]["name"]
@@ -40,49 +43,26 @@ def token_info() -> TokenInfo:
         if "repo.write" in scope.get("permissions", []) and "name" in scope.get("entity", {})
     }
     return TokenInfo(
-        user=said["name"],
-        organizations=tuple(org["name"] for org in said.get("orgs", [])),
+        user=account["name"],
+        organizations=tuple(org["name"] for org in account.get("orgs", [])),
         role=access.get("role", "write"),
         writable=frozenset(writable),
     )
 
 
-def prepare_repo(repo: str, who: TokenInfo, *, private: bool) -> None:
-    """Make sure that the repo is there, is private if wanted, and takes this token's commits.
+def prepare_repo(repo: str, owner: TokenInfo, *, private: bool) -> None:
+    """Create the model repo if it does not exist, and check that the token may commit to it.
 
-    Raises InvalidInputError for a namespace that is not the token's, a token that may not write, and a public
-    repo that was meant to be private.
+    Raises InvalidInputError if the token has no access to the namespace or no write permission, if the repo is
+    public although `private` is set, or if the Hub cannot be reached.
     """
     import httpx2
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     namespace = repo.partition("/")[0]
-    if namespace not in (who.user, *who.organizations):
-        mine = ", ".join((who.user, *who.organizations))
-        raise InvalidInputError(f"TAGGER_HUB_REPO={repo}: the namespace {namespace} is not the token's; it has {mine}")
-    if who.role == "read":
-        raise InvalidInputError(
-            "HF_TOKEN may only read; publishing needs one with write access. Make one under Settings, Access Tokens, "
-            "or set TAGGER_HUB_PUSH=never"
-        )
-    if who.role == "fineGrained" and not who.writable & {namespace, repo}:
-        raise InvalidInputError(
-            f"HF_TOKEN is fine-grained and may not write to repos of {namespace}; allow it under Settings, Access "
-            "Tokens, or set TAGGER_HUB_PUSH=never"
-        )
-    api = client.api()
-
-    def prepare() -> bool:
-        try:
-            is_private = bool(api.repo_info(repo).private)
-        except RepositoryNotFoundError:
-            api.create_repo(repo, private=private, exist_ok=True)
-            is_private = bool(api.repo_info(repo).private)
-        api.auth_check(repo, write=True)
-        return is_private
-
+    _check_permissions(repo, namespace, owner)
     try:
-        is_private = client.retry(prepare, client.CHECK_SECONDS, "hub")
+        is_private = client.retry(lambda: _create_if_missing(repo, private=private), client.CHECK_SECONDS, "hub")
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403, 404):
             raise InvalidInputError(
@@ -94,15 +74,49 @@ def prepare_repo(repo: str, who: TokenInfo, *, private: bool) -> None:
         raise client.hub_unreachable(error) from None
     if private and not is_private:
         raise InvalidInputError(
-            f"{repo} is public and TAGGER_HUB_PRIVATE=true; nothing is pushed there. Make the repo private, name "
-            "another TAGGER_HUB_REPO, or set TAGGER_HUB_PRIVATE=false"
+            f"{repo} is public and TAGGER_HUB_PRIVATE=true, so nothing is pushed there. Make the repo private, set "
+            "TAGGER_HUB_REPO to another one, or set TAGGER_HUB_PRIVATE=false"
         )
 
 
-def resolve_revision(kind: Kind, name: str, revision: str | None) -> HubRevision:
-    """The commit hash and licence of a model or data set at a revision, or at its head.
+def _check_permissions(repo: str, namespace: str, owner: TokenInfo) -> None:
+    """Raise InvalidInputError if the token's own description rules out a commit to the repo."""
+    if namespace not in (owner.user, *owner.organizations):
+        allowed = ", ".join((owner.user, *owner.organizations))
+        raise InvalidInputError(
+            f"TAGGER_HUB_REPO={repo}: HF_TOKEN has no access to the namespace {namespace}; expected one of {allowed}"
+        )
+    if owner.role == "read":
+        raise InvalidInputError(
+            "HF_TOKEN may only read, and publishing needs write access. Create a token with write access under "
+            "Settings, Access Tokens, or set TAGGER_HUB_PUSH=never"
+        )
+    if owner.role == "fineGrained" and not owner.writable & {namespace, repo}:
+        raise InvalidInputError(
+            f"HF_TOKEN is fine-grained and may not write to repos of {namespace}; allow it under Settings, Access "
+            "Tokens, or set TAGGER_HUB_PUSH=never"
+        )
 
-    Raises InvalidInputError, each in its own words, when it is missing or gated, or has no such revision.
+
+def _create_if_missing(repo: str, *, private: bool) -> bool:
+    """Create the repo if it does not exist, check write access, and return whether the repo is private."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    api = client.api()
+    try:
+        is_private = bool(api.repo_info(repo).private)
+    except RepositoryNotFoundError:
+        api.create_repo(repo, private=private, exist_ok=True)
+        is_private = bool(api.repo_info(repo).private)
+    api.auth_check(repo, write=True)
+    return is_private
+
+
+def resolve_revision(repo_type: RepoType, name: str, revision: str | None) -> HubRevision:
+    """Return the commit hash and licence of a model or data set at a revision, or at its head for None.
+
+    Raises InvalidInputError with a message of its own for each of these: the repo is missing, is gated, has no such
+    revision, has no safetensors weights (models only), or the Hub cannot be reached.
     """
     import httpx2
     from huggingface_hub.errors import (
@@ -111,38 +125,22 @@ def resolve_revision(kind: Kind, name: str, revision: str | None) -> HubRevision
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    variable = {"model": "TAGGER_BASE_MODEL", "dataset": "TAGGER_DATA_DATASET"}[kind]
-    what = {"model": "base model", "dataset": "data set"}[kind]
-    api = client.api()
-
-    def ask() -> HubRevision:
-        validate_repo_id(name)
-        api.auth_check(name, repo_type=kind)
-        info = api.repo_info(name, repo_type=kind, revision=revision)
-        files = [file.rfilename for file in getattr(info, "siblings", None) or []]
-        if kind == "model" and files and not any(file.endswith(".safetensors") for file in files):
-            raise InvalidInputError(
-                f"the base model {name} has no weights in safetensors, and pickles are not read because they can run "
-                "code; name another revision or model (TAGGER_BASE_MODEL)"
-            )
-        return HubRevision(str(info.sha), getattr(getattr(info, "card_data", None), "license", None))
-
+    variable, repo = _VARIABLES[repo_type], f"the {_LABELS[repo_type]} {name}"
     try:
-        return client.retry(ask, client.CHECK_SECONDS, "hub")
+        return client.retry(lambda: _revision_info(repo_type, name, revision), client.CHECK_SECONDS, "hub")
     except GatedRepoError:
         raise InvalidInputError(
-            f"the {what} {name} is gated; accept its terms on its page on the Hub with the account of HF_TOKEN, "
-            f"or set {variable} to another"
+            f"{repo} is gated; accept its terms on its page on the Hub with the account of HF_TOKEN, or set {variable} "
+            "to another"
         ) from None
     except RepositoryNotFoundError:
         raise InvalidInputError(
-            f"the {what} {name} is not on the Hub, or is private and HF_TOKEN may not read it; check {variable}"
+            f"{repo} is not on the Hub, or is private and HF_TOKEN may not read it; check {variable}"
         ) from None
     except RevisionNotFoundError:
         raise InvalidInputError(
-            f"the {what} {name} has no revision {revision}; check {variable.rpartition('_')[0]}_REVISION"
+            f"{repo} has no revision {revision}; check {variable.rpartition('_')[0]}_REVISION"
         ) from None
     except HFValidationError:
         raise InvalidInputError(
@@ -150,3 +148,20 @@ def resolve_revision(kind: Kind, name: str, revision: str | None) -> HubRevision
         ) from None
     except (httpx2.HTTPError, OSError) as error:
         raise client.hub_unreachable(error) from None
+
+
+def _revision_info(repo_type: RepoType, name: str, revision: str | None) -> HubRevision:
+    """Ask the Hub once; raises InvalidInputError for a model without safetensors weights."""
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    api = client.api()
+    validate_repo_id(name)
+    api.auth_check(name, repo_type=repo_type)
+    info = api.repo_info(name, repo_type=repo_type, revision=revision)
+    files = [file.rfilename for file in getattr(info, "siblings", None) or []]
+    if repo_type == "model" and files and not any(file.endswith(".safetensors") for file in files):
+        raise InvalidInputError(
+            f"the base model {name} has no weights in safetensors, and pickles are not read because they can run "
+            "code; choose another revision or model (TAGGER_BASE_MODEL)"
+        )
+    return HubRevision(str(info.sha), getattr(getattr(info, "card_data", None), "license", None))

@@ -17,29 +17,28 @@ from job.settings import Hub
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SECRET_FILE = Path("/run/secrets/hf_token")
 CHECK_SECONDS = 30.0
-"""How long a check before training keeps trying: nothing is lost yet if it gives up."""
+"""How long a check before training is retried. Short, because a failure then loses no work."""
 RETRYABLE_STATUSES = (408, 412, 425, 429, 500, 502, 503, 504)
-"""Statuses that may pass by themselves; 412 says that another commit came in between."""
+"""HTTP statuses of transient failures; 412 means that another commit was made in the meantime."""
 
 
 def token() -> str | None:
-    """The token of HF_TOKEN or of a login on this machine, else the one of a mounted secret."""
+    """Return the token of HF_TOKEN or of a login on this machine, or else the one in SECRET_FILE."""
     from huggingface_hub import get_token
 
-    found = get_token()
-    if found is None and SECRET_FILE.is_file():
-        found = SECRET_FILE.read_text(encoding="utf-8").strip() or None
-    return found
+    value = get_token()
+    if value is None and SECRET_FILE.is_file():
+        value = SECRET_FILE.read_text(encoding="utf-8").strip() or None
+    return value
 
 
 def api() -> HfApi:
-    """The client. A silent connection ends after a minute; the library's own would wait for ever."""
+    """Return a client that gives up on a silent connection after 60 s; the library's default never does."""
     import httpx2
     from huggingface_hub import HfApi, set_client_factory
     from huggingface_hub.utils._http import default_client_factory
@@ -54,16 +53,17 @@ def api() -> HfApi:
 
 
 def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids asking the Hub."""
+    """Return whether HF_HUB_OFFLINE forbids requests to the Hub."""
     from huggingface_hub import constants
 
     return bool(constants.is_offline_mode())
 
 
 def retry(step: Callable[[], T], seconds: float, what: str) -> T:
-    """Do a step, again when it fails in a way that may pass, for up to so many seconds.
+    """Return the result of `step`, retried for up to `seconds` while it fails with a transient error.
 
-    Waits 1, 2, 4, ... 60 s, a little at random, or what the Hub's Retry-After says if that is more.
+    The waits are 1, 2, 4, ... 60 s with 20% jitter, or the Hub's Retry-After if that is longer. `what` starts the log
+    line of each failure. Raises the last error of `step`.
     """
     deadline = time.monotonic() + seconds
     pause = 1.0
@@ -71,35 +71,35 @@ def retry(step: Callable[[], T], seconds: float, what: str) -> T:
         try:
             return step()
         except Exception as error:
-            wait = retry_delay(error)
-            if wait is None:
+            delay = retry_delay(error)
+            if delay is None:
                 raise
-            wait = max(wait, pause * random.uniform(0.8, 1.2))
+            wait = max(delay, pause * random.uniform(0.8, 1.2))
             if time.monotonic() + wait > deadline:
                 raise
-            log.warning("%s: %s; again in %.0f s", what, error_message(error), wait)
+            log.warning("%s: %s; retrying in %.0f s", what, error_message(error), wait)
             time.sleep(wait)
             pause = min(60.0, 2 * pause)
 
 
 def retry_delay(error: BaseException) -> float | None:
-    """How long the Hub asks to wait before trying again; None for an error that would come again."""
+    """Return the seconds the Hub asks to wait before a retry (0 if it does not say); None for a permanent error."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
         if error.response.status_code not in RETRYABLE_STATUSES:
             return None
-        after = error.response.headers.get("Retry-After", "")
-        return float(after) if after.isdigit() else 0.0
+        retry_after = error.response.headers.get("Retry-After", "")
+        return float(retry_after) if retry_after.isdigit() else 0.0
     if isinstance(error, httpx2.TransportError) and not isinstance(error, httpx2.UnsupportedProtocol):
         return 0.0
-    # a failed upload of a large file comes wrapped
+    # huggingface_hub wraps the error of a large file's upload
     return retry_delay(error.__cause__) if error.__cause__ is not None else None
 
 
 def error_message(error: BaseException) -> str:
-    """What an error of the client says, on one line and without the token."""
+    """Return the message of a client's error, on one line and with the token masked."""
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
     text = " ".join(str(cause).split()) or type(cause).__name__
     secret = token()
@@ -107,43 +107,46 @@ def error_message(error: BaseException) -> str:
 
 
 def published_manifest(settings: Hub) -> dict[str, Any]:
-    """The manifest that was published with the repo's adapter; empty where there is none."""
+    """Return the manifest published with the repo's adapter; empty if there is none.
+
+    Raises InvalidInputError if it cannot be read.
+    """
     assert settings.repo is not None
     try:
         return published_json(settings.repo, settings.revision, "manifest.json") or {}
     except HubFileError as error:
         raise InvalidInputError(
-            f"the adapter's repo {settings.repo} cannot be read ({error}); check TAGGER_HUB_REPO, "
+            f"manifest.json of the adapter in {settings.repo} cannot be read ({error}); check TAGGER_HUB_REPO, "
             "TAGGER_HUB_REVISION and HF_TOKEN"
         ) from None
 
 
 class HubFileError(Exception):
-    """A published file that cannot be fetched, or is not what it should be."""
+    """A published file cannot be downloaded, or has unexpected content."""
 
 
 def published_json(repo: str, revision: str | None, name: str) -> dict[str, Any] | None:
-    """A JSON object that was published; None when the repo, the revision or the file is not there.
+    """Return a published JSON object; None if the repo has no such revision or file.
 
-    Raises Unreadable when it cannot be fetched or is something else.
+    Raises HubFileError if the file cannot be downloaded or holds no JSON object.
     """
     import httpx2
     from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
     try:
         path = retry(lambda: download(repo, revision, name), CHECK_SECONDS, "hub")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (RemoteEntryNotFoundError, RevisionNotFoundError):
         return None
     except (httpx2.HTTPError, OSError, ValueError) as error:
         raise HubFileError(error_message(error)) from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise HubFileError(f"{name} is not a JSON object")
-    return found
+    return content
 
 
 def download(repo: str, revision: str | None, name: str) -> Path:
-    """Where a file of a repo is on this machine, fetched if it must be."""
+    """Return the path of a repo's file in the cache, downloading it if it is missing there."""
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(repo, name, revision=revision, token=token() or False))
@@ -151,7 +154,7 @@ def download(repo: str, revision: str | None, name: str) -> Path:
 
 @contextmanager
 def publish_errors(what: str, remedy: str) -> Iterator[None]:
-    """Within, what the Hub fails with becomes PublishError, which says what could not be done and what finishes it."""
+    """Turn errors of the Hub's client into PublishError: `what` failed, and `remedy` finishes it."""
     import httpx2
 
     try:
@@ -161,20 +164,20 @@ def publish_errors(what: str, remedy: str) -> Iterator[None]:
 
 
 def branch_head(repo: str, branch: str | None) -> str:
-    """The commit at the head of a branch, main without one; the branch is made if it is not there."""
+    """Return the hash of a branch's newest commit (None: main), creating the branch if it does not exist."""
     if branch is not None:
         ensure_branch(repo, branch, None)
     return retry(lambda: str(api().repo_info(repo, revision=branch).sha), CHECK_SECONDS, "hub")
 
 
 def ensure_branch(repo: str, branch: str, start: str | None) -> None:
-    """Make a branch that begins at a commit, or at the head of main, unless it is there."""
+    """Create a branch at the commit `start`, or at the head of main for None, unless the branch exists."""
     retry(lambda: api().create_branch(repo, branch=branch, revision=start, exist_ok=True), CHECK_SECONDS, "hub")
 
 
 def hub_unreachable(error: BaseException) -> InvalidInputError:
-    """The sentence for a Hub that does not answer."""
+    """Return the error to raise when the Hub does not answer."""
     return InvalidInputError(
-        f"the Hub cannot be asked ({error_message(error)}); check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 "
-        "to use what is cached and publish nothing"
+        f"the Hub cannot be reached ({error_message(error)}); check the network and HF_ENDPOINT, or set "
+        "HF_HUB_OFFLINE=1 to use what is cached and publish nothing"
     )
