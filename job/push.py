@@ -1,4 +1,4 @@
-"""Publish a run to the Hugging Face Hub: one commit, exactly once, and finished later if it must be."""
+"""Publish a run to the Hugging Face Hub, in exactly one commit."""
 
 from __future__ import annotations
 
@@ -25,102 +25,108 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXTRA_FILES = ("metrics.json", "manifest.json", "loss.svg")
-"""The files of the run that are published with its adapter."""
+"""Files of the run that are published in addition to its adapter."""
 
 
 def prepare_repo(settings: Settings) -> str | None:
-    """The repo that this run will be pushed to, made if it was not there; None when nothing will be pushed.
+    """Return the repo that this run will be pushed to, created if it does not exist; None if nothing will be pushed.
 
-    Raises InvalidInputError, before anything is spent, for whatever would refuse the push afterwards.
+    Raises InvalidInputError, before any training, for everything that would make the push fail later.
     """
     wanted = settings.hub.push
-    lacking = [("a token (HF_TOKEN)", hub.token() is None), ("the network", hub.is_offline())]
-    if settings.eval.gate == "published" and (wanted == "never" or any(is_missing for _, is_missing in lacking)):
+    requirements = {"a token (HF_TOKEN)": hub.token() is not None, "the network": not hub.is_offline()}
+    missing = [name for name, is_met in requirements.items() if not is_met]
+    if settings.eval.gate == "published" and (wanted == "never" or missing):
         raise InvalidInputError(
-            "TAGGER_EVAL_GATE=published compares with what a Hub repo has and publishes there, and nothing can be "
-            "pushed: it needs HF_TOKEN, the network, and a TAGGER_HUB_PUSH other than never. Provide them, or set it "
-            "to floor or off"
+            "TAGGER_EVAL_GATE=published compares with the published adapter and publishes the better one, but nothing "
+            "can be pushed: it needs HF_TOKEN, the network, and a TAGGER_HUB_PUSH other than never. Provide them, or "
+            "set TAGGER_EVAL_GATE to floor or off"
         )
     if wanted == "never":
         return None
-    for missing, is_missing in lacking:
-        if is_missing and wanted == "always":
-            raise InvalidInputError(
-                f"TAGGER_HUB_PUSH=always needs {missing} and there is none; provide it, or set it to never"
-            )
-        if is_missing:
-            log.info("push: nothing will be pushed, for there is not %s", missing)
-            return None
-    who = access.token_info()
-    repo = repo_name(settings, who)
-    access.prepare_repo(repo, who, private=settings.hub.private)
+    if missing and wanted == "always":
+        raise InvalidInputError(
+            f"TAGGER_HUB_PUSH=always needs {missing[0]}, which is missing; provide it, or set TAGGER_HUB_PUSH=never"
+        )
+    if missing:
+        log.info("push: nothing will be pushed, because %s is missing", missing[0])
+        return None
+    owner = access.token_info()
+    repo = repo_name(settings, owner)
+    access.prepare_repo(repo, owner, private=settings.hub.private)
     return repo
 
 
-def repo_name(settings: Settings, who: TokenInfo) -> str:
-    """The repo that is named, or else the one that is named for the base model."""
-    return settings.hub.repo or f"{who.user}/{Path(settings.base.model).stem}-tagger"
+def repo_name(settings: Settings, owner: TokenInfo) -> str:
+    """Return TAGGER_HUB_REPO, or else a name made from the token's user and the base model."""
+    return settings.hub.repo or f"{owner.user}/{Path(settings.base.model).stem}-tagger"
 
 
 def push(run: RunFolder, repo: str, settings: Hub, verdict: Verdict | None = None) -> Published:
-    """Commit the run's adapter, metrics, manifest and pictures to the repo, all in one commit.
+    """Commit the run's adapter, metrics, manifest and loss curve to the repo, all in one commit.
 
-    What was compared with a commit is pushed to a branch of its own that begins there: a candidate for
-    `promote`. The commit's message names the run, a digest of its weights and the verdict. That is looked for
-    before each attempt, so that a commit whose answer was lost is found and not made again, and that
-    pushing the same run twice makes one commit. Each attempt stands on the head that was looked at: a
-    commit that came in between makes it fail and be done again on the new head.
-    Raises PublishError when the Hub refuses, or could not be reached for TAGGER_HUB_RETRY_MINUTES.
+    With a verdict that names a published commit, the commit is a candidate for `promote`: it goes to a branch of its
+    own that starts there. The commit's description holds a marker: the run, a digest of its weights and the verdict.
+    Each attempt looks for it first, so that a commit whose answer was lost is found instead of repeated, and pushing
+    the same run twice makes one commit. Each attempt names the head it saw as parent, so it fails and is retried if
+    another commit came in between.
+
+    Raises PublishError if the Hub refuses, or cannot be reached for TAGGER_HUB_RETRY_MINUTES.
     """
     client = hub.api()
-    parent = None if verdict is None else verdict.parent
-    branch = settings.revision if parent is None else candidate_branch(run, parent)
-    mark = f"Run {run.path.name}, weights {file_digest(run.adapter / 'adapter_model.safetensors')[:16]}"
-    if verdict is not None and parent is not None:
-        mark += f", gate: {verdict.verdict}"
+    base_commit = None if verdict is None else verdict.parent
+    branch = settings.revision if base_commit is None else candidate_branch(run, base_commit)
+    commit_marker = _commit_marker(run, verdict)
 
-    def attempt() -> Published:
+    def push_once() -> Published:
         commits = client.list_repo_commits(repo, revision=branch)
-        made = [commit.commit_id for commit in commits_after(commits, parent) if mark in commit.message]
-        if not made:
-            shutdown.check()  # what was interrupted publishes nothing
+        newer = commits_after(commits, base_commit)
+        commit = next((commit.commit_id for commit in newer if commit_marker in commit.message), None)
+        if commit is None:
+            shutdown.check()  # an interrupted run publishes nothing
             commit = client.create_commit(
                 repo,
                 operations=_commit_operations(run, merged=settings.merge),
                 commit_message=settings.commit_message,
-                commit_description=mark,
+                commit_description=commit_marker,
                 revision=branch,
                 parent_commit=commits[0].commit_id,
-            )
-            made = [commit.oid]
-        return Published(repo, made[0], f"{client.endpoint}/{repo}/commit/{made[0]}")
+            ).oid
+        return Published(repo, commit, f"{client.endpoint}/{repo}/commit/{commit}")
 
     with publish_errors_for(run):
         if branch is not None:
-            hub.ensure_branch(repo, branch, parent)
-        return hub.retry(attempt, 60 * settings.retry_minutes, "push")
+            hub.ensure_branch(repo, branch, base_commit)
+        return hub.retry(push_once, 60 * settings.retry_minutes, "push")
 
 
-def candidate_branch(run: RunFolder, parent: str) -> str:
-    """The branch for what a run would put in the place of this commit."""
-    return f"candidate-{re.sub(r'[^A-Za-z0-9_-]+', '-', run.path.name)}-{parent[:7]}"
+def candidate_branch(run: RunFolder, base_commit: str) -> str:
+    """Return the name of the branch for a run's adapter that may replace what is published at `base_commit`."""
+    return f"candidate-{re.sub(r'[^A-Za-z0-9_-]+', '-', run.path.name)}-{base_commit[:7]}"
 
 
-def commits_after(commits: Iterable[GitCommitInfo], parent: str | None) -> list[GitCommitInfo]:
-    """Of a branch's commits, newest first, those that came after this one; all without one."""
-    return list(itertools.takewhile(lambda commit: commit.commit_id != parent, commits))
+def commits_after(commits: Iterable[GitCommitInfo], base_commit: str | None) -> list[GitCommitInfo]:
+    """Return a branch's commits (newest first) that came after `base_commit`; all of them for None."""
+    return list(itertools.takewhile(lambda commit: commit.commit_id != base_commit, commits))
 
 
 def publish_errors_for(
     run: RunFolder, command: str = "TAGGER_RUN_ID={run} tagger-job push"
 ) -> AbstractContextManager[None]:
-    """Within, what the Hub fails with becomes PublishError, which says that nothing is lost."""
+    """Turn errors of the Hub's client into a PublishError that names the saved run and the command to finish it."""
     finish = command.format(run=run.path.name)
     return hub.publish_errors("publishing failed", f"everything is saved in {run.path}. Finish with: {finish}")
 
 
+def _commit_marker(run: RunFolder, verdict: Verdict | None) -> str:
+    """Return the line that identifies the run's commit among others."""
+    weights = file_digest(run.adapter / "adapter_model.safetensors")[:16]
+    gate = "" if verdict is None or verdict.parent is None else f", gate: {verdict.verdict}"
+    return f"Run {run.path.name}, weights {weights}{gate}"
+
+
 def _commit_operations(run: RunFolder, *, merged: bool) -> list[CommitOperationAdd]:
-    """The files of the commit: never a checkpoint, and nothing of the run that is not named here."""
+    """List the files to commit: never a checkpoint, and no file of the run that is not named here."""
     from huggingface_hub import CommitOperationAdd
 
     files = {file.name: file for file in sorted(run.adapter.iterdir())}

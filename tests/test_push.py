@@ -1,4 +1,4 @@
-"""A push is one commit, made exactly once, whatever happens on the way."""
+"""A push makes exactly one commit, whatever fails on the way."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 from hub import WRITE_TOKEN, Fault, Hub, Repo
 
 from job import push
-from job.errors import PublishError
+from job.errors import InvalidInputError, PublishError
 from job.runs.run_folder import RunFolder
 from job.settings import Hub as HubSettings
+from job.settings import Settings
 
 NAME = "ada/tagger"
 
@@ -46,9 +47,29 @@ def commit_calls(loopback_hub: Hub) -> int:
     return sum(request.startswith(f"POST /api/models/{NAME}/commit/") for request in loopback_hub.requests)
 
 
-def test_one_commit_holds_everything_that_is_to_be_published_and_no_checkpoint(
-    loopback_hub: Hub, repo: Repo, run: RunFolder
-) -> None:
+def hub_settings(**values: object) -> Settings:
+    return Settings.model_validate({"hub": values})
+
+
+def test_prepare_repo_creates_the_repo_as_set(loopback_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+    assert push.prepare_repo(hub_settings()) == "ada/bloomz-560m-tagger"
+    assert loopback_hub.models["ada/bloomz-560m-tagger"].private
+    assert push.prepare_repo(hub_settings(repo="lovelace-lab/tagger", private=False)) == "lovelace-lab/tagger"
+    assert not loopback_hub.models["lovelace-lab/tagger"].private
+    requests = len(loopback_hub.requests)
+    assert push.prepare_repo(hub_settings(push="never")) is None
+    assert len(loopback_hub.requests) == requests
+
+
+def test_without_a_token_nothing_is_pushed(loopback_hub: Hub) -> None:
+    assert push.prepare_repo(hub_settings()) is None
+    with pytest.raises(InvalidInputError, match=r"TAGGER_HUB_PUSH=always needs a token \(HF_TOKEN\)"):
+        push.prepare_repo(hub_settings(push="always"))
+    assert loopback_hub.requests == []
+
+
+def test_one_commit_holds_all_published_files(loopback_hub: Hub, repo: Repo, run: RunFolder) -> None:
     published = push.push(run, NAME, SETTINGS)
     assert repo.titles == ["initial commit", "basic training"]
     head = repo.branches["main"][-1]
@@ -67,14 +88,14 @@ def test_pushing_the_same_run_twice_makes_one_commit(loopback_hub: Hub, repo: Re
     assert repo.titles == ["initial commit", "basic training", "someone's note"]
 
 
-def test_another_training_of_the_run_is_another_commit(repo: Repo, run: RunFolder) -> None:
+def test_new_weights_make_a_new_commit(repo: Repo, run: RunFolder) -> None:
     push.push(run, NAME, SETTINGS)
     (run.adapter / "adapter_model.safetensors").write_bytes(b"better weights")
     push.push(run, NAME, SETTINGS)
     assert repo.titles == ["initial commit", "basic training", "basic training"]
 
 
-def test_a_branch_is_made_when_one_is_named(repo: Repo, run: RunFolder) -> None:
+def test_a_missing_branch_is_created(repo: Repo, run: RunFolder) -> None:
     push.push(run, NAME, HubSettings(revision="candidate"))
     assert repo.titles == ["initial commit"]
     assert repo.branches["candidate"][-1].title == "basic training"
@@ -97,7 +118,7 @@ COMMIT, UPLOAD = "/commit/main", "PUT /lfs/"
     ],
     ids=lambda value: "+".join(f"{f.kind} {f.pattern}" for f in value) if isinstance(value, list) else str(value),
 )
-def test_a_fault_that_passes_is_waited_out_and_leaves_one_commit(
+def test_a_transient_fault_still_makes_one_commit(
     loopback_hub: Hub, repo: Repo, run: RunFolder, faults: list[Fault], commit_requests: int
 ) -> None:
     loopback_hub.faults = [Fault(**vars(fault)) for fault in faults]
@@ -108,7 +129,7 @@ def test_a_fault_that_passes_is_waited_out_and_leaves_one_commit(
     assert all(fault.times == 0 for fault in loopback_hub.faults)
 
 
-def test_a_commit_that_came_in_between_is_kept_and_built_upon(loopback_hub: Hub, repo: Repo, run: RunFolder) -> None:
+def test_a_commit_made_in_between_is_kept(loopback_hub: Hub, repo: Repo, run: RunFolder) -> None:
     loopback_hub.faults = [
         Fault(COMMIT, "before", action=lambda: repo.commit("main", "another writer", {"THEIRS.md": b"theirs"}))
     ]
@@ -119,29 +140,29 @@ def test_a_commit_that_came_in_between_is_kept_and_built_upon(loopback_hub: Hub,
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         (Fault(COMMIT, "status", times=99, status=503), "503"),
         (Fault(COMMIT, "status", times=99, status=403), "403 Forbidden"),
         (Fault("validate-yaml", "status", times=99, status=400), "Invalid metadata in README.md"),
     ],
 )
-def test_a_push_that_fails_says_why_and_how_it_is_finished_without_the_token(
-    loopback_hub: Hub, repo: Repo, run: RunFolder, fault: Fault, said: str
+def test_a_failed_push_names_the_cause_and_the_command_to_finish(
+    loopback_hub: Hub, repo: Repo, run: RunFolder, fault: Fault, message: str
 ) -> None:
     loopback_hub.faults = [Fault(**vars(fault))]
-    with pytest.raises(PublishError) as failure:
+    with pytest.raises(PublishError) as error:
         push.push(run, NAME, HubSettings(retry_minutes=0.03))
-    assert said in str(failure.value)
-    assert "Finish with: TAGGER_RUN_ID=tiny-1 tagger-job push" in str(failure.value)
-    assert WRITE_TOKEN not in str(failure.value)
+    assert message in str(error.value)
+    assert "Finish with: TAGGER_RUN_ID=tiny-1 tagger-job push" in str(error.value)
+    assert WRITE_TOKEN not in str(error.value)
     assert repo.titles == ["initial commit"]
     loopback_hub.faults = []
     push.push(run, NAME, SETTINGS)
     assert repo.titles == ["initial commit", "basic training"]
 
 
-def test_a_token_that_is_refused_is_not_tried_again(loopback_hub: Hub, repo: Repo, run: RunFolder) -> None:
+def test_a_rejected_token_is_not_retried(loopback_hub: Hub, repo: Repo, run: RunFolder) -> None:
     loopback_hub.faults = [Fault(COMMIT, "status", times=99, status=401)]
     with pytest.raises(PublishError):
         push.push(run, NAME, SETTINGS)
