@@ -1,11 +1,11 @@
-"""Everything that can be known before anything is spent."""
+"""Checks before anything is spent: token, repo, base model, data, run folder, memory and disk."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 from job import data, gate, push, quantize, report
 from job.dataset import tokenization
@@ -17,87 +17,110 @@ from job.hub import access
 from job.hub import client as hub
 from job.runs import run_folder
 from job.runs.run_folder import RunFolder
-from job.settings import Settings
+from job.settings import Base, Data, Settings
 from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local
 from job.types import HubRevision, SplitData
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class PreflightResult:
-    """What the check found, with which the run goes on."""
+    """What the checks found and the run continues with."""
 
     settings: Settings
-    """As given, but with commit hashes for the revisions of base model and data set."""
+    """The given settings, with commit hashes as revisions of base model and data set."""
     examples: SplitData
     run: RunFolder
     repo: str | None
-    """Where the run will be pushed, or None."""
+    """The repo that the run will be pushed to, or None."""
     licence: str | None
-    """The base model's, as its page on the Hub has it."""
+    """The base model's licence, from its page on the Hub."""
+
+
+class _Problems:
+    """The problems found so far, so that the user can fix all of them at once."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def collect(self, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Return the result of a check; None if it raised InvalidInputError, whose messages are kept."""
+        try:
+            return check(*args, **kwargs)
+        except InvalidInputError as error:
+            self.messages.extend(error.problems)
+            return None
+
+    def raise_if_any(self) -> None:
+        if self.messages:
+            raise InvalidInputError(*self.messages)
 
 
 def check(settings: Settings) -> PreflightResult:
-    """Look at token, repo, base model, data and run folder; on disk nothing is written.
+    """Check token, repo, base model, data and run folder. Writes nothing to disk except the cache of the Hub's client.
 
     Raises InvalidInputError with every problem found.
     """
-    problems: list[str] = []
-
-    def attempt(step: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return step(*arguments)
-        except InvalidInputError as refusal:
-            problems.extend(refusal.problems)
-            return None
-
+    problems = _Problems()
     settings = run_folder.with_recorded_revisions(settings)
-    base: HubRevision | None = None
-    dataset: HubRevision | None = None
-    if is_local(settings.base.model, WEIGHT_SUFFIXES):
-        attempt(quantize.check_local, settings.base.model)
-    elif not hub.is_offline():
-        base = attempt(access.resolve_revision, "model", settings.base.model, settings.base.revision)
-    if not is_local(settings.data.dataset, DATA_SUFFIXES) and not hub.is_offline():
-        dataset = attempt(access.resolve_revision, "dataset", settings.data.dataset, settings.data.revision)
-    repo = attempt(push.prepare_repo, settings)
-    attempt(gate.check_published, settings, repo)
-    attempt(data.inference_texts, settings.sample)
-    listed = attempt(decoding.read_vocabulary_file, settings.sample)
-    attempt(report.check_output, settings.sample.output, settings.sample.input, settings.data.dataset)
-    if problems and not is_local(settings.data.dataset, DATA_SUFFIXES):
-        raise InvalidInputError(*problems)  # before a data set is downloaded
+    base = problems.collect(_check_base_model, settings.base)
+    dataset = problems.collect(_resolve_dataset, settings.data)
+    repo = problems.collect(push.prepare_repo, settings)
+    problems.collect(gate.check_published, settings, repo)
+    problems.collect(data.inference_texts, settings.sample)
+    vocabulary = problems.collect(decoding.read_vocabulary_file, settings.sample)
+    problems.collect(report.check_output, settings.sample.output, settings.sample.input, settings.data.dataset)
+    if not is_local(settings.data.dataset, DATA_SUFFIXES):
+        problems.raise_if_any()  # before a data set is downloaded
 
     settings = settings.with_revisions(base=base.commit if base else None, data=dataset.commit if dataset else None)
-    examples = attempt(data.load, settings.data)
+    examples = problems.collect(data.load, settings.data)
     if examples is None:
-        attempt(run_folder.check_writable, settings.run.dir)
-        raise InvalidInputError(*problems)
-    attempt(gate.check_split, settings, examples)
+        problems.collect(run_folder.check_writable, settings.run.dir)
+        raise InvalidInputError(*problems.messages)
+    problems.collect(gate.check_split, settings, examples)
     if settings.sample.threshold == "auto":
-        examples = attempt(split_calibration, examples, settings.data) or examples
-    attempt(drop_rare_tags, examples.train, settings.data.min_tag_count)
-    if listed:  # the file's name alone would not tell another content
-        both = hashlib.sha256(repr((examples.fingerprint, listed)).encode()).hexdigest()
-        examples = replace(examples, fingerprint=both)
-    run = attempt(RunFolder.open, settings, examples)
-    if problems:
-        raise InvalidInputError(*problems)
+        examples = problems.collect(split_calibration, examples, settings.data) or examples
+    problems.collect(drop_rare_tags, examples.train, settings.data.min_tag_count)
+    if vocabulary:  # the settings hold only the file's name, which stays the same when its content changes
+        digest = hashlib.sha256(repr((examples.fingerprint, vocabulary)).encode()).hexdigest()
+        examples = replace(examples, fingerprint=digest)
+    run = problems.collect(RunFolder.open, settings, examples)
+    problems.raise_if_any()
+    assert run is not None
     return PreflightResult(settings, examples, run, repo, base.licence if base else None)
 
 
-def already_published(checked: PreflightResult) -> bool:
-    """Whether what is published was made with these revisions, data and settings, as its manifest has them.
+def _check_base_model(settings: Base) -> HubRevision | None:
+    """Return the commit of a base model on the Hub; None if it is local (and then checked) or the Hub is offline."""
+    if is_local(settings.model, WEIGHT_SUFFIXES):
+        quantize.check_local(settings.model)
+        return None
+    return None if hub.is_offline() else access.resolve_revision("model", settings.model, settings.revision)
 
-    Not while a run of them is here that has not come to its end: its promotion may still lack the tag.
+
+def _resolve_dataset(settings: Data) -> HubRevision | None:
+    """Return the commit of a data set on the Hub; None if it is local or the Hub is offline."""
+    if is_local(settings.dataset, DATA_SUFFIXES) or hub.is_offline():
+        return None
+    return access.resolve_revision("dataset", settings.dataset, settings.revision)
+
+
+def already_published(checked: PreflightResult) -> bool:
+    """Return whether the published adapter was made with these revisions, data and settings.
+
+    Always False while an unfinished run of them is on disk: the version tag of its promotion may still be missing.
     """
-    begun = checked.run.started and not checked.run.complete
-    return not begun and same_inputs(checked, checked.settings.hub.revision)
+    unfinished = checked.run.started and not checked.run.complete
+    return not unfinished and same_inputs(checked, checked.settings.hub.revision)
 
 
 def skip_known_rejection(checked: PreflightResult) -> None:
-    """Raise GateRejected when the same was trained elsewhere, compared with what is published now, and refused.
+    """Raise GateRejected if a run of the same inputs was compared with what is published now, and rejected.
 
-    A schedule would otherwise train it again and again, on a machine that remembers nothing.
+    Otherwise a schedule would train it again each time, on a machine without the run's folder.
     """
     import httpx2
 
@@ -106,60 +129,61 @@ def skip_known_rejection(checked: PreflightResult) -> None:
         return
     try:
         branch = push.candidate_branch(checked.run, hub.branch_head(repo, settings.hub.revision))
-        gate = (hub.published_json(repo, branch, "metrics.json") or {}).get("gate") or {}
+        verdict = (hub.published_json(repo, branch, "metrics.json") or {}).get("gate") or {}
     except (httpx2.HTTPError, OSError, hub.HubFileError) as error:
         raise hub.hub_unreachable(error) from None
-    same = {"gate": settings.eval.gate, "min_f1": settings.eval.min_f1, "tolerance": settings.eval.tolerance}
-    if gate.get("verdict", "pass") != "pass" and same.items() <= gate.items() and same_inputs(checked, branch):
+    limits = {"gate": settings.eval.gate, "min_f1": settings.eval.min_f1, "tolerance": settings.eval.tolerance}
+    rejected = verdict.get("verdict", "pass") != "pass" and limits.items() <= verdict.items()
+    if rejected and same_inputs(checked, branch):
         raise GateRejected(
-            f"{gate['verdict']}: {gate['reason']}: it is not published, and not trained again, for nothing has changed "
-            f"since; it is on the branch {branch}"
+            f"{verdict['verdict']}: {verdict['reason']}: it is not published, and not trained again, because nothing "
+            f"has changed since; the rejected adapter is on the branch {branch}"
         )
 
 
 def same_inputs(checked: PreflightResult, revision: str | None) -> bool:
-    """Whether the manifest at a revision of the repo has these revisions, data and settings."""
+    """Return whether the manifest published at a revision of the repo has these revisions, data and settings."""
     if checked.repo is None:
         return False
-    found = hub.published_manifest(checked.settings.hub.model_copy(update={"repo": checked.repo, "revision": revision}))
-    was, now = found.get("settings"), checked.settings.result_values()
+    published_at = checked.settings.hub.model_copy(update={"repo": checked.repo, "revision": revision})
+    manifest = hub.published_manifest(published_at)
+    old, new = manifest.get("settings"), checked.settings.result_values()
     return (
-        isinstance(was, dict)
-        and {name: was.get(name) for name in now} == now
-        and found.get("dataset", {}).get("fingerprint") == checked.examples.fingerprint
+        isinstance(old, dict)
+        and {name: old.get(name) for name in new} == new
+        and manifest.get("dataset", {}).get("fingerprint") == checked.examples.fingerprint
     )
 
 
 def check_machine(checked: PreflightResult) -> list[str]:
-    """Look at device, precision, memory, disk and the longest examples; returns a line for each.
+    """Check device, precision, memory, disk and the longest training example; return a line to print for each.
 
-    Raises InvalidInputError with every problem found. Imports torch and transformers, and downloads the base
-    model's config and tokenizer if they are not there.
+    Raises InvalidInputError with every problem found. Imports torch and transformers, and downloads config and
+    tokenizer of the base model if they are not cached.
     """
     from job import estimate
     from job.system.device import ComputeSpec, gpu_unavailable_reason
 
     settings, examples = checked.settings, checked.examples
-    machine = ComputeSpec.resolve(settings.run.device, settings.train.precision)
+    compute = ComputeSpec.resolve(settings.run.device, settings.train.precision)
     tokenizer = quantize.load_tokenizer(settings.base)
-    taught = drop_rare_tags(examples.train, settings.data.min_tag_count)
-    longest = sorted(taught, key=lambda e: len(e.text), reverse=True)[:1]  # micro-batches get no smaller
+    train_examples = drop_rare_tags(examples.train, settings.data.min_tag_count)
+    # a micro-batch holds at least one example, so the longest one decides whether training fits
+    longest = sorted(train_examples, key=lambda e: len(e.text), reverse=True)[:1]
     encoded = tokenization.encode(tokenizer, longest, settings)
     for example in encoded:
-        assert example.labels[-1] == tokenizer.eos_token_id, "the end of sequence is a label"
-    need = estimate.estimate(settings, machine, encoded)
+        assert example.labels[-1] == tokenizer.eos_token_id, "the last label must be the end of sequence"
+    memory = estimate.estimate(settings, compute, encoded)
     problems = [
-        *estimate.cpu_problems(need, settings, machine),
-        *estimate.memory_problems(need, machine),
-        *estimate.disk_problems(need, checked.run.path),
+        *estimate.cpu_problems(memory, settings, compute),
+        *estimate.memory_problems(memory, compute),
+        *estimate.disk_problems(memory, checked.run.path),
     ]
     if problems:
         raise InvalidInputError(*problems)
-    because = (
-        f", for {gpu_unavailable_reason()}" if settings.run.device == "auto" and machine.device.type == "cpu" else ""
-    )
+    fallback = settings.run.device == "auto" and compute.device.type == "cpu"
     return [
-        f"device: {machine}{because}",
+        f"device: {compute}{f', because {gpu_unavailable_reason()}' if fallback else ''}",
         f"longest example: {len(encoded[0].input_ids)} tokens",
-        f"memory: at least {need}",
+        f"memory: at least {memory}",
     ]
