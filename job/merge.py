@@ -1,4 +1,4 @@
-"""The adapter merged into the unquantized base model, for servers that take no adapters."""
+"""Merge the adapter into the unquantized base model, for servers that load no adapters."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def merge(run: RunFolder, settings: Settings, machine: ComputeSpec) -> None:
+def merge(run: RunFolder, settings: Settings, compute: ComputeSpec) -> None:
     """Write the merged model and its tokenizer to the run's `merged/`.
 
-    Merged in fp32 into weights that were never quantized, so that nothing is lost but what rounding
-    costs. Raises JobError when it tags the sample texts otherwise than base and adapter do.
+    The merge is computed in fp32 with base weights that were never quantized, so that only rounding changes the
+    result. Raises JobError if the merged model tags the sample texts differently from base model and adapter.
     """
-    exact = dataclasses.replace(machine, precision="fp32")
+    exact = dataclasses.replace(compute, precision="fp32")
     base = quantize.load_model(settings.base.model_copy(update={"quantize": "none"}), exact)
     tokenizer = quantize.load_tokenizer(settings.base)
     texts = inference_texts(settings.sample)
@@ -40,7 +40,7 @@ def merge(run: RunFolder, settings: Settings, machine: ComputeSpec) -> None:
     answers = Tagger(merged, tokenizer, settings, exact, decoding).tag(texts)
     pairs = zip(map(dataclasses.asdict, expected), map(dataclasses.asdict, answers), strict=True)
     if not all(same_answer(old, new, decoding) for old, new in pairs):
-        raise JobError("the merged model gives other tags than base and adapter: it is not saved, nothing is pushed")
+        raise JobError("the merged model gives other tags than base model and adapter; it is not saved or pushed")
     with run.folder("merged") as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
