@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from job import quantize
 from job.dataset import prompts
@@ -18,74 +19,69 @@ from job.types import Scores
 def model_card(
     settings: Settings, scores: Mapping[str, Scores], versions: Mapping[str, str], licence: str | None
 ) -> str:
-    """README.md of the adapter: metadata that the Hub validates, then use, scores, loss, settings, versions.
+    """Return README.md of the adapter: metadata that the Hub validates, usage, scores, loss, settings and versions.
 
-    A base model or data set is named in the metadata only when it is on the Hub: the Hub refuses
-    cards that name a local path.
+    `scores` has an entry for each tagger, `adapter` among them; `versions` one for each library.
     """
     base, revision = quantize.hub_identity(settings.base)
     on_hub = not is_local(base, WEIGHT_SUFFIXES)
-    data_on_hub = not is_local(settings.data.dataset, DATA_SUFFIXES)
-    metadata: dict[str, Any] = {
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "tagger", "text-classification"],
-        **({"license": licence} if licence else {}),
-        **({"base_model": base} if on_hub else {}),
-        **({"datasets": [settings.data.dataset]} if data_on_hub else {}),
-        "model-index": [_model_index(base, settings, scores["adapter"])],
-    }
     prompt = prompts.prompt("some text", settings.data.separator)
-    at = f" at revision `{revision}`" if on_hub and revision else ""
-    lines = [
-        "---",
-        yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
-        "---",
-        "",
-        f"# A tagger on {base}",
-        "",
-        f"A LoRA adapter for `{base}`{at} that answers a text with a list of tags. It is asked `{prompt}` and goes",
-        f"on with `{prompts.target(['a tag', 'another'], settings.data.separator)}` and the end of sequence.",
-        f"Whoever uses it is bound by the licence of the base model{f' ({licence})' if licence else ''}.",
-        "",
-        *(
-            _snippet(prompt, settings)
-            if on_hub
-            else ["Use it with `tagger-job sample`: its base model is not on the Hub."]
-        ),
-        "",
-        "`tagger-job sample` answers by `tagger.json`: which tags, from which confidence on. The scores are of that.",
-        "",
-        "## Scores on held-out examples",
-        "",
-        *markdown_table(score_table(scores)),
-        "",
-        "![training loss](loss.svg)",
-        "",
-        "## Settings",
-        "",
-        "| variable | value |",
-        "|---|---|",
-        *(f"| `{name}` | `{to_env(value)}` |" for name, value in settings.result_values().items()),
-        "",
-        "Made with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
-    ]
-    return "\n".join(lines) + "\n"
+    metadata = _metadata(base if on_hub else None, _model_index(base, settings, scores["adapter"]), settings, licence)
+    templates = Environment(
+        loader=PackageLoader("job.runs"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown; markdown_table escapes the names in the table of scores
+    )
+    return templates.get_template("model_card.md.jinja").render(
+        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
+        base=base,
+        revision=revision if on_hub else None,
+        on_hub=on_hub,
+        licence=licence,
+        prompt=prompt,
+        prompt_literal=repr(prompt),
+        answer=prompts.target(["a tag", "another"], settings.data.separator),
+        max_new_tokens=settings.sample.max_new_tokens,
+        score_table="\n".join(markdown_table(score_table(scores))),
+        settings={name: to_env(value) for name, value in settings.result_values().items()},
+        versions=versions,
+    )
 
 
 def score_table(scores: Mapping[str, Scores]) -> Table:
-    """A row for each tagger; micro-F1 with its 95% interval."""
+    """Return a header and a row for each tagger; micro-F1 with its 95% interval."""
     rows = [["", "n", "precision", "recall", "micro-F1", "95%", "macro-F1", "Jaccard", "exact", "well_formed"]]
     for name, s in scores.items():
         low, high = s.intervals["f1"]
-        before, after = (s.precision, s.recall, s.f1), (s.macro_f1, s.jaccard, s.exact_match, s.well_formed)
-        figures = [*(f"{x:.3f}" for x in before), f"{low:.3f} to {high:.3f}", *(f"{x:.3f}" for x in after)]
+        micro, others = (s.precision, s.recall, s.f1), (s.macro_f1, s.jaccard, s.exact_match, s.well_formed)
+        figures = [*(f"{x:.3f}" for x in micro), f"{low:.3f} to {high:.3f}", *(f"{x:.3f}" for x in others)]
         rows.append([name, str(s.n), *figures])
     return rows
 
 
+def _metadata(
+    hub_base: str | None, model_index: dict[str, Any], settings: Settings, licence: str | None
+) -> dict[str, Any]:
+    """Return the card's metadata; a base model or data set is named only if it is on the Hub.
+
+    The Hub rejects cards that name a local path.
+    """
+    dataset = settings.data.dataset
+    return {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "tagger", "text-classification"],
+        **({"license": licence} if licence else {}),
+        **({"base_model": hub_base} if hub_base else {}),
+        **({"datasets": [dataset]} if not is_local(dataset, DATA_SUFFIXES) else {}),
+        "model-index": [model_index],
+    }
+
+
 def _model_index(base: str, settings: Settings, scores: Scores) -> dict[str, Any]:
-    """The scores in the form that the Hub shows on a model's page."""
+    """Return the scores in the form that the Hub shows on a model's page."""
     name = f"{base.rpartition('/')[2]}-tagger"
     metrics = {"f1": scores.f1, "precision": scores.precision, "recall": scores.recall}
     result = {
@@ -101,20 +97,3 @@ def _model_index(base: str, settings: Settings, scores: Scores) -> dict[str, Any
         ],
     }
     return {"name": name, "results": [result]}
-
-
-def _snippet(prompt: str, settings: Settings) -> list[str]:
-    """Lines that tag a text with nothing but peft and transformers."""
-    return [
-        "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        "from transformers import AutoTokenizer",
-        "",
-        'adapter = "owner/name"  # the name of this repo',
-        "tokenizer = AutoTokenizer.from_pretrained(adapter)",
-        "model = AutoPeftModelForCausalLM.from_pretrained(adapter)",
-        f'inputs = tokenizer({prompt!r}, return_tensors="pt")',
-        f"answer = model.generate(**inputs, max_new_tokens={settings.sample.max_new_tokens}, do_sample=False)",
-        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-        "```",
-    ]
