@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics, predictions, samples, the model card, the summary."""
+"""The results of a run as files: metrics, predictions, samples, model card and report."""
 
 from __future__ import annotations
 
@@ -22,73 +22,80 @@ from job.runs.run_folder import RunFolder, check_writable
 from job.settings import Settings
 from job.types import Prediction, Published, Scores, Summary, TaggedText, TrainResult, Verdict
 
-log = logging.getLogger(__name__)
-
-LONGEST_NAME = 200
-"""Bytes; file systems take 255, and the name is longer while the file is being written."""
-
-TAGS_SHOWN = 15
-"""The most frequent ones; tags.jsonl has all."""
-
 if TYPE_CHECKING:
     from job.sample import Tagger
+
+log = logging.getLogger(__name__)
+
+MAX_NAME_BYTES = 200
+"""File systems allow 255 bytes, and the temporary name during the write is longer than the final one."""
+TAGS_SHOWN = 15
+"""How many tags the report shows, the most frequent first; tags.jsonl has all."""
 
 
 def cached_evaluation(
     run: RunFolder, chapter: str, weights: str, evaluate: Callable[[], tuple[Scores, list[Prediction]]]
 ) -> tuple[Scores, list[Prediction]]:
-    """An evaluation's outcome: the one that an attempt before kept for these weights, or else made now and kept."""
+    """Return the result of `evaluate`, or the one that an earlier attempt saved for the same `weights`.
+
+    A result that cannot be saved is returned all the same.
+    """
     name = f"checkpoints/{chapter}.json"
     with run.chapter(chapter):
         if run.is_intact(name):
-            found = json.loads((run.path / name).read_text(encoding="utf-8"))
-            if found["weights"] == weights:
-                return Scores(**found["scores"]), [_prediction(was) for was in found["predictions"]]
+            saved = json.loads((run.path / name).read_text(encoding="utf-8"))
+            if saved["weights"] == weights:
+                return Scores(**saved["scores"]), list(map(_prediction, saved["predictions"]))
         scores, predictions = evaluate()
-        kept = {"weights": weights, "scores": asdict(scores), "predictions": list(map(asdict, predictions))}
+        result = {"weights": weights, "scores": asdict(scores), "predictions": list(map(asdict, predictions))}
         try:
-            run.write(name, json.dumps(kept, ensure_ascii=False))
+            run.write(name, json.dumps(result, ensure_ascii=False))
             run.record_checksums(name)
         except OSError as error:
-            log.warning("%s: not kept in case of an interruption (%s)", chapter, error.strerror or error)
+            log.warning("%s: result not saved, a resumed run evaluates again (%s)", chapter, error.strerror or error)
     return scores, predictions
 
 
 def cached_threshold(run: RunFolder, weights: str, tagger: Tagger, calibrate: Callable[[], None]) -> None:
-    """Give a tagger the threshold that an attempt before found for these weights, or find and note it now."""
+    """Set the tagger's threshold with `calibrate`, or to the one that an earlier attempt found for the same weights."""
     with run.chapter("calibrate"):
-        kept = run.manifest.get("threshold")
-        if kept is not None and kept["weights"] == weights:
-            tagger.decoding = replace(tagger.decoding, threshold=kept["value"])
+        saved = run.manifest.get("threshold")
+        if saved is not None and saved["weights"] == weights:
+            tagger.decoding = replace(tagger.decoding, threshold=saved["value"])
             return
         calibrate()
         run.update(threshold={"weights": weights, "value": tagger.decoding.threshold})
 
 
+def _metrics(run: RunFolder) -> dict[str, Any]:
+    """Read metrics.json."""
+    metrics: dict[str, Any] = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    return metrics
+
+
 def scores(run: RunFolder) -> dict[str, Scores]:
-    """The scores in metrics.json."""
-    metrics = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
-    return {name: Scores(**score) for name, score in metrics["scores"].items()}
+    """Read the scores in metrics.json."""
+    return {name: Scores(**values) for name, values in _metrics(run)["scores"].items()}
 
 
 def predictions(run: RunFolder) -> list[Prediction]:
-    """The lines of predictions.jsonl."""
-    return [_prediction(was) for was in _lines(run, "predictions.jsonl")]
+    """Read predictions.jsonl."""
+    return list(map(_prediction, _lines(run, "predictions.jsonl")))
 
 
-def _prediction(was: dict[str, Any]) -> Prediction:
-    return Prediction(was["text"], tuple(was["gold"]), tuple(was["predicted"]), was["raw"])
+def _prediction(values: dict[str, Any]) -> Prediction:
+    return Prediction(values["text"], tuple(values["gold"]), tuple(values["predicted"]), values["raw"])
 
 
 def verdict(run: RunFolder) -> Verdict | None:
-    """The gate's verdict in metrics.json, if there was one."""
-    found = json.loads((run.path / "metrics.json").read_text(encoding="utf-8")).get("gate")
-    return None if found is None else Verdict(**found)
+    """Read the gate's verdict in metrics.json; None if the gate has not run yet."""
+    values = _metrics(run).get("gate")
+    return None if values is None else Verdict(**values)
 
 
 def save_verdict(run: RunFolder, verdict: Verdict, published: Scores | None) -> None:
-    """Add the verdict, and the scores of the adapter that was compared with, to metrics.json."""
-    metrics = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    """Add the verdict, and the scores of the published adapter it was compared with, to metrics.json."""
+    metrics = _metrics(run)
     metrics["scores"].pop("published", None)
     metrics["scores"] |= {} if published is None else {"published": asdict(published)}
     with shutdown.deferred():
@@ -101,7 +108,7 @@ def save_metrics(
 ) -> None:
     """Write metrics.json, predictions.jsonl and tags.jsonl."""
     run.write_lines("predictions.jsonl", map(asdict, predictions))
-    tags = score_tags([was.gold for was in predictions], [was.predicted for was in predictions])
+    tags = score_tags([entry.gold for entry in predictions], [entry.predicted for entry in predictions])
     run.write_lines("tags.jsonl", map(asdict, tags))
     metrics = {
         "schema_version": 1,
@@ -115,7 +122,7 @@ def save_metrics(
 def save_card(
     adapter: Path, settings: Settings, scores: Mapping[str, Scores], run: RunFolder, *, licence: str | None
 ) -> None:
-    """Write the model card in the place of the one that peft made, and the picture that it shows."""
+    """Write the model card over the one that peft made, and the loss curve that it shows."""
     history = _lines(run, "log.jsonl")
     run.write("loss.svg", _curve("training loss", history, "loss"))
     (adapter / "README.md").write_text(
@@ -124,37 +131,39 @@ def save_card(
 
 
 def save_samples(run: RunFolder, samples: Sequence[TaggedText]) -> None:
-    """Write samples.jsonl: the answers of the model in memory."""
+    """Write samples.jsonl: the answers of the model that was trained."""
     run.write_lines("samples.jsonl", map(asdict, samples))
 
 
 def check_round_trip(run: RunFolder, load: Callable[[], Tagger], settings: Settings) -> None:
-    """Tag the samples' texts anew, show the answers, and compare them with those of the model in memory.
+    """Tag the texts of samples.jsonl with a reloaded adapter, show the answers, and compare them with the saved ones.
 
-    Raises PublishError when the adapter cannot be loaded back, or when an answer differs: then what
-    others load is not what was trained.
+    Raises PublishError if the adapter cannot be loaded, or if an answer differs: then others would load something
+    else than what was trained.
     """
-    before = _lines(run, "samples.jsonl")
+    old_samples = _lines(run, "samples.jsonl")
     try:
         tagger = load()
-        samples = tagger.tag([sample["text"] for sample in before])
-    except InvalidInputError as refusal:
+        new_samples = tagger.tag([sample["text"] for sample in old_samples])
+    except InvalidInputError as error:
         raise PublishError(
-            f"what was saved cannot be loaded back: {refusal} "
+            f"the saved adapter cannot be loaded back: {error}. "
             f"Try again with: TAGGER_RUN_ID={run.path.name} tagger-job push"
-        ) from refusal
-    show_samples(samples, settings.sample.output)
-    for old, new in zip(before, samples, strict=True):
-        if not same_answer(old, asdict(new), tagger.decoding):
-            was, now = (dict(zip(t["tags"], t["confidences"], strict=True)) for t in (old, asdict(new)))
+        ) from error
+    show_samples(new_samples, settings.sample.output)
+    for old, sample in zip(old_samples, new_samples, strict=True):
+        new = asdict(sample)
+        if not same_answer(old, new, tagger.decoding):
+            old_tags, new_tags = (dict(zip(s["tags"], s["confidences"], strict=True)) for s in (old, new))
             raise PublishError(
-                f"loaded anew, the adapter answers {new.raw!r} to {new.text!r} ({now}), and answered {old['raw']!r} "
-                f"after training ({was}): what was saved is not what was trained; look at {run.path} before using it"
+                f"the reloaded adapter answers {new['raw']!r} to {new['text']!r} ({new_tags}), but after training it "
+                f"answered {old['raw']!r} ({old_tags}): what was saved is not what was trained; inspect {run.path} "
+                "before using it"
             )
 
 
 def show_samples(samples: Sequence[TaggedText], output: Path | None) -> None:
-    """Print a line for each answer, `prompt ['tag', ...]`, and write the file that is asked for."""
+    """Print a line for each answer, `prompt ['tag', ...]`, and write them as JSON lines to `output` if it is set."""
     for sample in samples:
         print(sample, flush=True)
     if output is not None:
@@ -162,36 +171,45 @@ def show_samples(samples: Sequence[TaggedText], output: Path | None) -> None:
 
 
 def check_output(output: Path | None, *inputs: str | Path | None) -> None:
-    """Raise InvalidInputError when the file that is to get the answers cannot be written, or is something else's.
+    """Raise InvalidInputError if the file for the answers cannot be written, or is one of the inputs.
 
-    It is replaced by renaming, which would put a plain file in the place of a device or a link.
+    The file is replaced by renaming, which would put a regular file in the place of a device or a link.
     """
     if output is None:
         return
     try:
-        taken = os.path.lexists(output) and (output.is_symlink() or not output.is_file())
+        is_special = os.path.lexists(output) and (output.is_symlink() or not output.is_file())
     except OSError as error:
         raise InvalidInputError(
             f"TAGGER_SAMPLE_OUTPUT={output} cannot be written: {error.strerror or error}"
         ) from error
-    if taken or not output.name or len(output.name.encode()) > LONGEST_NAME:
+    if is_special or not output.name or len(output.name.encode()) > MAX_NAME_BYTES:
         raise InvalidInputError(
-            f"TAGGER_SAMPLE_OUTPUT={output} is not a file that can be written anew; expected the path of a plain file"
+            f"TAGGER_SAMPLE_OUTPUT={output} is not a file that can be replaced; expected the path of a regular file"
         )
     if any(output.resolve() == Path(other).resolve() for other in inputs if other):
         raise InvalidInputError(f"TAGGER_SAMPLE_OUTPUT={output} is also read by this job; name another file")
-    check_writable(output.parent, "the answers' folder", "TAGGER_SAMPLE_OUTPUT to a file in one")
+    check_writable(output.parent, "the folder for the answers", "TAGGER_SAMPLE_OUTPUT to a file in a folder")
 
 
 def save_report(run: RunFolder, outcome: str, published: Published | None = None) -> None:
-    """Write report.json (its schema is job/runs/report.schema.json), and report.md and report.html: the run on a page.
+    """Write report.json (its schema is job/runs/report.schema.json) and the same on a page: report.md and report.html.
 
-    `outcome` is `judged` until more is known, then `published`, `not pushed` or `refused`; a run that
-    stays `judged` could not be published.
+    `outcome` is `judged` once the gate has decided, and finally `published`, `not pushed` or `refused`. A run whose
+    report stays `judged` passed the gate and could not be published.
     """
-    metrics = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
-    values, manifest = run.manifest["settings"], run.manifest
-    found = {
+    data = _report_data(run, outcome, published)
+    run.write("report.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    title, blocks = f"{run.path.name}: {outcome}", _report_blocks(run, data)
+    run.write("report.md", markup.markdown(title, blocks))
+    run.write("report.html", markup.html(title, blocks))
+
+
+def _report_data(run: RunFolder, outcome: str, published: Published | None) -> dict[str, Any]:
+    """Return the content of report.json."""
+    values, metrics = run.manifest["settings"], _metrics(run)
+    dataset = {name: values[f"TAGGER_DATA_{name.upper()}"] for name in ("dataset", "revision")}
+    return {
         "schema_version": 1,
         "run_id": run.path.name,
         "outcome": outcome,
@@ -199,43 +217,38 @@ def save_report(run: RunFolder, outcome: str, published: Published | None = None
         "revision": None if published is None else published.revision,
         "tag": None if published is None else published.tag,
         "base": {name: values[f"TAGGER_BASE_{name.upper()}"] for name in ("model", "revision", "quantize")},
-        "data": {name: values[f"TAGGER_DATA_{name.upper()}"] for name in ("dataset", "revision")} | manifest["dataset"],
+        "data": dataset | run.manifest["dataset"],
         **{name: metrics[name] for name in ("split", "scores", "gate", "training")},
-        "seconds": manifest["timings"],
+        "seconds": run.manifest["timings"],
     }
-    run.write("report.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    gate, data_ = metrics["gate"], found["data"]
+
+
+def _report_blocks(run: RunFolder, data: Mapping[str, Any]) -> list[Block]:
+    """Return the report's paragraphs, tables and pictures, in the order of the page."""
+    gate, split, dataset = data["gate"], data["split"], data["data"]
     history, tags = _lines(run, "log.jsonl"), _lines(run, "tags.jsonl")[:TAGS_SHOWN]
-    blocks: list[Block] = [
+    tagged = f", tagged {data['tag']}" if data["tag"] else ""
+    names, f1, intervals = ([tag[column] for tag in tags] for column in ("tag", "f1", "f1_interval"))
+    return [
         f"{gate['verdict'].capitalize()}, by TAGGER_EVAL_GATE={gate['gate']}: {gate['reason']}.",
-        f"The adapter is at {found['adapter']}{f', tagged {published.tag}' if published and published.tag else ''}.",
+        f"The adapter is at {data['adapter']}{tagged}.",
         score_table(scores(run)),
-        f"On {metrics['split']['examples']} held-out examples (split {metrics['split']['sha256'][:16]}), after "
-        f"training on {data_['train']} of {data_['dataset']}. The interval is that of micro-F1.",
+        f"On {split['examples']} held-out examples (split {split['sha256'][:16]}), after training on "
+        f"{dataset['train']} of {dataset['dataset']}. The interval is that of micro-F1.",
         Picture(_curve("training loss", history, "loss")),
         Picture(_curve("learning rate", history, "learning_rate")),
         [["tag", "examples", "predicted", "precision", "recall", "F1", "95%"], *map(_tag_row, tags)],
-        Picture(
-            plots.bars(
-                "F1 of the most frequent tags",
-                [tag["tag"] for tag in tags],
-                [tag["f1"] for tag in tags],
-                [tag["f1_interval"] for tag in tags],
-            )
-        ),
-        "Seconds: " + ", ".join(f"{chapter} {seconds:g}" for chapter, seconds in manifest["timings"].items()) + ".",
+        Picture(plots.bars("F1 of the most frequent tags", names, f1, intervals)),
+        "Seconds: " + ", ".join(f"{chapter} {seconds:g}" for chapter, seconds in data["seconds"].items()) + ".",
     ]
-    title = f"{run.path.name}: {outcome}"
-    run.write("report.md", markup.markdown(title, blocks))
-    run.write("report.html", markup.html(title, blocks))
 
 
-def _curve(title: str, history: Sequence[Mapping[str, Any]], what: str) -> str:
-    return plots.curve(title, [entry["step"] for entry in history], [entry[what] for entry in history])
+def _curve(title: str, history: Sequence[Mapping[str, Any]], column: str) -> str:
+    return plots.curve(title, [entry["step"] for entry in history], [entry[column] for entry in history])
 
 
 def _lines(run: RunFolder, name: str) -> list[dict[str, Any]]:
-    with (run.path / name).open(encoding="utf-8") as file:  # not splitlines(), which also splits at U+2028
+    with (run.path / name).open(encoding="utf-8") as file:  # splitlines() would also split at U+2028
         return [json.loads(line) for line in file]
 
 
@@ -246,7 +259,7 @@ def _tag_row(tag: Mapping[str, Any]) -> list[str]:
 
 
 def summary(run: RunFolder) -> Summary:
-    """How a complete run ended."""
+    """Return how a complete run ended."""
     published = run.manifest["published"]
     if published is not None:
         return Summary(run.path, published["url"], pushed=True)

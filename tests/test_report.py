@@ -1,4 +1,4 @@
-"""What a run keeps of itself, so that nothing is measured twice and nothing is kept that is not true."""
+"""Results are measured once, belong to the weights they were measured with, and are written as they were."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 
 from job import report
 from job.decoding.config import DecodingConfig
-from job.errors import PublishError
+from job.errors import InvalidInputError, PublishError
 from job.metrics.scores import score
 from job.report import cached_evaluation, cached_threshold, check_round_trip, save_samples
 from job.runs.run_folder import RunFolder
 from job.settings import Settings
 from job.types import Prediction, Scores, TaggedText
 
-OUTCOME = (score([["x", "y"]], [["x"]]), [Prediction("a text", ("x", "y"), ("x",), "['x']")])
+RESULT = (score([["x", "y"]], [["x"]]), [Prediction("a text", ("x", "y"), ("x",), "['x']")])
 
 
 @pytest.fixture
@@ -28,29 +28,29 @@ def run(tmp_path: Path) -> RunFolder:
     return run
 
 
-def test_an_evaluation_is_kept_for_the_weights_that_were_evaluated(run: RunFolder) -> None:
-    made = []
+def test_an_evaluation_is_cached_for_its_weights(run: RunFolder) -> None:
+    calls = []
 
     def evaluate() -> tuple[Scores, list[Prediction]]:
-        made.append("once more")
-        return OUTCOME
+        calls.append("evaluate")
+        return RESULT
 
     for _ in range(2):
-        assert cached_evaluation(run, "evaluate", "weights", evaluate) == OUTCOME
-    assert len(made) == 1
-    assert cached_evaluation(run, "evaluate", "other weights", evaluate) == OUTCOME
-    assert len(made) == 2
+        assert cached_evaluation(run, "evaluate", "weights", evaluate) == RESULT
+    assert len(calls) == 1
+    assert cached_evaluation(run, "evaluate", "other weights", evaluate) == RESULT
+    assert len(calls) == 2
 
 
-def test_an_evaluation_that_cannot_be_kept_is_not_lost(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_evaluation_that_cannot_be_saved_is_returned(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     run.checkpoints.rmdir()
     run.checkpoints.symlink_to("/proc/self", target_is_directory=True)
-    assert cached_evaluation(run, "evaluate", "weights", lambda: OUTCOME) == OUTCOME
-    assert "evaluate: not kept in case of an interruption" in caplog.text
+    assert cached_evaluation(run, "evaluate", "weights", lambda: RESULT) == RESULT
+    assert "evaluate: result not saved, a resumed run evaluates again" in caplog.text
 
 
-class Answering:
-    """A tagger that gives one answer."""
+class FixedTagger:
+    """A tagger that gives the same answer to every text."""
 
     def __init__(self, decoding: str, **tags: float) -> None:
         self.decoding = DecodingConfig(decoding, "closed", tuple(tags), 0.05, 9)  # type: ignore[arg-type]
@@ -62,29 +62,45 @@ class Answering:
 
 
 @pytest.mark.parametrize(
-    ("again", "alike"),
+    "reloaded",
     [
-        (Answering("marginal", rain=0.301, sea=0.0501), True),
-        (Answering("marginal", rain=0.4), False),
-        (Answering("marginal", sea=0.0502), False),
-        (Answering("greedy", rain=0.3), False),
+        FixedTagger("marginal", rain=0.4),
+        FixedTagger("marginal", sea=0.0502),
+        FixedTagger("greedy", rain=0.3),
     ],
 )
-def test_likely_tags_may_be_rounded_otherwise_and_lists_may_not(run: RunFolder, again: Any, alike: bool) -> None:
-    save_samples(run, Answering("marginal", rain=0.3, sea=0.0502).tag(["a text"]))
-    if alike:
-        check_round_trip(run, lambda: again, Settings())
-    else:
-        with pytest.raises(PublishError, match="and answered .*rain.* what was saved is not what was trained"):
-            check_round_trip(run, lambda: again, Settings())
+def test_a_reloaded_adapter_that_answers_differently_is_an_error(run: RunFolder, reloaded: Any) -> None:
+    save_samples(run, FixedTagger("marginal", rain=0.3, sea=0.0502).tag(["a text"]))
+    with pytest.raises(PublishError, match="after training it answered .*rain.* what was saved is not what was train"):
+        check_round_trip(run, lambda: reloaded, Settings())
 
 
-def test_the_threshold_is_kept_for_the_weights_that_it_was_found_for(run: RunFolder) -> None:
-    tagger: Any = Answering("marginal", rain=0.3)
-    found = iter([0.2, 0.1])
+def test_a_reloaded_adapter_may_round_confidences_differently(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reloaded: Any = FixedTagger("marginal", rain=0.301, sea=0.0501)
+    save_samples(run, FixedTagger("marginal", rain=0.3, sea=0.0502).tag(["a text"]))
+    check_round_trip(run, lambda: reloaded, Settings())
+    assert capsys.readouterr().out == "? ['rain', 'sea']\n"
+
+
+def test_an_adapter_that_cannot_be_reloaded_is_a_publish_error(run: RunFolder) -> None:
+    def fail() -> Any:
+        raise InvalidInputError("it has no weights")
+
+    save_samples(run, FixedTagger("greedy", rain=0.3).tag(["a text"]))
+    with pytest.raises(
+        PublishError, match=r"cannot be loaded back: it has no weights\. .*TAGGER_RUN_ID=run tagger-job"
+    ):
+        check_round_trip(run, fail, Settings())
+
+
+def test_the_threshold_is_cached_for_its_weights(run: RunFolder) -> None:
+    tagger: Any = FixedTagger("marginal", rain=0.3)
+    thresholds = iter([0.2, 0.1])
 
     def calibrate() -> None:
-        tagger.decoding = replace(tagger.decoding, threshold=next(found))
+        tagger.decoding = replace(tagger.decoding, threshold=next(thresholds))
 
     for weights, expected in (("these", 0.2), ("these", 0.2), ("others", 0.1)):
         tagger.decoding = replace(tagger.decoding, threshold=0.0)
@@ -92,7 +108,26 @@ def test_the_threshold_is_kept_for_the_weights_that_it_was_found_for(run: RunFol
         assert tagger.decoding.threshold == expected
 
 
-def test_a_text_may_hold_whatever_separates_lines_elsewhere(run: RunFolder) -> None:
+def test_predictions_keep_unicode_line_separators(run: RunFolder) -> None:
     texts = ["one\u2028line", "two\x85lines", "three\u2029lines\nand a fourth"]
     run.write_lines("predictions.jsonl", [asdict(Prediction(text, ("a",), (), "")) for text in texts])
     assert [prediction.text for prediction in report.predictions(run)] == texts
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("link.jsonl", "is not a file that can be replaced"),
+        ("folder", "is not a file that can be replaced"),
+        ("x" * 201, "is not a file that can be replaced"),
+        ("input.jsonl", "is also read by this job"),
+        ("/proc/answers.jsonl", "/proc cannot be written"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_an_input_error(output: str, message: str) -> None:
+    Path("input.jsonl").touch()
+    Path("link.jsonl").symlink_to("input.jsonl")
+    Path("folder").mkdir()
+    with pytest.raises(InvalidInputError, match=f"TAGGER_SAMPLE_OUTPUT.*{message}|{message}.*TAGGER_SAMPLE_OUTPUT"):
+        report.check_output(Path(output), "input.jsonl")
+    report.check_output(Path("answers.jsonl"), "input.jsonl", None)
