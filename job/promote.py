@@ -1,4 +1,4 @@
-"""Put a revision of the repo in the place of the published one: promotion of a candidate, or a rollback."""
+"""Replace the published adapter by another revision of the repo: promotion of a candidate, or rollback."""
 
 from __future__ import annotations
 
@@ -16,59 +16,66 @@ from job.types import Published
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationCopy, CommitOperationDelete, HfApi
 
-PRESERVED_FILES = ".gitattributes"
-"""How the repo keeps its files is not part of what is published."""
+PRESERVED_FILES = (".gitattributes",)
+"""Never copied or deleted: the repo's own configuration, not part of an adapter."""
 
 
 def promote(repo: str, revision: str, settings: Hub, *, parent: str | None = None) -> Published:
-    """Make the files of the published branch those of a revision, by one commit, and tag it v1, v2, ...
+    """Make the published branch hold the files of `revision`, in one commit, and tag the commit v1, v2, ...
 
-    The commit stands on `parent`, or without one on the head that is found now; where another commit
-    has come since, nothing is overwritten. Files are copied on the Hub's side. A commit that was made
-    already, its answer lost, is found by its message.
-    Raises InvalidInputError when the revision is not there or holds no adapter, and PublishError when there was
-    another writer; errors of the client are its own.
+    `parent` is the commit that the new one must follow; None stands for the branch's present head. If another commit
+    came after it, nothing is overwritten. The Hub copies the files itself. A commit that an earlier attempt made and
+    got no answer for is found by its description.
+
+    Raises InvalidInputError if the revision does not exist or holds no adapter, and PublishError if somebody else has
+    published in between. Other errors are those of the Hub's client.
     """
     client = hub.api()
-    wanted = _resolve_adapter_commit(client, repo, revision)
-    mark = f"Promotes {wanted}"
+    source = _resolve_adapter_commit(client, repo, revision)
     seconds = 60 * settings.retry_minutes
-    stands_on = parent or hub.branch_head(repo, settings.revision)
-
-    def attempt() -> str:
-        commits = client.list_repo_commits(repo, revision=settings.revision)
-        newer = commits_after(commits, stands_on)
-        if made := [commit.commit_id for commit in newer if mark in commit.message]:
-            return made[0]
-        if newer:
-            raise PublishError(
-                f"{repo} was at {stands_on[:12]} when it was compared with, and someone has published "
-                f"{newer[0].commit_id[:12]} ({newer[0].title}) since; nothing was overwritten. The same command again "
-                "compares with that one"
-            )
-        if parent is None and (stands_on == wanted or mark in commits[0].message):
-            return stands_on
-        operations = _commit_operations(client, repo, wanted, stands_on)
-        if not operations:
-            return stands_on
-        source = client.list_repo_commits(repo, revision=wanted)[0]
-        shutdown.check()  # what was interrupted publishes nothing
-        return client.create_commit(
-            repo,
-            operations=operations,
-            commit_message=f"promote {wanted[:12]}",
-            commit_description=f"{source.message}\n\n{mark}".strip(),
-            revision=settings.revision,
-            parent_commit=stands_on,
-        ).oid
-
-    commit = hub.retry(attempt, seconds, "promote")
+    parent_commit = parent or hub.branch_head(repo, settings.revision)
+    commit = hub.retry(
+        lambda: _promote_once(client, repo, source, branch=settings.revision, parent_commit=parent_commit),
+        seconds,
+        "promote",
+    )
     tag = hub.retry(lambda: _version_tag(client, repo, commit), seconds, "promote")
     return Published(repo, commit, f"{client.endpoint}/{repo}/commit/{commit}", tag)
 
 
-def was_promoted(run: RunFolder, repo: str, settings: Hub, parent: str) -> bool:
-    """Whether this run's candidate was promoted onto this commit."""
+def _promote_once(client: HfApi, repo: str, source: str, *, branch: str | None, parent_commit: str) -> str:
+    """Return the commit of `branch` that holds the files of `source`, made now unless it exists already."""
+    commits = client.list_repo_commits(repo, revision=branch)
+    commit_marker = _commit_marker(source)
+    newer = commits_after(commits, parent_commit)
+    for commit in newer:
+        if commit_marker in commit.message:
+            return commit.commit_id
+    if newer:
+        raise PublishError(
+            f"{repo} was at {parent_commit[:12]} when the adapters were compared, and someone has published "
+            f"{newer[0].commit_id[:12]} ({newer[0].title}) since; nothing was overwritten. Run the same command again "
+            "to compare with that commit"
+        )
+    if parent_commit == source or commit_marker in commits[0].message:
+        return parent_commit
+    operations = _commit_operations(client, repo, source, parent_commit)
+    if not operations:
+        return parent_commit
+    source_message = client.list_repo_commits(repo, revision=source)[0].message
+    shutdown.check()  # an interrupted run publishes nothing
+    return client.create_commit(
+        repo,
+        operations=operations,
+        commit_message=f"promote {source[:12]}",
+        commit_description=f"{source_message}\n\n{commit_marker}".strip(),
+        revision=branch,
+        parent_commit=parent_commit,
+    ).oid
+
+
+def was_promoted(run: RunFolder, repo: str, settings: Hub, base_commit: str) -> bool:
+    """Return whether this run's candidate was promoted after the commit that it was compared with."""
     candidate = run.manifest.get("candidate")
     if candidate is None:
         return False
@@ -76,13 +83,17 @@ def was_promoted(run: RunFolder, repo: str, settings: Hub, parent: str) -> bool:
     commits = hub.retry(
         lambda: client.list_repo_commits(repo, revision=settings.revision), 60 * settings.retry_minutes, "promote"
     )
-    return any(commit.commit_id == parent for commit in commits) and any(
-        f"Promotes {candidate}" in commit.message for commit in commits_after(commits, parent)
-    )
+    newer = commits_after(commits, base_commit)
+    return len(newer) < len(commits) and any(_commit_marker(candidate) in commit.message for commit in newer)
+
+
+def _commit_marker(source: str) -> str:
+    """Return the line by which the commit that promotes `source` is found again."""
+    return f"Promotes {source}"
 
 
 def _resolve_adapter_commit(client: HfApi, repo: str, revision: str) -> str:
-    """The hash of the commit that a name stands for; raises InvalidInputError when it is none that holds an adapter."""
+    """Return the commit hash of a revision; raises InvalidInputError if it does not exist or holds no adapter."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -98,36 +109,37 @@ def _resolve_adapter_commit(client: HfApi, repo: str, revision: str) -> str:
     missing = {"adapter_config.json", "adapter_model.safetensors"} - {file.rfilename for file in info.siblings or ()}
     if missing:
         raise InvalidInputError(
-            f"{repo} at {revision} holds no adapter: {', '.join(sorted(missing))} is not there; name another"
+            f"{repo} at {revision} holds no adapter: {', '.join(sorted(missing))} is missing; name another revision"
         )
     return str(info.sha)
 
 
 def _commit_operations(
-    client: HfApi, repo: str, revision: str, onto: str
+    client: HfApi, repo: str, source: str, base_commit: str
 ) -> list[CommitOperationCopy | CommitOperationDelete]:
-    """What makes the files of a commit those of a revision."""
+    """List the operations that turn the files of `base_commit` into those of `source`."""
     from huggingface_hub import CommitOperationCopy, CommitOperationDelete
     from huggingface_hub.hf_api import RepoFile
 
-    def files(at: str) -> dict[str, str]:
-        tree = client.list_repo_tree(repo, recursive=True, revision=at)
-        return {file.path: file.blob_id for file in tree if isinstance(file, RepoFile) and file.path != PRESERVED_FILES}
+    def blobs(revision: str) -> dict[str, str]:
+        tree = client.list_repo_tree(repo, recursive=True, revision=revision)
+        files = (file for file in tree if isinstance(file, RepoFile) and file.path not in PRESERVED_FILES)
+        return {file.path: file.blob_id for file in files}
 
-    wanted, there = files(revision), files(onto)
+    new, old = blobs(source), blobs(base_commit)
     return [
-        *(CommitOperationCopy(path, path, revision) for path, blob in wanted.items() if there.get(path) != blob),
-        *(CommitOperationDelete(path) for path in there.keys() - wanted.keys()),
+        *(CommitOperationCopy(path, path, source) for path, blob in new.items() if old.get(path) != blob),
+        *(CommitOperationDelete(path) for path in old.keys() - new.keys()),
     ]
 
 
 def _version_tag(client: HfApi, repo: str, commit: str) -> str:
-    """The version tag of a commit: the one it has, or the next number."""
+    """Return the version tag of a commit, creating the next number if it has none."""
     versions = {
         tag.name: tag.target_commit for tag in client.list_repo_refs(repo).tags if re.fullmatch(r"v\d+", tag.name)
     }
-    if had := [name for name, target in versions.items() if target == commit]:
-        return had[0]
+    if existing := [name for name, target in versions.items() if target == commit]:
+        return existing[0]
     number = 1 + max((int(name[1:]) for name in versions), default=0)
     client.create_tag(repo, tag=f"v{number}", revision=commit, exist_ok=True)
-    return _version_tag(client, repo, commit)  # another writer may have taken the number
+    return _version_tag(client, repo, commit)  # somebody else may have taken the number

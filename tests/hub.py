@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face Hub on loopback: real HTTP, in memory, the calls that huggingface_hub makes here.
+"""A Hugging Face Hub on loopback, in memory: real HTTP for the calls that the tests make through huggingface_hub.
 
-It can be told to fail: with a status, by dropping the connection in the middle of a request, or by
-doing what is asked and never answering.
+A `Fault` makes it fail: with a status, by dropping the connection in the middle of a request, or by serving the
+request without an answer.
 """
 
 from __future__ import annotations
@@ -59,11 +59,10 @@ class Repo:
         self, branch: str, title: str, files: dict[str, bytes], message: str = "", deleted: Collection[str] = ()
     ) -> Commit:
         history = self.branches.setdefault(branch, [])
-        before = (
-            {path: content for path, content in history[-1].files.items() if path not in deleted} if history else {}
-        )
-        oid = hashlib.sha1(uuid.uuid4().bytes).hexdigest()  # no two Hubs of a test session share one in the cache
-        history.append(Commit(oid, title, message, {**before, **files}))
+        old_files = history[-1].files if history else {}
+        kept = {path: content for path, content in old_files.items() if path not in deleted}
+        oid = hashlib.sha1(uuid.uuid4().bytes).hexdigest()  # unique, because the tests share one download cache
+        history.append(Commit(oid, title, message, {**kept, **files}))
         return history[-1]
 
     def at(self, revision: str) -> Commit | None:
@@ -73,7 +72,7 @@ class Repo:
         return next((c for history in self.branches.values() for c in history if c.oid == revision), None)
 
     def history(self, revision: str) -> list[Commit]:
-        """The commits up to a revision, oldest first."""
+        """Return the commits up to a revision, oldest first."""
         commit = self.at(revision)
         for history in self.branches.values():
             if commit in history:
@@ -87,7 +86,11 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What happens to the next so many requests whose `METHOD path` matches."""
+    """How the server treats the next `times` requests whose `METHOD path` matches `pattern`.
+
+    `status` answers with that status, `drop` hangs up in the middle of the request, `lose_answer` serves it and hangs
+    up, `before` only calls `action`. Every kind calls `action` first.
+    """
 
     pattern: str
     kind: Literal["status", "drop", "lose_answer", "before"]
@@ -98,7 +101,7 @@ class Fault:
 
 
 class Hub:
-    """What the server holds, what was asked of it, and what it is told to fail at."""
+    """The server's repos, the requests it has received, and the faults it will produce."""
 
     def __init__(self) -> None:
         self.models: dict[str, Repo] = {}
@@ -132,6 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(call)
         fault = self.hub.next_fault(call)
         length = int(self.headers.get("Content-Length") or 0)
+        if fault is not None and fault.action is not None:
+            fault.action()
         if fault is not None and fault.kind == "drop":
             self.rfile.read(length // 2)
             self._hang_up()
@@ -141,8 +146,6 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.kind == "status":
             self._answer(fault.status, {"error": "told to fail"}, fault.headers)
             return
-        if fault is not None and fault.action is not None:
-            fault.action()
         for pattern, method in _ROUTES:
             if match := re.fullmatch(pattern, call):
                 method(self, body, *match.groups())
@@ -375,7 +378,7 @@ _ROUTES = [
 
 
 class Server:
-    """A Hub on a free port of this machine; `fresh` gives it an empty one."""
+    """A Hub on a free loopback port; `fresh` replaces its content with an empty one."""
 
     def __init__(self) -> None:
         self._handler = type("Handler", (_Handler,), {"hub": Hub()})
