@@ -550,8 +550,8 @@ def test_a_run_whose_results_were_altered_or_removed_makes_them_again(
         ({"TAGGER_LORA_TARGETS": "nothing"}, ["no module named nothing", "q_proj"]),
         ({"TAGGER_HUB_PUSH": "always"}, ["needs a token"]),
         ({"TAGGER_SAMPLE_INPUT": "absent.txt"}, ["absent.txt cannot be read"]),
-        ({"TAGGER_SAMPLE_OUTPUT": "link"}, ["is not a file that can be written anew"]),
-        ({"TAGGER_SAMPLE_OUTPUT": "empty"}, ["is not a file that can be written anew"]),
+        ({"TAGGER_SAMPLE_OUTPUT": "link"}, ["is not a file that can be replaced"]),
+        ({"TAGGER_SAMPLE_OUTPUT": "empty"}, ["is not a file that can be replaced"]),
         ({"TAGGER_SAMPLE_OUTPUT": "empty.jsonl", "TAGGER_SAMPLE_INPUT": "empty.jsonl"}, ["is also read by this job"]),
         ({"TAGGER_LORA_TARGETS": "foo.q_proj"}, ["TAGGER_LORA_TARGETS=foo.q_proj does not fit the model"]),
         ({"TAGGER_SAMPLE_OUTPUT": "/proc/answers.jsonl"}, ["cannot be written", "TAGGER_SAMPLE_OUTPUT"]),
@@ -595,7 +595,7 @@ def test_without_a_gpu_auto_says_so_and_refuses_a_model_for_one_before_anything_
     assert "and this machine has no NVIDIA driver; take a machine with a GPU" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
     assert main([command]) == 0
-    assert "in fp32, for this machine has no NVIDIA driver" in capsys.readouterr().out + caplog.text
+    assert "in fp32, because this machine has no NVIDIA driver" in capsys.readouterr().out + caplog.text
 
 
 @pytest.mark.parametrize(
