@@ -38,9 +38,9 @@ def prepare_repo(settings: Settings) -> str | None:
     missing = [name for name, is_met in requirements.items() if not is_met]
     if settings.eval.gate == "published" and (wanted == "never" or missing):
         raise InvalidInputError(
-            "TAGGER_EVAL_GATE=published compares with the published adapter and publishes the better one, but nothing "
-            "can be pushed: it needs HF_TOKEN, the network, and a TAGGER_HUB_PUSH other than never. Provide them, or "
-            "set TAGGER_EVAL_GATE to floor or off"
+            "TAGGER_EVAL_GATE=published compares with the published adapter and publishes to its repo, but nothing can "
+            "be pushed: it needs HF_TOKEN, the network, and a TAGGER_HUB_PUSH other than never. Provide them, or set "
+            "TAGGER_EVAL_GATE to floor or off"
         )
     if wanted == "never":
         return None
