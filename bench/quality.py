@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -284,7 +284,7 @@ def _measure(
     threshold = tagger.decoding.threshold
     likely = decoding.decoding == "marginal"
     if likely:  # every tag that any threshold may keep
-        tagger.decoding = replace(tagger.decoding, threshold=0.0)
+        tagger.decoding = tagger.decoding.model_copy(update={"threshold": 0.0})
     started = time.monotonic()
     answers = tagger.tag([example.text for example in parts.held_out])
     seconds_tagging = time.monotonic() - started

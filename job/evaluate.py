@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from job.types import Example, Prediction, Scores
@@ -32,9 +31,9 @@ def evaluate(tagger: Tagger, examples: Sequence[Example]) -> tuple[Scores, list[
 
 def calibrate(tagger: Tagger, examples: Sequence[Example]) -> None:
     """Give a tagger the threshold that is best on these examples, which it was not trained on."""
-    tagger.decoding = replace(tagger.decoding, threshold=0.0)
+    tagger.decoding = tagger.decoding.model_copy(update={"threshold": 0.0})
     answers = tagger.tag([example.text for example in examples])
     ranked = [list(zip(answer.tags, answer.confidences, strict=True)) for answer in answers]
     threshold, f1 = best_threshold([example.tags for example in examples], ranked)
-    tagger.decoding = replace(tagger.decoding, threshold=threshold)
+    tagger.decoding = tagger.decoding.model_copy(update={"threshold": threshold})
     log.info("evaluate: threshold %g, micro-F1 %.3f on %d training examples set aside", threshold, f1, len(examples))

@@ -1,4 +1,4 @@
-"""How answers are decoded: from which tags, from which confidence on. An adapter brings it along."""
+"""Decoding configuration (vocabulary, threshold), saved with the adapter as tagger.json."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from job.errors import InvalidInputError
 from job.hub import client as hub
@@ -18,114 +19,148 @@ from job.types import Example
 log = logging.getLogger(__name__)
 
 CONFIG_NAME = "tagger.json"
-SCHEMA_VERSION = 1
 DEFAULT_MAX_TAGS = 20
-"""Tags of an answer, if nothing else is said."""
+"""Default of both `max_tags` and `max_positions`."""
+
+_Count = Annotated[int, Field(ge=1, le=1000)]
 
 
-@dataclass(frozen=True)
-class DecodingConfig:
-    """The knobs of TAGGER_SAMPLE_ that belong to an adapter, and the tags that it knows."""
+class DecodingConfig(BaseModel):
+    """The settings TAGGER_SAMPLE_* that are saved with an adapter, and the tags that it knows."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1]
     decoding: Literal["greedy", "marginal"]
     vocabulary: Literal["open", "closed"]
-    """Whether an answer may hold other tags than these."""
+    """closed: an answer holds only tags from `tags`."""
     tags: tuple[str, ...]
-    """Those that were trained on, the most frequent first, or those of a file."""
-    threshold: float
-    max_tags: int
-    max_positions: int = DEFAULT_MAX_TAGS
-    """With `likely`: of a list, those that are looked at."""
+    """Tags of the training examples, the most frequent first, or the lines of a vocabulary file."""
+    threshold: Annotated[float, Field(ge=0, lt=1)]
+    """Tags with a lower confidence are left out of the answer."""
+    max_tags: _Count
+    max_positions: _Count = 1
+    """List positions that marginal decoding looks at.
+
+    Files without this field are older than it; their thresholds were calibrated for one position.
+    """
 
     def save(self, folder: Path) -> None:
-        """Write it into an adapter's folder."""
-        text = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, ensure_ascii=False, indent=1)
+        """Write tagger.json into an adapter's folder."""
+        text = json.dumps(self.model_dump(), ensure_ascii=False, indent=1)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
+DEFAULT_CONFIG = DecodingConfig(
+    schema_version=1,
+    decoding="greedy",
+    vocabulary="open",
+    tags=(),
+    threshold=0.0,
+    max_tags=DEFAULT_MAX_TAGS,
+    max_positions=DEFAULT_MAX_TAGS,
+)
+"""Decoding of an adapter without tagger.json, and of a new adapter where the settings are empty."""
+
+
 def initial_config(settings: Sample, train: Sequence[Example]) -> DecodingConfig:
-    """What the settings say of an adapter that is trained on these; a threshold that is `auto` is 0 for now."""
+    """Return the configuration for an adapter that is trained on these examples.
+
+    A threshold set to `auto` is 0 until it is calibrated.
+    """
     counts = Counter(tag for example in train for tag in example.tags)
-    seen = tuple(tag for tag, _ in counts.most_common())
-    return with_overrides(settings, DecodingConfig("greedy", "open", seen, 0.0, DEFAULT_MAX_TAGS))
+    tags = tuple(tag for tag, _ in counts.most_common())
+    return with_overrides(settings, DEFAULT_CONFIG.model_copy(update={"tags": tags}))
 
 
 def load_config(settings: Sample, adapter: Path | str, revision: str | None = None) -> DecodingConfig:
-    """What the file of an adapter, in a folder or a Hub repo, says where the settings say nothing else.
+    """Read tagger.json of an adapter, in a folder (a Path) or in a Hub repo, and let the settings override it.
 
-    An adapter without the file knows no tags. Raises InvalidInputError when it cannot be read, or the settings
-    want tags that it does not have.
+    An adapter without the file has DEFAULT_CONFIG, which knows no tags. Raises InvalidInputError when the file cannot
+    be read or is not valid, or when the settings need a vocabulary that the adapter does not have.
     """
-    own = DecodingConfig("greedy", "open", (), 0.0, DEFAULT_MAX_TAGS)
-    try:
-        found = _local_config(adapter) if isinstance(adapter, Path) else _published_config(adapter, revision)
-        if found is not None:
-            if found["schema_version"] != SCHEMA_VERSION:
-                raise ValueError(f"its schema version is {found['schema_version']}, and this job's {SCHEMA_VERSION}")
-            found = {"max_positions": 1} | found  # all there was before the file had this
-            knobs = ("decoding", "threshold", "max_tags", "max_positions")
-            looked_at = Sample(**{name: found[name] for name in knobs}).model_dump(include=set(knobs))
-            if None in looked_at.values():
-                raise ValueError("a value is missing")
-            own = DecodingConfig(vocabulary=found["vocabulary"], tags=tuple(found["tags"]), **looked_at)
-            texts = isinstance(found["tags"], list) and all(isinstance(tag, str) for tag in own.tags)
-            if own.vocabulary not in ("open", "closed") or found["threshold"] == "auto" or not texts:
-                raise ValueError("its vocabulary is not open or closed, its threshold no number, or a tag no text")
-    except (hub.HubFileError, OSError, KeyError, TypeError, ValueError) as error:
-        raise InvalidInputError(
-            f"{CONFIG_NAME} of the adapter in {adapter} cannot be read: {error}; train it again, or remove the file"
-        ) from error
-    if settings.threshold == "auto":  # which was found when it was trained
+    saved = _saved_config(adapter, revision)
+    if settings.threshold == "auto":  # calibrated in training, and saved
         settings = settings.model_copy(update={"threshold": None})
-    chosen = with_overrides(settings, own)
-    if chosen.vocabulary == "closed" and not chosen.tags:
+    config = with_overrides(settings, saved)
+    _check_vocabulary(config, adapter)
+    return config
+
+
+def _saved_config(adapter: Path | str, revision: str | None) -> DecodingConfig:
+    try:
+        saved = _local_config(adapter) if isinstance(adapter, Path) else _published_config(adapter, revision)
+    except (hub.HubFileError, OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"{CONFIG_NAME} of the adapter in {adapter} cannot be read ({_reason(error)}); train the adapter again, or "
+            "remove the file"
+        ) from error
+    return DEFAULT_CONFIG if saved is None else saved
+
+
+def _local_config(folder: Path) -> DecodingConfig | None:
+    file = folder / CONFIG_NAME
+    return DecodingConfig.model_validate_json(file.read_bytes()) if file.is_file() else None
+
+
+def _published_config(repo: str, revision: str | None) -> DecodingConfig | None:
+    try:
+        found = hub.published_json(repo, revision, CONFIG_NAME)
+    except hub.HubFileError:
+        if not hub.is_offline():
+            raise
+        log.warning(
+            "sample: %s of %s is not in the cache; decoding is greedy, with an open vocabulary", CONFIG_NAME, repo
+        )
+        return None
+    return None if found is None else DecodingConfig.model_validate(found)
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of an error; for an invalid file the fields, each with what was expected."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    problems = [(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors(include_url=False)]
+    return ", ".join(f"{field}: {message[0].lower()}{message[1:]}" if field else message for field, message in problems)
+
+
+def _check_vocabulary(config: DecodingConfig, adapter: Path | str) -> None:
+    if config.vocabulary == "closed" and not config.tags:
         raise InvalidInputError(
             f"the adapter in {adapter} has no {CONFIG_NAME} with the tags it was trained on; "
             "set TAGGER_SAMPLE_VOCABULARY to a file with one tag a line, or to open"
         )
-    if chosen.decoding == "marginal" and chosen.vocabulary == "open":
+    if config.decoding == "marginal" and config.vocabulary == "open":
         raise InvalidInputError(
-            f"the adapter in {adapter} is decoded by how likely each tag is, of a vocabulary that is open here; "
-            "set TAGGER_SAMPLE_VOCABULARY to seen or to a file of tags, or TAGGER_SAMPLE_DECODING=greedy"
+            f"the adapter in {adapter} has marginal decoding, which needs a closed vocabulary, and "
+            "TAGGER_SAMPLE_VOCABULARY is open; set TAGGER_SAMPLE_VOCABULARY to seen or to a file of tags, or "
+            "TAGGER_SAMPLE_DECODING=greedy"
         )
-    return chosen
 
 
-def _published_config(repo: str, revision: str | None) -> dict[str, Any] | None:
-    try:
-        return hub.published_json(repo, revision, CONFIG_NAME)
-    except hub.HubFileError:
-        if not hub.is_offline():
-            raise
-        log.warning("sample: %s of %s is not in the cache, so its answers are lists of any tags", CONFIG_NAME, repo)
-        return None
+def with_overrides(settings: Sample, config: DecodingConfig) -> DecodingConfig:
+    """Return a configuration with the values that are set in the settings; a threshold set to `auto` is 0.
 
-
-def _local_config(folder: Path) -> dict[str, Any] | None:
-    file = folder / CONFIG_NAME
-    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return found
-
-
-def with_overrides(settings: Sample, otherwise: DecodingConfig) -> DecodingConfig:
-    given: dict[str, Any] = {
+    Raises InvalidInputError when a vocabulary file cannot be read.
+    """
+    overrides: dict[str, Any] = {
         "decoding": settings.decoding,
         "threshold": 0.0 if settings.threshold == "auto" else settings.threshold,
         "max_tags": settings.max_tags,
         "max_positions": settings.max_positions,
     }
     if settings.vocabulary is not None:
-        given["vocabulary"] = "open" if settings.vocabulary == "open" else "closed"
-        given["tags"] = read_vocabulary_file(settings)
+        overrides["vocabulary"] = "open" if settings.vocabulary == "open" else "closed"
+        overrides["tags"] = read_vocabulary_file(settings)
     elif settings.decoding == "marginal":
-        given["vocabulary"] = "closed"
-    return replace(otherwise, **{name: value for name, value in given.items() if value is not None})
+        overrides["vocabulary"] = "closed"
+    return config.model_copy(update={name: value for name, value in overrides.items() if value is not None})
 
 
 def read_vocabulary_file(settings: Sample) -> tuple[str, ...] | None:
-    """Return the tags of a vocabulary file, one a line, each once; None without a file.
+    """Return the tags of a vocabulary file, one a line, without duplicates; None without a file.
 
-    Raises InvalidInputError when the file has no tags.
+    Raises InvalidInputError when the file cannot be read or has no tags.
     """
     if settings.vocabulary in (None, "open", "seen"):
         return None
