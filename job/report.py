@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ def cached_threshold(run: RunFolder, weights: str, tagger: Tagger, calibrate: Ca
     with run.chapter("calibrate"):
         saved = run.manifest.get("threshold")
         if saved is not None and saved["weights"] == weights:
-            tagger.decoding = replace(tagger.decoding, threshold=saved["value"])
+            tagger.decoding = tagger.decoding.model_copy(update={"threshold": saved["value"]})
             return
         calibrate()
         run.update(threshold={"weights": weights, "value": tagger.decoding.threshold})

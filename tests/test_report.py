@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from job import report
-from job.decoding.config import DecodingConfig
+from job.decoding.config import DEFAULT_CONFIG
 from job.errors import InvalidInputError, PublishError
 from job.metrics.scores import score
 from job.report import cached_evaluation, cached_threshold, check_round_trip, save_samples
@@ -53,7 +53,9 @@ class FixedTagger:
     """A tagger that gives the same answer to every text."""
 
     def __init__(self, decoding: str, **tags: float) -> None:
-        self.decoding = DecodingConfig(decoding, "closed", tuple(tags), 0.05, 9)  # type: ignore[arg-type]
+        self.decoding = DEFAULT_CONFIG.model_copy(
+            update={"decoding": decoding, "vocabulary": "closed", "tags": tuple(tags), "threshold": 0.05, "max_tags": 9}
+        )
         self._tags = tags
 
     def tag(self, texts: list[str]) -> list[TaggedText]:
@@ -103,7 +105,7 @@ def test_the_threshold_is_cached_for_its_weights(run: RunFolder) -> None:
         tagger.decoding = replace(tagger.decoding, threshold=next(thresholds))
 
     for weights, expected in (("these", 0.2), ("these", 0.2), ("others", 0.1)):
-        tagger.decoding = replace(tagger.decoding, threshold=0.0)
+        tagger.decoding = tagger.decoding.model_copy(update={"threshold": 0.0})
         cached_threshold(run, weights, tagger, calibrate)
         assert tagger.decoding.threshold == expected
 
