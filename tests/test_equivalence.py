@@ -1,20 +1,28 @@
-"""What is saved has to answer as what was trained, but for how numbers are rounded."""
+"""A reloaded adapter answers like the trained model, apart from rounding."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from job.decoding.config import DecodingConfig
+from job.decoding.config import DEFAULT_CONFIG
 from job.decoding.equivalence import same_answer
 
-LIKELY = DecodingConfig("marginal", "closed", ("rain", "sea", "sun"), 0.05, 9)
+MARGINAL = DEFAULT_CONFIG.model_copy(
+    update={
+        "decoding": "marginal",
+        "vocabulary": "closed",
+        "tags": ("rain", "sea", "sun"),
+        "threshold": 0.05,
+        "max_tags": 9,
+        "max_positions": 1,
+    }
+)
 
 
-def answer(*written: str, **tags: float) -> dict[str, Any]:
-    return {"raw": str(list(written)), "tags": list(tags), "confidences": list(tags.values())}
+def answer(*greedy_tags: str, **tags: float) -> dict[str, Any]:
+    return {"raw": str(list(greedy_tags)), "tags": list(tags), "confidences": list(tags.values())}
 
 
 @pytest.mark.parametrize(
@@ -28,47 +36,45 @@ def answer(*written: str, **tags: float) -> dict[str, Any]:
         (answer(), False),
     ],
 )
-def test_likely_tags_are_as_likely_as_they_were(new: dict[str, Any], same: bool) -> None:
+def test_confidences_may_differ_by_rounding_only(new: dict[str, Any], same: bool) -> None:
     old = answer("rain", "sea", rain=0.3, sea=0.0502)
-    assert same_answer(old, new, LIKELY) is same
-    assert same_answer(new, old, LIKELY) is same
+    assert same_answer(old, new, MARGINAL) is same
+    assert same_answer(new, old, MARGINAL) is same
 
 
 @pytest.mark.parametrize(
     ("old", "new", "same"),
     [
-        # in the first place both were as likely, and each gains where it was not taken
+        # equally likely in the first position; each gains in the answer whose list it does not extend
         (answer("rain", "sun", rain=0.3, sun=0.5), answer("sun", "rain", sun=0.302, rain=0.45), True),
         (answer("rain", "sun", rain=0.3, sun=0.5), answer("sun", "rain", sun=0.4, rain=0.45), False),
         (answer("rain", "sun", rain=0.3, sun=0.5), answer("sun", "rain", sun=0.302, rain=0.1), False),
         (answer("rain", "sun", rain=0.3, sun=0.1), answer("sun", "rain", sun=0.302, rain=0.45), False),
         (answer("rain", rain=0.12, sea=0.1), answer("sun", sun=0.125, love=0.9), False),
-        # in the second
+        # equally likely in the second position
         (answer("rain", "sea", rain=0.3, sea=0.2, sun=0.22), answer("rain", "sun", rain=0.3, sun=0.2, sea=0.25), True),
         (answer("rain", "sea", rain=0.3, sea=0.2, sun=0.22), answer("rain", "sun", rain=0.4, sun=0.2, sea=0.25), False),
         (answer("rain", "sea", rain=0.3, sea=0.2), answer("rain", "sun", rain=0.3, sun=0.2, sea=0.25), False),
         (answer("rain", "sea", rain=0.3, sea=0.9), answer("rain", "sun", rain=0.3, sun=0.9), False),
-        # one list was taken to be at its end
+        # one list stops, the other continues
         (answer("rain", rain=0.3, sun=0.2), answer("rain", "sun", rain=0.3, sun=0.4), True),
         (answer("rain", rain=0.3, sun=0.2), answer("rain", "sun", rain=0.3, sun=0.1), False),
         (answer("rain", rain=0.3, sun=0.2), answer("rain", "sun", rain=0.4, sun=0.4), False),
         (answer("rain", rain=0.65, sea=0.6), answer("rain", "sun", rain=0.65, sun=0.2), False),
     ],
 )
-def test_a_list_may_be_followed_by_another_tag_that_is_as_likely(
-    old: dict[str, Any], new: dict[str, Any], same: bool
-) -> None:
-    assert same_answer(old, new, LIKELY) is same
-    assert same_answer(new, old, LIKELY) is same
+def test_an_equally_likely_tag_may_extend_the_list(old: dict[str, Any], new: dict[str, Any], same: bool) -> None:
+    assert same_answer(old, new, MARGINAL) is same
+    assert same_answer(new, old, MARGINAL) is same
 
 
-def test_a_tag_may_be_one_too_many() -> None:
+def test_a_full_answer_may_omit_its_least_likely_tag() -> None:
     old, new = answer("rain", rain=0.4, sea=0.301), answer("rain", rain=0.4, sun=0.302)
-    assert same_answer(old, new, replace(LIKELY, max_tags=2))
-    assert not same_answer(old, new, LIKELY)
+    assert same_answer(old, new, MARGINAL.model_copy(update={"max_tags": 2}))
+    assert not same_answer(old, new, MARGINAL)
 
 
-def test_lists_are_the_same_to_the_letter() -> None:
-    decoding = replace(LIKELY, decoding="greedy")
+def test_greedy_answers_are_identical_texts() -> None:
+    decoding = MARGINAL.model_copy(update={"decoding": "greedy"})
     assert same_answer(answer("rain", rain=0.3), answer("rain", rain=0.9), decoding)
     assert not same_answer(answer("rain", rain=0.3), answer("rain", "sea", rain=0.3), decoding)

@@ -1,8 +1,9 @@
-"""Whether what was saved answers as what was trained."""
+"""Check that a reloaded or merged adapter answers like the model that was trained."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from job.dataset.tags import parse_list
@@ -10,39 +11,74 @@ from job.decoding.config import DecodingConfig
 from job.types import MIN_PROBABILITY
 
 CONFIDENCE_TOLERANCE = 0.01
-"""Of a confidence, on another device or in another precision."""
+"""Largest difference between two confidences that another device or precision explains."""
 
 
 def same_answer(old: Mapping[str, Any], new: Mapping[str, Any], decoding: DecodingConfig) -> bool:
-    """Whether two answers, with the fields of types.Tagged, may be those of one adapter.
+    """Return whether two answers, with the fields of types.TaggedText, can come from one adapter."""
+    return same_list(old, new) if decoding.decoding == "greedy" else compatible_marginals(old, new, decoding)
 
-    Lists have to be the same to the letter. Likely tags may differ by what other hardware rounds otherwise.
-    A tag that only one side has may have been at the threshold, or among the least likely of as many as an
-    answer holds. Where two tags were as likely to go on with, either may be followed, and later places are those of
-    another list: then the tags before are as likely on both sides, and in later places the two can only have gained.
+
+def same_list(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Return whether greedy decoding wrote the same text both times."""
+    return bool(old["raw"] == new["raw"])
+
+
+def compatible_marginals(old: Mapping[str, Any], new: Mapping[str, Any], decoding: DecodingConfig) -> bool:
+    """Return whether two answers of marginal decoding differ only as far as rounding on other hardware explains.
+
+    Confidences may differ by CONFIDENCE_TOLERANCE. A tag that is in one answer only may have been at the threshold, or
+    among the least likely of max_tags.
+
+    Where two tags were about equally likely to extend the greedy list, either may extend it, and later positions
+    belong to different lists. Then the tags before have equal confidences in both answers, and a tag that extends one
+    list is at least as confident in the other answer, where later positions are added to its confidence.
     """
-    if decoding.decoding == "greedy":
-        return bool(old["raw"] == new["raw"])
-    was, now = (dict(zip(answer["tags"], answer["confidences"], strict=True)) for answer in (old, new))
-    written, again = (parse_list(answer["raw"]) or [] for answer in (old, new))
+    first, second = (_marginals(answer, decoding) for answer in (old, new))
+    n = _first_difference(first.greedy_tags, second.greedy_tags)
+    common = first.greedy_tags[:n]
+    if n < min(len(first.greedy_tags), len(second.greedy_tags)):
+        tag, other_tag = first.greedy_tags[n], second.greedy_tags[n]
+        # in the first position a confidence is the tag's probability there, so both can be compared
+        tie = n > 0 or abs(first.confidence(tag) - second.confidence(other_tag)) <= CONFIDENCE_TOLERANCE
+        extended = _not_lower([tag], first, second) and _not_lower([other_tag], second, first)
+        return tie and extended and _equal(common, first, second)
+    if n == 0 or len(first.greedy_tags) == len(second.greedy_tags):
+        return _equal(first.confidences | second.confidences, first, second)
+    shorter, longer = sorted((first, second), key=lambda answer: len(answer.greedy_tags))
+    return _equal(common, first, second) and _not_lower(shorter.confidences, shorter, longer)
 
-    def confidence(found: dict[str, float], tag: str) -> float:
-        full = len(found) == decoding.max_tags
-        return found.get(tag, min(found.values()) if full else max(decoding.threshold, MIN_PROBABILITY))
 
-    def gained(tag: str, before: dict[str, float], after: dict[str, float]) -> bool:
-        return confidence(after, tag) >= confidence(before, tag) - CONFIDENCE_TOLERANCE
+@dataclass(frozen=True)
+class _Marginals:
+    """One answer of marginal decoding."""
 
-    def equal(tag: str) -> bool:
-        return gained(tag, was, now) and gained(tag, now, was)
+    confidences: dict[str, float]
+    greedy_tags: list[str]
+    omitted: float
+    """Highest confidence that a tag outside the answer can have had."""
 
-    both = list(zip(written, again, strict=False))
-    part = next((n for n, (one, other) in enumerate(both) if one != other), None)
-    if part is not None:
-        one, other = both[part]
-        first = part > 0 or abs(confidence(was, one) - confidence(now, other)) <= CONFIDENCE_TOLERANCE
-        return first and all(map(equal, written[:part])) and gained(one, was, now) and gained(other, now, was)
-    if len(written) == len(again) or not both:
-        return all(map(equal, was | now))
-    shorter, longer = (was, now) if len(written) < len(again) else (now, was)
-    return all(map(equal, written[: len(both)])) and all(gained(tag, shorter, longer) for tag in shorter)
+    def confidence(self, tag: str) -> float:
+        return self.confidences.get(tag, self.omitted)
+
+
+def _marginals(answer: Mapping[str, Any], decoding: DecodingConfig) -> _Marginals:
+    confidences = dict(zip(answer["tags"], answer["confidences"], strict=True))
+    full = len(confidences) == decoding.max_tags
+    omitted = min(confidences.values()) if full else max(decoding.threshold, MIN_PROBABILITY)
+    return _Marginals(confidences, parse_list(answer["raw"]) or [], omitted)
+
+
+def _first_difference(first: Sequence[str], second: Sequence[str]) -> int:
+    """Return the first position where two lists differ, or the length of the shorter one."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (tag, other) in pairs if tag != other), min(len(first), len(second)))
+
+
+def _not_lower(tags: Iterable[str], before: _Marginals, after: _Marginals) -> bool:
+    """Return whether no tag is less confident in `after` than in `before`."""
+    return all(after.confidence(tag) >= before.confidence(tag) - CONFIDENCE_TOLERANCE for tag in tags)
+
+
+def _equal(tags: Collection[str], first: _Marginals, second: _Marginals) -> bool:
+    return _not_lower(tags, first, second) and _not_lower(tags, second, first)
