@@ -1,4 +1,4 @@
-"""Tag texts: generate answers in batches, each a list of tags by construction."""
+"""Tag texts: inference with an adapter, in batches, each answer a list of tags by construction."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 import peft
 import torch
+from peft.utils import CONFIG_NAME
+from pydantic import BaseModel, PositiveInt
+from safetensors import SafetensorError
 
 from job import quantize
 from job.dataset import prompts, tokenization
-from job.decoding.config import DecodingConfig, load_config
+from job.decoding.config import DecodingConfig, describe_read_error, load_config
 from job.decoding.constraints import ClosedVocabulary, OpenVocabulary, constrain
 from job.decoding.marginals import BEAM_ROWS, tag_marginals
 from job.errors import InvalidInputError
@@ -26,74 +29,77 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_TOKENS = 8192
-"""Most tokens of a batch, padding and answers included: what bounds its memory, however long the texts are."""
+"""Most tokens in a batch, padding and answers included, so that memory is bounded for long texts too."""
+READ_ERRORS = (OSError, ValueError, SafetensorError, httpx2.HTTPError)
+"""What reading a file raises when the file is absent or damaged, or when the Hub does not serve it."""
 
 _Answer = tuple[str, list[tuple[str, float]], bool]
-"""What was written, its whole tags with their confidences, and whether the list came to its end."""
+"""The text that was written, its complete tags with their confidences, and whether the list is complete."""
 
 
 class Tagger:
-    """A model with its tokenizer, the settings that its texts are rendered with, and how its answers are decoded."""
+    """A model with its tokenizer, the settings that render prompts, and the decoding configuration."""
 
     def __init__(
         self,
         model: PreTrainedModel | peft.PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: Settings,
-        machine: ComputeSpec,
+        compute: ComputeSpec,
         decoding: DecodingConfig,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._data: Data = settings.data
         self._sample: Sample = settings.sample
-        self._machine = machine
+        self._compute = compute
         self.decoding = decoding
-        space, most = prompts.target([], settings.data.separator).removesuffix("[]"), decoding.max_tags
-        self._grammar: OpenVocabulary | ClosedVocabulary
+        prefix = prompts.target([], settings.data.separator).removesuffix("[]")
+        self._vocabulary: OpenVocabulary | ClosedVocabulary
         if decoding.vocabulary == "open":
-            self._grammar = OpenVocabulary(tokenizer, space, most)
+            self._vocabulary = OpenVocabulary(tokenizer, prefix, decoding.max_tags)
         else:
-            self._grammar = ClosedVocabulary(tokenizer, decoding.tags, space, most)
+            self._vocabulary = ClosedVocabulary(tokenizer, decoding.tags, prefix, decoding.max_tags)
 
     def tag(self, texts: Sequence[str]) -> list[TaggedText]:
-        """The answer for each text, in order.
+        """Return the answer for each text, in order.
 
-        Texts of like length share a batch, so that little is padded: at most `batch_size` of them, and
-        BATCH_TOKENS tokens unless one text alone has more.
+        Texts of similar length share a batch, so that little is padded: at most `batch_size` texts, and at most
+        BATCH_TOKENS tokens unless a single text has more.
         """
-        room = self._sample.max_new_tokens
-        prompts = [
-            tokenization.encode_prompt(self._tokenizer, text, self._data, reserved_tokens=room) for text in texts
+        token_budget = self._sample.max_new_tokens
+        encoded = [
+            tokenization.encode_prompt(self._tokenizer, text, self._data, reserved_tokens=token_budget)
+            for text in texts
         ]
-        by_length = sorted(range(len(texts)), key=lambda i: len(prompts[i]))
+        by_length = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
         answers: dict[int, TaggedText] = {}
-        likely = self.decoding.decoding == "marginal"
+        marginal = self.decoding.decoding == "marginal"
         self._model.eval()
         while by_length:
-            # the longest first: memory that is not enough shows at once
-            tokens = (len(prompts[by_length[-1]]) + room) * (BEAM_ROWS if likely else 1)
+            # longest first: if memory does not suffice, that shows at once
+            tokens = (len(encoded[by_length[-1]]) + token_budget) * (BEAM_ROWS if marginal else 1)
             rows = max(1, min(self._sample.batch_size, BATCH_TOKENS // tokens))
             batch = by_length[-rows:]
             del by_length[-rows:]
-            found = (self._marginal if likely else self._greedy)([prompts[i] for i in batch])
+            found = (self._marginal if marginal else self._greedy)([encoded[i] for i in batch])
             for i, answer in zip(batch, found, strict=True):
                 answers[i] = self._tagged_text(texts[i], *answer)
         return [answers[i] for i in range(len(texts))]
 
-    def _tagged_text(self, text: str, raw: str, tags: list[tuple[str, float]], closed: bool) -> TaggedText:
+    def _tagged_text(self, text: str, raw: str, tags: list[tuple[str, float]], complete: bool) -> TaggedText:
         kept = [(tag, confidence) for tag, confidence in tags if confidence >= self.decoding.threshold]
         return TaggedText(
             text,
             prompts.prompt(text, self._data.separator),
             raw,
             tuple(tag for tag, _ in kept),
-            closed,
+            complete,
             tuple(round(confidence, 4) for _, confidence in kept),
         )
 
     def _greedy(self, prompts: list[list[int]]) -> list[_Answer]:
-        """The list that is written after each prompt, greedily."""
+        """Generate a list after each prompt, each token the most likely of those allowed."""
         from transformers import GenerationConfig, LogitsProcessorList
 
         generate: Any = self._model.generate
@@ -105,93 +111,111 @@ class Tagger:
             pad_token_id=self._tokenizer.pad_token_id,
             bos_token_id=self._tokenizer.bos_token_id,
         )
-        walks = [self._grammar.new_state() for _ in prompts]
-        with torch.inference_mode(), self._machine.autocast():
-            written = generate(
+        states = [self._vocabulary.new_state() for _ in prompts]
+        with torch.inference_mode(), self._compute.autocast():
+            generated = generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([lambda _, logits: constrain(walks, logits)]),
-                stopping_criteria=[lambda ids, _: torch.tensor([w.closed for w in walks], device=ids.device)],
+                logits_processor=LogitsProcessorList([lambda _, logits: constrain(states, logits)]),
+                stopping_criteria=[lambda ids, _: torch.tensor([s.closed for s in states], device=ids.device)],
             )
-        texts = self._tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+        texts = self._tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
         return [
-            (str([tag for tag, _ in walk.tags]) if walk.closed else text.strip(), walk.tags, walk.closed)
-            for text, walk in zip(texts, walks, strict=True)
+            (str([tag for tag, _ in state.tags]) if state.closed else text.strip(), state.tags, state.closed)
+            for text, state in zip(texts, states, strict=True)
         ]
 
     def _marginal(self, prompts: list[list[int]]) -> list[_Answer]:
-        """The tags that are likely enough after each prompt, the most confident first."""
-        assert isinstance(self._grammar, ClosedVocabulary)
+        """Score each tag of the vocabulary after each prompt; answer with the most confident ones, best first."""
+        assert isinstance(self._vocabulary, ClosedVocabulary)
         ids, mask = self._padded(prompts)
-        with torch.inference_mode(), self._machine.autocast():
-            lists = tag_marginals(
+        with torch.inference_mode(), self._compute.autocast():
+            distributions = tag_marginals(
                 self._model,
                 ids,
                 mask,
-                self._grammar,
+                self._vocabulary,
                 max_positions=self.decoding.max_positions,
-                room=self._sample.max_new_tokens,
+                token_budget=self._sample.max_new_tokens,
             )
         answers: list[_Answer] = []
-        for found in lists:
-            ordered = sorted(found.tags.items(), key=lambda entry: (-entry[1], entry[0]))[: self.decoding.max_tags]
-            answers.append((str(found.written), ordered, True))
+        for found in distributions:
+            tags = sorted(found.tags.items(), key=lambda entry: (-entry[1], entry[0]))[: self.decoding.max_tags]
+            answers.append((str(found.greedy_tags), tags, True))
         return answers
 
     def _padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask, int64 [prompts, width], padded on the left."""
+        """Return token ids and mask, int64 [prompts, width], padded on the left."""
         width = max(len(prompt) for prompt in prompts)
-        pad, device = self._tokenizer.pad_token_id, self._machine.device
+        pad, device = self._tokenizer.pad_token_id, self._compute.device
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         return ids, mask
 
 
-def load_tagger(settings: Settings, adapter: Published | Path | str, machine: ComputeSpec) -> Tagger:
-    """The base model loaded anew with an adapter: one just published, a folder's, or a Hub repo's.
+def load_tagger(settings: Settings, adapter: Published | Path | str, compute: ComputeSpec) -> Tagger:
+    """Load the base model and an adapter: one that was just published, one in a folder (a Path), or a Hub repo's.
 
-    A repo is read at TAGGER_HUB_REVISION. The base model is frozen as for training, so that its
-    numbers are those the adapter was trained with.
-    Raises InvalidInputError when there is no such adapter, or when it was trained on another base model.
+    A repo is read at TAGGER_HUB_REVISION. The base model is frozen as in training, so that it computes the same
+    numbers. Raises InvalidInputError when the adapter is absent or damaged, or was trained on another base model.
     """
+    source: Path | str
     revision: str | None
     if isinstance(adapter, Published):
-        place, revision = adapter.repo, adapter.revision
+        source, revision = adapter.repo, adapter.revision
     else:
-        place, revision = str(adapter), None if isinstance(adapter, Path) else settings.hub.revision
-    config = _adapter_config(place, revision)
+        source, revision = adapter, None if isinstance(adapter, Path) else settings.hub.revision
+    config = _adapter_config(source, revision)
     if config.base_model_name_or_path is None:
         raise InvalidInputError(
-            f"the adapter in {place} does not name its base model; expected one that was saved by this job"
+            f"the adapter in {source} does not name its base model; expected one that was saved by this job"
         )
     if config.base_model_name_or_path not in (settings.base.model, quantize.hub_identity(settings.base)[0]):
         raise InvalidInputError(
-            f"the adapter in {place} was trained on {config.base_model_name_or_path}, not on {settings.base.model}; "
+            f"the adapter in {source} was trained on {config.base_model_name_or_path}, not on {settings.base.model}; "
             f"set TAGGER_BASE_MODEL={config.base_model_name_or_path}"
         )
-    decoding = load_config(settings.sample, adapter if isinstance(adapter, Path) else place, revision)
+    decoding = load_config(settings.sample, source, revision)
     base = settings.base.model_copy(update={"revision": config.revision or settings.base.revision})
-    model = quantize.load_model(base, machine)
+    model = quantize.load_model(base, compute)
     freeze(model)
-    try:
-        adapted = peft.PeftModel.from_pretrained(model, place, revision=revision, token=hub.token() or False)
-    except (*quantize.LOAD_ERRORS, httpx2.HTTPError) as error:
-        raise InvalidInputError(
-            f"the weights of the adapter in {place} cannot be read: {error}; train or fetch it again"
-        ) from error
-    return Tagger(adapted, quantize.load_tokenizer(base), settings, machine, decoding)
+    adapted = _load_adapter(model, source, revision)
+    return Tagger(adapted, quantize.load_tokenizer(base), settings, compute, decoding)
 
 
-def _adapter_config(adapter: str, revision: str | None) -> peft.PeftConfig:
+class _AdapterConfig(BaseModel):
+    """The fields of adapter_config.json that are used here, or whose types PEFT does not check."""
+
+    peft_type: peft.PeftType
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    """Commit of the base model."""
+    r: PositiveInt = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+
+
+def _adapter_config(source: Path | str, revision: str | None) -> _AdapterConfig:
     try:
-        config: peft.PeftConfig = peft.PeftConfig.from_pretrained(
-            adapter, revision=revision, token=hub.token() or False
-        )
-    except (OSError, ValueError, TypeError, httpx2.HTTPError) as error:
-        reason = " ".join(str(error).split())
+        folder = source if isinstance(source, Path) else hub.download(source, revision, CONFIG_NAME).parent
+        return _AdapterConfig.model_validate_json((folder / CONFIG_NAME).read_bytes())
+    except READ_ERRORS as error:
         raise InvalidInputError(
-            f"there is no adapter to read in {adapter}: {reason}. "
+            f"there is no adapter to read in {source}: {describe_read_error(error)}. "
             "Check TAGGER_HUB_REPO and HF_TOKEN, or train one first"
         ) from error
-    return config
+
+
+def _load_adapter(model: PreTrainedModel, source: Path | str, revision: str | None) -> peft.PeftModel:
+    try:
+        return peft.PeftModel.from_pretrained(model, str(source), revision=revision, token=hub.token() or False)
+    except (*READ_ERRORS, RuntimeError) as error:
+        # torch reports tensors of other shapes as a RuntimeError that starts like this; others are not the file's
+        if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" not in str(error):
+            raise
+        raise InvalidInputError(
+            f"the weights of the adapter in {source} cannot be read: {hub.error_message(error)}; train or fetch it "
+            "again"
+        ) from error

@@ -92,8 +92,8 @@ def _saved_config(adapter: Path | str, revision: str | None) -> DecodingConfig:
         saved = _local_config(adapter) if isinstance(adapter, Path) else _published_config(adapter, revision)
     except (hub.HubFileError, OSError, ValueError) as error:
         raise InvalidInputError(
-            f"{CONFIG_NAME} of the adapter in {adapter} cannot be read ({_reason(error)}); train the adapter again, or "
-            "remove the file"
+            f"{CONFIG_NAME} of the adapter in {adapter} cannot be read ({describe_read_error(error)}); train the "
+            "adapter again, or remove the file"
         ) from error
     return DEFAULT_CONFIG if saved is None else saved
 
@@ -116,10 +116,10 @@ def _published_config(repo: str, revision: str | None) -> DecodingConfig | None:
     return None if found is None else DecodingConfig.model_validate(found)
 
 
-def _reason(error: Exception) -> str:
-    """Return the message of an error; for an invalid file the fields, each with what was expected."""
+def describe_read_error(error: Exception) -> str:
+    """Return the message of an error; for a file with invalid fields each field with what was expected."""
     if not isinstance(error, ValidationError):
-        return str(error)
+        return hub.error_message(error)
     problems = [(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors(include_url=False)]
     return ", ".join(f"{field}: {message[0].lower()}{message[1:]}" if field else message for field, message in problems)
 

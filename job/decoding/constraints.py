@@ -1,4 +1,4 @@
-"""What an answer may be, token by token: a list of tags, none twice and, if wanted, known ones only."""
+"""Constrained decoding: token by token, allow only lists of distinct tags, of any tags or of known ones."""
 
 from __future__ import annotations
 
@@ -17,103 +17,110 @@ QUOTES = "'\""
 
 
 class DecoderState(Protocol):
-    """The way of one answer through the grammar."""
+    """The state of one answer that is being decoded."""
 
     tags: list[tuple[str, float]]
-    """Each tag that is closed, with its confidence: the probability of its tokens, as the model gives it."""
+    """Complete tags, each with its confidence: the product of the model's probabilities of its tokens."""
     closed: bool
-    """Whether the list is at its end: by its bracket, by its number of tags, or where a tag would come again.
+    """Whether the list has ended: by its bracket, by max_tags, or before a tag that it already contains.
 
-    A model that begins to repeat itself has said what it knows: other tags in that place are mostly wrong.
+    A model that repeats a tag has no more to say: other tags in that position are mostly wrong.
     """
 
     def step(self, logits: torch.Tensor, log_total: torch.Tensor) -> int:
-        """Go on with the likeliest token that is allowed, and return it.
+        """Append the most likely allowed token, and return it.
 
-        `logits` is [vocabulary], `log_total` the logarithm of the sum of their exponentials.
+        `logits` is [vocabulary], `log_total` their logsumexp, a scalar.
         """
 
 
-def constrain(walks: Sequence[DecoderState], logits: torch.Tensor) -> torch.Tensor:
-    """Logits, [walks, vocabulary], that leave each answer the likeliest of the tokens that it may go on with."""
+def constrain(states: Sequence[DecoderState], logits: torch.Tensor) -> torch.Tensor:
+    """Advance each state by a token; return logits that allow only this token.
+
+    Logits, given and returned, are [states, vocabulary]; the returned ones are 0 or -inf.
+    """
     totals = logits.float().logsumexp(-1)
-    chosen = [walk.step(row, total) for walk, row, total in zip(walks, logits, totals, strict=True)]
-    only = torch.full_like(logits, -torch.inf)
-    return only.scatter_(1, torch.tensor(chosen, device=logits.device)[:, None], 0.0)
+    tokens = [state.step(row, total) for state, row, total in zip(states, logits, totals, strict=True)]
+    constrained = torch.full_like(logits, -torch.inf)
+    return constrained.scatter_(1, torch.tensor(tokens, device=logits.device)[:, None], 0.0)
 
 
 @dataclass(eq=False)
 class TrieNode:
-    """A place in a trie of token ids, where each way ends at one tag and what is written around it."""
+    """A node in a trie of token ids, where each leaf is one tag with the punctuation around it."""
 
     children: dict[int, TrieNode] = field(default_factory=dict)
     tags: set[str] = field(default_factory=set)
-    """Those that may still come."""
-    last: bool = False
+    """Tags of the leaves below this node."""
+    ends_list: bool = False
     """At a leaf: whether the list ends here."""
 
-    def add(self, ids: Sequence[int], tag: str, *, last: bool) -> None:
-        """Add the way of a tag."""
+    def add(self, ids: Sequence[int], tag: str, *, ends_list: bool) -> None:
+        """Add the token ids of a tag."""
         node = self
         node.tags.add(tag)
         for i in ids:
             node = node.children.setdefault(i, TrieNode())
             node.tags.add(tag)
-        node.last = last
+        node.ends_list = ends_list
 
     @property
-    def only(self) -> str | None:
-        """The tag, when there is no other that may come."""
+    def unique_tag(self) -> str | None:
+        """The tag, if only one is left."""
         return next(iter(self.tags)) if len(self.tags) == 1 else None
 
     @cached_property
     def ids(self) -> list[int]:
+        """Token ids of the children."""
         return list(self.children)
 
     @cached_property
     def index(self) -> torch.Tensor:
-        """int64 [children]: their token ids."""
+        """The same as int64 [children]."""
         return torch.tensor(self.ids)
 
 
 class ClosedVocabulary:
-    """Lists of tags of a vocabulary, each at most once, at most `most` of them.
+    """Lists of at most `max_tags` different tags of a vocabulary.
 
-    A tag is written in four ways: first in the list or after another, and last or before another. Each
-    is tokenized whole, with the bracket or comma beside it, for tokenizers may merge them with quotes;
-    none merges beyond the space that follows a comma. So what is written is exactly what the tokenizer
-    makes of the list.
+    A tag has four forms: first in the list or after another tag, and followed by another tag or by the end. Each form
+    is tokenized with its bracket or comma, because tokenizers may merge these with quotes; no tokenizer merges beyond
+    the space that follows a comma. So an answer has exactly the token ids that the tokenizer gives to the list.
+
+    `prefix` is the white space in front of the list. Of tags that the tokenizer cannot tell apart, the first is kept.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tags: Iterable[str], space: str, most: int) -> None:
-        self.most = most
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tags: Iterable[str], prefix: str, max_tags: int) -> None:
+        self.max_tags = max_tags
         self.end: int = tokenizer.eos_token_id
-        self.first, self.next_root = TrieNode(), TrieNode()
+        self.root, self.next_root = TrieNode(), TrieNode()
+        """Where the first tag of a list starts, and where each later one does."""
         self.separator_ids: dict[TrieNode, dict[str, list[int]]] = {}
-        """For each of the two the token ids of each tag and the comma after it."""
+        """For either root: by tag, the token ids of the tag and the comma after it."""
         known = {str(tokenizer(f" {tag!r}]", add_special_tokens=False).input_ids): tag for tag in reversed(list(tags))}
-        names = list(known.values())  # of tags that a tokenizer writes alike the first
-        for node, before in ((self.first, f"{space}["), (self.next_root, " ")):
+        names = list(known.values())
+        for root, before in ((self.root, f"{prefix}["), (self.next_root, " ")):
             for after in ",]":
-                written = [f"{before}{tag!r}{after}" for tag in names]
-                ways = dict(zip(names, tokenizer(written, add_special_tokens=False).input_ids, strict=True))
-                for tag, ids in ways.items():
-                    node.add(ids, tag, last=after == "]")
+                texts = [f"{before}{tag!r}{after}" for tag in names]
+                ids_by_tag = dict(zip(names, tokenizer(texts, add_special_tokens=False).input_ids, strict=True))
+                for tag, ids in ids_by_tag.items():
+                    root.add(ids, tag, ends_list=after == "]")
                 if after == ",":
-                    self.separator_ids[node] = ways
+                    self.separator_ids[root] = ids_by_tag
 
     def new_state(self) -> ClosedState:
         return ClosedState(self)
 
 
 class ClosedState:
-    """The way of one answer through a Vocabulary."""
+    """The state of one answer from a ClosedVocabulary."""
 
     def __init__(self, vocabulary: ClosedVocabulary) -> None:
         self._vocabulary = vocabulary
-        self._node = vocabulary.first
+        self._node = vocabulary.root
         self._confidence = 1.0
         self._decided = False
+        """Whether the tag is known already; the tokens after that do not change its confidence."""
         self.tags: list[tuple[str, float]] = []
         self.closed = False
 
@@ -122,117 +129,128 @@ class ClosedState:
             return self._vocabulary.end
         node = self._node
         values = logits[node.index.to(logits.device)].float()
-        chosen = int(values.argmax())
-        child = node.children[node.ids[chosen]]
+        best = int(values.argmax())
+        child = node.children[node.ids[best]]
         if child.tags <= {tag for tag, _ in self.tags}:
             self.closed = True
             return self._vocabulary.end
         if not self._decided:
-            same = [chosen]
-            if child.only is not None:
+            same = [best]
+            if child.unique_tag is not None:
                 self._decided = True
-                same = [n for n, other in enumerate(node.children.values()) if other.only == child.only]
+                same = [n for n, other in enumerate(node.children.values()) if other.unique_tag == child.unique_tag]
             self._confidence *= float((values[same] - log_total).exp().sum())
         self._node = child
         if not child.children:
-            (tag,) = child.tags
-            self.tags.append((tag, self._confidence))
-            self.closed = child.last or len(self.tags) == self._vocabulary.most
-            self._node, self._confidence, self._decided = self._vocabulary.next_root, 1.0, False
-        return node.ids[chosen]
+            self._finish_tag(child)
+        return node.ids[best]
+
+    def _finish_tag(self, leaf: TrieNode) -> None:
+        (tag,) = leaf.tags
+        self.tags.append((tag, self._confidence))
+        self.closed = leaf.ends_list or len(self.tags) == self._vocabulary.max_tags
+        self._node, self._confidence, self._decided = self._vocabulary.next_root, 1.0, False
 
 
 class OpenVocabulary:
-    """Lists of whatever tags the model writes, none twice, at most `most` of them.
+    """Lists of at most `max_tags` different tags, whatever tags the model writes.
 
-    In a tag anything may stand that Python's notation takes as it is; it does not begin with white space.
+    A tag holds any characters that a Python string literal takes without an escape, and does not start with white
+    space. `prefix` is the white space in front of the list.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, space: str, most: int) -> None:
-        self.most = most
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prefix: str, max_tags: int) -> None:
+        self.max_tags = max_tags
         self.end: int = tokenizer.eos_token_id
-        self.beginning = f"{space}["
+        self._opening = f"{prefix}["
         tag = "(?P<tag>" + "|".join(rf"{q}[^{q}\\\s\p{{Cc}}][^{q}\\\p{{Cc}}]*{q}" for q in QUOTES) + ")"
-        self.list = regex.compile(rf"{regex.escape(self.beginning)}{tag}(?:, {tag})*\]")
+        self.pattern = regex.compile(rf"{regex.escape(self._opening)}{tag}(?:, {tag})*\]")
+        """Matches a complete list; matches the start of one with `partial=True`."""
         self._tokenizer = tokenizer
         special = set(tokenizer.all_special_ids)
-        self.texts = self.decode([[i] for i in range(len(tokenizer))])
-        self.texts = ["" if i in special else text for i, text in enumerate(self.texts)]
+        token_texts = self.decode([[i] for i in range(len(tokenizer))])
+        self._token_texts = ["" if i in special else text for i, text in enumerate(token_texts)]
         self._allowed: dict[str, torch.Tensor] = {}
-        self._beginning_with: dict[str, torch.Tensor] = {}
+        self._starting_with: dict[str, torch.Tensor] = {}
 
     def decode(self, answers: list[list[int]]) -> list[str]:
-        """The texts of token ids, as they stand after others: alone, some tokenizers take off a first space."""
+        """Decode token ids as if other tokens came before: some tokenizers drop the first space of a text."""
         ids = [[self.end, *answer] for answer in [[], *answers]]
         [before, *texts] = self._tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
         return [text.removeprefix(before) for text in texts]
 
-    def allowed(self, written: str) -> torch.Tensor:
-        """Bool [tokens]: those that go on with a list, whatever the tags before; for each kind of place found once."""
-        place = self.canonical_prefix(written)
-        if place not in self._allowed:
-            fits = [bool(text) and self.list.fullmatch(place + text, partial=True) is not None for text in self.texts]
-            self._allowed[place] = torch.tensor(fits)
-        return self._allowed[place]
+    def allowed(self, text: str) -> torch.Tensor:
+        """Return which tokens may follow the start of a list, as bool [tokens]; cached by canonical prefix."""
+        prefix = self.canonical_prefix(text)
+        if prefix not in self._allowed:
+            fits = [
+                bool(token) and self.pattern.fullmatch(prefix + token, partial=True) is not None
+                for token in self._token_texts
+            ]
+            self._allowed[prefix] = torch.tensor(fits)
+        return self._allowed[prefix]
 
     def tokens_starting_with(self, text: str) -> torch.Tensor:
-        """Bool [tokens]: those whose text begins with this."""
-        if text not in self._beginning_with:
-            self._beginning_with[text] = torch.tensor([token.startswith(text) for token in self.texts])
-        return self._beginning_with[text]
+        """Return which tokens start with a text, as bool [tokens]."""
+        if text not in self._starting_with:
+            self._starting_with[text] = torch.tensor([token.startswith(text) for token in self._token_texts])
+        return self._starting_with[text]
 
-    def tags_in(self, written: str) -> list[tuple[int, int]]:
-        """Where in the beginning of a list its whole tags are, quotes included."""
-        found = self.list.fullmatch(written, partial=True)
-        return [] if found is None else found.spans("tag")
+    def tag_spans(self, text: str) -> list[tuple[int, int]]:
+        """Return start and end of each complete tag in the start of a list, quotes included."""
+        match = self.pattern.fullmatch(text, partial=True)
+        return [] if match is None else match.spans("tag")
 
-    def canonical_prefix(self, written: str) -> str:
-        """The shortest text that is at such a place in a list: a tag is `x`, and those before it are left out."""
-        tags = self.tags_in(written)
-        rest = written[tags[-1][1] if tags else len(self.beginning) :]
-        if not written.startswith(self.beginning):
-            return written
-        if tags and not rest.startswith(", "):
-            return f"{self.beginning}'x'{rest}"
-        rest = rest.removeprefix(", ") if tags else rest
-        return self.beginning + (f"{rest[0]}x" if len(rest) > 1 else rest)
+    def canonical_prefix(self, text: str) -> str:
+        """Return the shortest start of a list that the same tokens may follow.
+
+        Complete tags but the last are left out, and each tag is shortened to `x`.
+        """
+        spans = self.tag_spans(text)
+        rest = text[spans[-1][1] if spans else len(self._opening) :]
+        if not text.startswith(self._opening):
+            return text
+        if spans and not rest.startswith(", "):
+            return f"{self._opening}'x'{rest}"
+        rest = rest.removeprefix(", ") if spans else rest
+        return self._opening + (f"{rest[0]}x" if len(rest) > 1 else rest)
 
     def new_state(self) -> OpenState:
         return OpenState(self)
 
 
 class OpenState:
-    """The way of one answer through Open."""
+    """The state of one answer from an OpenVocabulary."""
 
-    def __init__(self, grammar: OpenVocabulary) -> None:
-        self._grammar = grammar
+    def __init__(self, vocabulary: OpenVocabulary) -> None:
+        self._vocabulary = vocabulary
         self._ids: list[int] = []
-        self.try_write = ""
+        self._text = ""
         self._confidence = 1.0
         self.tags: list[tuple[str, float]] = []
         self.closed = False
 
     def step(self, logits: torch.Tensor, log_total: torch.Tensor) -> int:
-        grammar = self._grammar
+        vocabulary = self._vocabulary
         if self.closed:
-            return grammar.end
-        allowed = grammar.allowed(self.try_write).to(logits.device)
+            return vocabulary.end
+        allowed = vocabulary.allowed(self._text).to(logits.device)
         values = logits[: len(allowed)].float().masked_fill(~allowed, -torch.inf)
-        chosen = int(values.argmax())
-        [written] = grammar.decode([[*self._ids, chosen]])
-        found = grammar.tags_in(written)
-        tags = [written[start + 1 : end - 1].strip() for start, end in found]
-        # the last: of a tokenizer that cannot write a list
-        if len(set(tags)) < len(tags) or values[chosen] == -torch.inf:
+        best = int(values.argmax())
+        [text] = vocabulary.decode([[*self._ids, best]])
+        spans = vocabulary.tag_spans(text)
+        tags = [text[start + 1 : end - 1].strip() for start, end in spans]
+        # no token is allowed where the tokenizer cannot write a list
+        if len(set(tags)) < len(tags) or values[best] == -torch.inf:
             self.closed = True
-            return grammar.end
+            return vocabulary.end
         if len(tags) == len(self.tags):
-            self._confidence *= float((values[chosen] - log_total).exp())
-        else:  # what comes after the tag's quote, a comma or a bracket, is not the tag's
-            same = grammar.tokens_starting_with(written[len(self.try_write) : found[-1][1]]) & allowed
+            self._confidence *= float((values[best] - log_total).exp())
+        else:  # the tag ends with its quote: a comma or bracket in the same token is not part of it
+            same = vocabulary.tokens_starting_with(text[len(self._text) : spans[-1][1]]) & allowed
             self.tags.append((tags[-1], self._confidence * float((values[same] - log_total).exp().sum())))
             self._confidence = 1.0
-        self._ids.append(chosen)
-        self.try_write = written
-        self.closed = len(tags) == grammar.most or grammar.list.fullmatch(written) is not None
-        return chosen
+        self._ids.append(best)
+        self._text = text
+        self.closed = len(tags) == vocabulary.max_tags or vocabulary.pattern.fullmatch(text) is not None
+        return best

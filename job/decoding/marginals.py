@@ -1,11 +1,12 @@
-"""Every tag that is likely to be in a list: place by place a search through the trie of a vocabulary."""
+"""Marginal decoding: how likely each tag is to be anywhere in the list, by a search through a trie of tags."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peft
 import torch
@@ -18,29 +19,29 @@ if TYPE_CHECKING:
     from job.decoding.constraints import ClosedVocabulary, TrieNode
 
 BEAM_ROWS = 8
-"""For each text of a batch, the ways that are followed at once; further ones come after them."""
+"""Branches of the trie in one forward pass, for each text of a batch; the others wait."""
 MIN_CONTINUE_PROB = 0.2
-"""How likely a list has to go on for its next place to be looked at: what comes later adds little."""
+"""Stop extending the list once P(another tag) falls below this; later positions add little."""
 
 
 @dataclass
 class TagDistribution:
-    """What a text's list may hold."""
+    """The probability of each tag in the list of one text."""
 
     tags: dict[str, float] = field(default_factory=dict)
-    """Those that may be in it, each with its confidence."""
-    written: list[str] = field(default_factory=list)
-    """The likeliest list, as far as it was followed, and its best tag in the last place that was looked at."""
+    """Confidence of each tag that may be in the list."""
+    greedy_tags: list[str] = field(default_factory=list)
+    """The most likely list as far as it was extended, then the best tag of the last position."""
     continue_prob: float = 1.0
-    """The probability that it has a tag after those that are written."""
+    """P(another tag follows greedy_tags)."""
 
     def add(self, found: dict[str, float]) -> str | None:
-        """Take in what may stand in the next place; its likeliest tag, if there is any."""
-        new = {tag: value for tag, value in found.items() if value >= MIN_PROBABILITY and tag not in self.written}
+        """Add the probabilities of the tags in the next position; return the best new tag, if there is one."""
+        new = {tag: value for tag, value in found.items() if value >= MIN_PROBABILITY and tag not in self.greedy_tags}
         for tag, value in new.items():
             self.tags[tag] = 1 - (1 - self.tags.get(tag, 0.0)) * (1 - min(1.0, value))
         best = max(new, key=new.__getitem__, default=None)
-        self.written += [] if best is None else [best]
+        self.greedy_tags += [] if best is None else [best]
         return best
 
 
@@ -51,127 +52,218 @@ def tag_marginals(
     vocabulary: ClosedVocabulary,
     *,
     max_positions: int,
-    room: int,
+    token_budget: int,
 ) -> list[TagDistribution]:
-    """For each text the tags that its list may hold, and how confident the model is of each.
+    """Return for each text the tags that its list may contain, with the model's confidence in each.
 
-    The likeliest list as a whole is too sure of its tags. So it is followed, for at most so many places and
-    `room` tokens, as long as it goes on with GOES_ON, and in each place every tag is asked for. With h(k) the
-    probability that the list goes on to place k and has the tag there, where those before are the likeliest ones, the
-    confidence is 1 - (1 - h(1)) (1 - h(2)) ...: the probability that the tag is in one of the places, were these
-    independent. A tag that the list is followed through is not asked for again, so that its confidence is rather low;
-    an h(k) below MIN_PROBABILITY counts as none. A list that has something else than a tag and a comma does not go on.
+    `ids` and `mask` are int64 [texts, width], padded on the left. Probabilities are the model's own, over all tokens.
 
-    `ids` and `mask` are int64 [texts, width], padded on the left; probabilities are the model's own, over all tokens.
-    Lists of unlike length leave holes in the mask, which a model with an attention window counts as tokens, and which
-    one whose positions do not follow from the mask or `position_ids` (MPT) takes for distance.
+    The probability of the most likely list overstates how certain its tags are. So that list is extended for at most
+    `max_positions` tags and `token_budget` tokens, while P(another tag) >= MIN_CONTINUE_PROB, and every tag is scored
+    in each position. With h(k) = P(the list reaches position k and has the tag there | the most likely tags before),
+    the confidence is 1 - (1 - h(1)) (1 - h(2)) ...: the probability that the tag is in some position, if positions
+    were independent. An h(k) below MIN_PROBABILITY counts as 0. A tag that already extends the list is not scored
+    again, so its confidence is rather low. A list that continues with anything but a comma has no further tag.
+
+    Lists of different lengths leave gaps in the mask. A model with an attention window counts these as tokens, and one
+    that takes its positions neither from the mask nor from `position_ids` (MPT) takes them for distance.
     """
     forward = _Forward(model)
-    lists = [TagDistribution() for _ in ids]
-    here, used = list(range(len(ids))), [0] * len(ids)
+    distributions = [TagDistribution() for _ in ids]
     logits, cache = forward(ids, mask, None, 1)
-    for place in range(max_positions):
-        start = vocabulary.next_root if place else vocabulary.first
-        begin = [(row, start, lists[text].continue_prob, room - used[text]) for row, text in enumerate(here)]
-        found = _next_tags(forward, logits, cache, mask, begin)
-        rows: list[int] = []
-        ways: list[list[int]] = []
-        values: list[float] = []
-        for row, (text, tags) in enumerate(zip(here, found, strict=True)):
-            if (best := lists[text].add(tags)) is not None:
-                way = vocabulary.separator_ids[start][best]
-                used[text] += len(way)
-                if used[text] <= room:
-                    rows, ways, values = [*rows, row], [*ways, way], [*values, tags[best]]
-        if not rows or place + 1 == max_positions:
+    active = _Active(distributions, [token_budget] * len(ids), mask, logits[:, -1], cache)
+    for position in range(max_positions):
+        root = vocabulary.next_root if position else vocabulary.root
+        found = expand_position(forward, active, root)
+        extensions = best_extensions(active, found, vocabulary.separator_ids[root])
+        if not extensions or position + 1 == max_positions:
             break
-        # all of these lists are written on by their likeliest tag, which also says how likely they go on after it
-        at = torch.tensor(rows, device=ids.device)
-        longest = max(map(len, ways))
-        holes = torch.tensor([[0] * (longest - len(way)) + [1] * len(way) for way in ways], device=ids.device)
-        tokens = torch.tensor([[0] * (longest - len(way)) + way for way in ways], device=ids.device)
-        mask = torch.cat([mask[at], holes], 1)
-        before = logits[at, -1:]
-        logits, cache = forward(tokens, mask, select_cache_rows(cache, at), longest)
-        here = [here[row] for row in rows]
-        for text, way, value, one, rest in zip(here, ways, values, before, logits, strict=True):
-            steps = torch.cat([one, rest[longest - len(way) : -1]]).float().log_softmax(-1)
-            written = steps.gather(1, torch.tensor(way, device=ids.device)[:, None]).sum().exp().item()
-            lists[text].continue_prob *= min(1.0, written * lists[text].continue_prob / value)
-        on = [row for row, text in enumerate(here) if lists[text].continue_prob >= MIN_CONTINUE_PROB]
-        if not on:
+        extended = prune(append_best(forward, active, extensions))
+        if extended is None:
             break
-        at = torch.tensor(on, device=ids.device)
-        here, mask, logits, cache = [here[row] for row in on], mask[at], logits[at, -1:], select_cache_rows(cache, at)
-    return lists
+        active = extended
+    return distributions
 
 
-_TrieState = tuple[int, "TrieNode", float, int]
-"""Of a row, where in the trie it is, how likely it came there, and how many more tokens there is room for."""
+@dataclass
+class _Active:
+    """The texts whose list is still extended, one row each."""
+
+    distributions: list[TagDistribution]
+    token_budgets: list[int]
+    """Tokens that each list may still take."""
+    mask: torch.Tensor
+    """int64 [rows, tokens in the cache]."""
+    logits: torch.Tensor
+    """[rows, vocabulary], of the next token."""
+    cache: Any
+
+    def select(self, rows: list[int]) -> _Active:
+        index = torch.tensor(rows, dtype=torch.long, device=self.mask.device)
+        return _Active(
+            [self.distributions[row] for row in rows],
+            [self.token_budgets[row] for row in rows],
+            self.mask[index],
+            self.logits[index],
+            select_cache_rows(self.cache, index),
+        )
+
+
+class _Extension(NamedTuple):
+    """The best tag of a row, which extends its list."""
+
+    row: int
+    ids: list[int]
+    """Token ids of the tag and the comma after it."""
+    probability: float
+    """P(the list reaches this position and has the tag there)."""
+
+
+class _TrieState(NamedTuple):
+    """A branch of the search for one position."""
+
+    text: int
+    """The row of the text in `_Active`."""
+    node: TrieNode
+    probability: float
+    """P(the list reaches this position and starts with the tokens of this branch)."""
+    tokens_left: int
+
+
+class _Frontier(NamedTuple):
+    """Branches that wait for their forward pass, one row each."""
+
+    ids: torch.Tensor
+    """The last token of each branch, int64 [rows, 1]."""
+    mask: torch.Tensor
+    """int64 [rows, tokens in the cache and this one]."""
+    cache: Any
+    states: list[_TrieState]
 
 
 class _Forward:
-    """A model's forward pass over tokens that come after those of a cache."""
+    """A model's forward pass over tokens that follow those in a cache."""
 
     def __init__(self, model: PreTrainedModel | peft.PeftModel) -> None:
         base: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-        self._positioned = "position_ids" in inspect.signature(base.forward).parameters
+        self._takes_position_ids = "position_ids" in inspect.signature(base.forward).parameters
         self._model: Any = model
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, last: int) -> tuple[torch.Tensor, Any]:
-        """Logits [rows, last, vocabulary] of the last tokens, and the cache with these tokens.
+        """Return logits [rows, last, vocabulary] of the last tokens, and the cache with these tokens.
 
-        `ids` is int64 [rows, tokens], `mask` int64 [rows, tokens of the cache and these].
+        `ids` is int64 [rows, tokens], `mask` int64 [rows, tokens in the cache and these].
         """
-        places = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = self._model(
             input_ids=ids,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=last,
-            **({"position_ids": places} if self._positioned else {}),
+            **({"position_ids": position_ids} if self._takes_position_ids else {}),
         )
         return output.logits, output.past_key_values
 
 
-def _next_tags(
-    forward: _Forward, logits: torch.Tensor, cache: Any, mask: torch.Tensor, begin: list[_TrieState]
-) -> list[dict[str, float]]:
-    """For each row the tags that may be written next, each with its probability times that of getting there.
+def expand_position(forward: _Forward, active: _Active, root: TrieNode) -> list[dict[str, float]]:
+    """Return for each row the tags that may come next, each with P(the list reaches this position and has it there).
 
-    `logits` is [rows, tokens, vocabulary], of which the last token counts. A branch is dropped when it is less likely
-    than MIN_PROBABILITY, which keeps their number small; if the two spellings of a tag, last in the list and before
-    another tag, separate before the tag is the only candidate, one that is below may stay uncounted.
+    Branches less likely than MIN_PROBABILITY are dropped, which bounds their number. A tag has two forms, last in the
+    list and before another tag. Where their tokens differ before the tag is the only candidate, a form that is less
+    likely than this may be left out of the sum.
     """
-    found: list[dict[str, float]] = [{} for _ in logits]
-    most = len(found) * BEAM_ROWS
-    ahead: list[Any] = [(None, mask, cache, begin)]
-    while ahead:
-        ids, mask, cache, ways = ahead.pop()
-        if ids is not None:
-            logits, cache = forward(ids, mask, cache, 1)
-        probabilities = logits[:, -1].float().softmax(-1)
-        further: list[tuple[int, int, _TrieState]] = []
-        for row, (text, node, likely, left) in enumerate(ways):
-            values = (probabilities[row, node.index.to(logits.device)] * likely).tolist()
-            for i, child, value in zip(node.ids, node.children.values(), values, strict=True):
-                if (tag := child.only) is not None:
-                    found[text][tag] = found[text].get(tag, 0.0) + value
-                elif value >= MIN_PROBABILITY and left > 0:
-                    further.append((row, i, (text, child, value, left - 1)))
-        for first in range(0, len(further), most):
-            rows, tokens, onward = zip(*further[first : first + most], strict=True)
-            at = torch.tensor(rows, device=logits.device)
-            longer = torch.nn.functional.pad(mask[at], (0, 1), value=1)
-            ids = torch.tensor(tokens, device=logits.device)[:, None]
-            ahead.append((ids, longer, select_cache_rows(cache, at), list(onward)))
+    found: list[dict[str, float]] = [{} for _ in active.distributions]
+    max_rows = len(found) * BEAM_ROWS
+    states = [
+        _TrieState(row, root, distribution.continue_prob, budget)
+        for row, (distribution, budget) in enumerate(zip(active.distributions, active.token_budgets, strict=True))
+    ]
+    branches = _expand(states, active.logits, found)
+    stack = list(_frontiers(branches, active.mask, active.cache, max_rows))
+    while stack:
+        ids, mask, cache, states = stack.pop()
+        logits, cache = forward(ids, mask, cache, 1)
+        stack += _frontiers(_expand(states, logits[:, -1], found), mask, cache, max_rows)
     return found
 
 
+def _expand(
+    states: list[_TrieState], logits: torch.Tensor, found: list[dict[str, float]]
+) -> list[tuple[int, int, _TrieState]]:
+    """Add the tags that are determined by the next token to `found`; return the branches that go deeper.
+
+    `logits` is [states, vocabulary]. A branch is the row of its parent, its token id and its state.
+    """
+    probabilities = logits.float().softmax(-1)
+    branches: list[tuple[int, int, _TrieState]] = []
+    for row, (text, node, probability, tokens_left) in enumerate(states):
+        values = (probabilities[row, node.index.to(logits.device)] * probability).tolist()
+        for i, child, value in zip(node.ids, node.children.values(), values, strict=True):
+            if (tag := child.unique_tag) is not None:
+                found[text][tag] = found[text].get(tag, 0.0) + value
+            elif value >= MIN_PROBABILITY and tokens_left > 0:
+                branches.append((row, i, _TrieState(text, child, value, tokens_left - 1)))
+    return branches
+
+
+def _frontiers(
+    branches: list[tuple[int, int, _TrieState]], mask: torch.Tensor, cache: Any, max_rows: int
+) -> Iterator[_Frontier]:
+    """Divide branches into frontiers of at most `max_rows`, each with its rows of the parents' mask and cache."""
+    for start in range(0, len(branches), max_rows):
+        rows, tokens, states = zip(*branches[start : start + max_rows], strict=True)
+        index = torch.tensor(rows, device=mask.device)
+        longer = torch.nn.functional.pad(mask[index], (0, 1), value=1)
+        ids = torch.tensor(tokens, device=mask.device)[:, None]
+        yield _Frontier(ids, longer, select_cache_rows(cache, index), list(states))
+
+
+def best_extensions(
+    active: _Active, found: list[dict[str, float]], separator_ids: dict[str, list[int]]
+) -> list[_Extension]:
+    """Add what was found to the distributions; return the best new tag of each row that has the tokens for it."""
+    extensions: list[_Extension] = []
+    for row, (distribution, tags) in enumerate(zip(active.distributions, found, strict=True)):
+        best = distribution.add(tags)
+        if best is not None and len(separator_ids[best]) <= active.token_budgets[row]:
+            extensions.append(_Extension(row, separator_ids[best], tags[best]))
+    return extensions
+
+
+def append_best(forward: _Forward, active: _Active, extensions: list[_Extension]) -> _Active:
+    """Append the best tag and a comma to each list that has one, and update P(another tag) of these lists.
+
+    P(tag and comma | position reached) / P(tag | position reached) is the probability that the list continues.
+    """
+    active = active.select([extension.row for extension in extensions])
+    device = active.mask.device
+    width = max(len(extension.ids) for extension in extensions)
+    left_pad = [width - len(extension.ids) for extension in extensions]
+    pairs = list(zip(left_pad, extensions, strict=True))
+    tokens = torch.tensor([[0] * pad + extension.ids for pad, extension in pairs], device=device)
+    present = torch.tensor([[0] * pad + [1] * (width - pad) for pad in left_pad], device=device)
+    mask = torch.cat([active.mask, present], 1)
+    logits, cache = forward(tokens, mask, active.cache, width)
+    for distribution, (pad, extension), first, rest in zip(
+        active.distributions, pairs, active.logits, logits, strict=True
+    ):
+        steps = torch.cat([first[None], rest[pad:-1]]).float().log_softmax(-1)
+        with_comma = steps.gather(1, torch.tensor(extension.ids, device=device)[:, None]).sum().exp().item()
+        distribution.continue_prob *= min(1.0, with_comma * distribution.continue_prob / extension.probability)
+    budgets = [budget - len(extension.ids) for budget, extension in zip(active.token_budgets, extensions, strict=True)]
+    return _Active(active.distributions, budgets, mask, logits[:, -1], cache)
+
+
+def prune(active: _Active) -> _Active | None:
+    """Keep the lists that continue with at least MIN_CONTINUE_PROB; None if there are none."""
+    rows = [row for row, d in enumerate(active.distributions) if d.continue_prob >= MIN_CONTINUE_PROB]
+    return active.select(rows) if rows else None
+
+
 def select_cache_rows(cache: Any, rows: torch.Tensor) -> Any:
-    """A cache with these rows of another one, which stays as it is."""
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(rows)
-    return chosen
+    """Return a cache with these rows of another one, which is not changed."""
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(rows)
+    return selected
