@@ -6,23 +6,18 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from job.metrics.scores import score
+from job.metrics.thresholds import best_threshold
 from job.types import Example, Prediction, Scores
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from job.sample import Tagger
-
-    Floats = NDArray[np.float64]
-from job.metrics.scores import score
-from job.metrics.thresholds import best_threshold
 
 log = logging.getLogger(__name__)
 
 
 def evaluate(tagger: Tagger, examples: Sequence[Example]) -> tuple[Scores, list[Prediction]]:
-    """Tag the examples' texts by generation and score the answers against their tags."""
+    """Tag the texts of the examples, and score the answers against the examples' tags."""
     answers = tagger.tag([example.text for example in examples])
     scores = score([e.tags for e in examples], [a.tags for a in answers], [a.well_formed for a in answers])
     predictions = [Prediction(e.text, e.tags, a.tags, a.raw) for e, a in zip(examples, answers, strict=True)]
@@ -30,10 +25,10 @@ def evaluate(tagger: Tagger, examples: Sequence[Example]) -> tuple[Scores, list[
 
 
 def calibrate(tagger: Tagger, examples: Sequence[Example]) -> None:
-    """Give a tagger the threshold that is best on these examples, which it was not trained on."""
+    """Set a tagger's threshold to the best one on these examples, which it must not have been trained on."""
     tagger.decoding = tagger.decoding.model_copy(update={"threshold": 0.0})
     answers = tagger.tag([example.text for example in examples])
-    ranked = [list(zip(answer.tags, answer.confidences, strict=True)) for answer in answers]
-    threshold, f1 = best_threshold([example.tags for example in examples], ranked)
+    scored = [list(zip(answer.tags, answer.confidences, strict=True)) for answer in answers]
+    threshold, f1 = best_threshold([example.tags for example in examples], scored)
     tagger.decoding = tagger.decoding.model_copy(update={"threshold": threshold})
     log.info("evaluate: threshold %g, micro-F1 %.3f on %d training examples set aside", threshold, f1, len(examples))

@@ -1,4 +1,4 @@
-"""The references answer as they say, on whatever the data are."""
+"""Each baseline predicts what it promises, whatever the data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from job.metrics.baselines import most_common_tags, score_baselines
 from job.types import Example
 
 
-def test_most_common_tags_answers_as_many_as_a_text_has() -> None:
+def test_the_most_common_tags_are_as_many_as_a_text_has() -> None:
     train = [Example("1", ("a", "b")), Example("2", ("a", "b")), Example("3", ("a", "c"))]
     examples = [Example("4", ("a", "b")), Example("5", ("c",))]
     assert most_common_tags(train, examples) == [["a", "b"]] * 2
@@ -33,7 +33,7 @@ def test_tfidf_learns_which_words_go_with_a_tag(rows: list[dict[str, Any]]) -> N
     [["x"] * 40, ["x", "y"] * 20, [str(i) for i in range(40)]],
     ids=["one tag", "two", "each its own"],
 )
-def test_data_with_little_to_learn_have_references_too(tags: list[str]) -> None:
+def test_data_with_little_to_learn_have_baselines_too(tags: list[str]) -> None:
     for text in ("text {}", "?!"):
         examples = [Example(text.format(i), (tag,)) for i, tag in enumerate(tags)]
         scores = score_baselines(examples[:30], examples[30:])
