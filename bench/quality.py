@@ -1,10 +1,9 @@
 """Measure how good the tags are: `python -m bench.quality`, or `make quality`.
 
-A test split is set aside from the start, and each fold takes its development texts and its training texts from the
-rest. Variants are compared on the folds; `--test VARIANT` trains on all of the rest and scores the test split, which is
-for the end. It can be had once; `--second` scores texts that neither it nor a fold scores, and trains on all
-others. What is done is kept in `--work`: trained adapters with their checkpoints, and predictions, so that a killed
-night of runs goes on where it was.
+A test split is set aside first; each fold divides the rest into training and development texts. Compare variants on the
+folds. At the end, `--test VARIANT` trains on all of the rest and scores the test split. Use it once; then `--second`
+scores texts that neither the test split nor a fold contains, and trains on all others. Trained adapters with their
+checkpoints, and the predictions, are kept in `--work`: the same command resumes where an earlier one was killed.
 """
 
 from __future__ import annotations
@@ -38,20 +37,20 @@ if TYPE_CHECKING:
 
 TEST_SHARE, TEST_SEED = 0.15, 2026
 DEVELOPMENT_SHARE = 0.15
-"""Of what the test leaves."""
-REFERENCES = ("most_common_tags", "tfidf")
+"""Share of the texts outside the test split."""
+BASELINES = ("most_common_tags", "tfidf")
 FOLDS = (1, 2, 3)
 TEST, SECOND_TEST = "test", "second test"
 SECOND_SHARE = 0.3
-"""Of the texts that are in no other split."""
-RECORD = 3
-"""Of a record's fields: those of another version are not read."""
+"""Share of the texts that are in no other split."""
+RECORD_VERSION = 4
+"""Version of the fields of a record; records of another version are measured again."""
 FIGURES = {
     "micro-F1": "f1",
     "macro-F1": "macro_f1",
     "precision": "precision",
     "recall": "recall",
-    "well_formed": "well_formed",
+    "well-formed": "well_formed",
 }
 SECONDS = {"training, s": "training_seconds", "tagging, s": "tagging_seconds"}
 
@@ -61,20 +60,20 @@ Groups = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Variant:
-    """How adapters are trained, by name so that variants share them, and how answers are decoded."""
+    """A training, by name so that variants can share it, and how answers are decoded."""
 
     training: str
     sample: dict[str, Any] = field(default_factory=dict)
     free: bool = False
-    """Whether the model may write anything, of which the list is read."""
+    """Whether decoding is unconstrained: tags are parsed from whatever the model writes."""
     texts: float = 1.0
-    """The share of the training texts that is trained on, for as many steps."""
+    """Share of the training texts to train on; the number of steps stays the same."""
     rare: float = 1.0
-    """The share that is kept of the tags that one training text has."""
+    """Share of the tags that only one training text has to keep."""
 
 
 def trainings(steps: int) -> dict[str, Groups]:
-    """Settings of each training, apart from data and base model; `steps` optimizer steps of 16 texts."""
+    """Return the settings of each training, without data and base model; `steps` optimizer steps of 16 texts each."""
     warm_up = max(4, steps // 16)
     learned: Groups = {
         "lora": {"targets": ("all-linear",)},
@@ -82,50 +81,55 @@ def trainings(steps: int) -> dict[str, Groups]:
         "train": {"learning_rate": 1e-3, "warmup_steps": warm_up},
     }
 
-    def but(**groups: dict[str, Any]) -> Groups:
+    def learned_with(**groups: dict[str, Any]) -> Groups:
         return {name: learned.get(name, {}) | groups.get(name, {}) for name in {**learned, **groups}}
 
     found = {
         "recipe": {"train": {"warmup_steps": min(100, steps // 2)}, "data": {"max_length": 256}},
         "learned": learned,
-        "given order": but(data={"tag_order": "given"}),
-        "by frequency": but(data={"tag_order": "frequency"}),
-        "rate 2e-4": but(train={"learning_rate": 2e-4}),
-        "rate 2e-3": but(train={"learning_rate": 2e-3}),
-        "warm-up of a third": but(train={"warmup_steps": steps // 3}),
-        "cosine": but(train={"lr_scheduler_type": "cosine"}),
-        "constant rate": but(train={"lr_scheduler_type": "constant"}),
-        "attention only": but(lora={"targets": None}),
-        "rank 64": but(lora={"r": 64, "alpha": 128}),
-        "no dropout": but(lora={"dropout": 0.0}),
-        # Adam's steps do not follow the scale of gradients, so that k times the rate for the matrix B (LoRA+) is an
-        # alpha k times as large, but for the clipping; so is alpha / sqrt(r) (rsLoRA), with k = 4 for r = 16
-        "rsLoRA, or LoRA+ with 4": but(lora={"alpha": 128}),
-        "LoRA+ with 16, rate 2.5e-4": but(lora={"alpha": 512}, train={"learning_rate": 2.5e-4}),
-        "averaged": but(train={"lr_scheduler_type": "constant", "weight_averaging": 0.5}),
-        "8 texts a step": but(
-            train={"batch_size": 8, "accumulation": 1, "max_steps": 2 * steps, "warmup_steps": 2 * warm_up}
+        "given order": learned_with(data={"tag_order": "given"}),
+        "by frequency": learned_with(data={"tag_order": "frequency"}),
+        "rate 2e-4": learned_with(train={"learning_rate": 2e-4}),
+        "rate 2e-3": learned_with(train={"learning_rate": 2e-3}),
+        "warm-up of a third": learned_with(train={"warmup_steps": steps // 3}),
+        "cosine": learned_with(train={"lr_scheduler_type": "cosine"}),
+        "constant rate": learned_with(train={"lr_scheduler_type": "constant"}),
+        "attention only": learned_with(lora={"targets": None}),
+        "rank 64": learned_with(lora={"r": 64, "alpha": 128}),
+        "no dropout": learned_with(lora={"dropout": 0.0}),
+        # Adam's steps do not depend on the scale of gradients: k times the learning rate for matrix B (LoRA+) equals k
+        # times alpha, apart from clipping; so does alpha / sqrt(r) (rsLoRA), with k = 4 for r = 16
+        "rsLoRA, or LoRA+ with 4": learned_with(lora={"alpha": 128}),
+        "LoRA+ with 16, rate 2.5e-4": learned_with(lora={"alpha": 512}, train={"learning_rate": 2.5e-4}),
+        "averaged": learned_with(train={"lr_scheduler_type": "constant", "weight_averaging": 0.5}),
+        "8 texts a step": learned_with(
+            train={
+                "batch_size": 8,
+                "gradient_accumulation_steps": 1,
+                "max_steps": 2 * steps,
+                "warmup_steps": 2 * warm_up,
+            }
         ),
-        "half the steps": but(train={"max_steps": steps // 2, "warmup_steps": warm_up // 2}),
-        "loss on all": but(train={"completion_only_loss": False}),
-        "int8": but(base={"quantize": "int8"}),
-        "nf4": but(base={"quantize": "nf4"}),
-        "another prompt": but(data={"separator": "\nTags: "}),
-        "no rare tags": but(data={"min_tag_count": 2}),
-        "together": but(lora={"alpha": 128, "dropout": 0.0}, data={"min_tag_count": 2}),
-        "loss on all, averaged": but(
+        "half the steps": learned_with(train={"max_steps": steps // 2, "warmup_steps": warm_up // 2}),
+        "loss on all": learned_with(train={"completion_only_loss": False}),
+        "int8": learned_with(base={"quantize": "int8"}),
+        "nf4": learned_with(base={"quantize": "nf4"}),
+        "another prompt": learned_with(data={"separator": "\nTags: "}),
+        "no rare tags": learned_with(data={"min_tag_count": 2}),
+        "together": learned_with(lora={"alpha": 128, "dropout": 0.0}, data={"min_tag_count": 2}),
+        "loss on all, averaged": learned_with(
             lora={"dropout": 0.0},
             train={"completion_only_loss": False, "lr_scheduler_type": "constant", "weight_averaging": 0.5},
         ),
     }
-    common = {"batch_size": 4, "accumulation": 4, "max_steps": steps, "micro_batch_tokens": 1024}
+    common = {"batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": steps, "micro_batch_tokens": 1024}
     return {name: groups | {"train": common | groups.get("train", {})} for name, groups in found.items()}
 
 
-LIKELY = {"decoding": "marginal", "threshold": "auto"}
+MARGINAL = {"decoding": "marginal", "threshold": "auto"}
 ALL_TEXTS = {"decoding": "marginal", "threshold": 0.07}
-"""No texts are set aside: the threshold is the best one on fold 2 of the English quotes, after 320 steps of the
-embedded base model, so that scores on that fold flatter. With --max-positions 1 that is 0.04."""
+"""All texts are trained on, none calibrates. The threshold is the best one on fold 2 of the English quotes, after 320
+steps of the embedded base model, so scores on that fold are too high. With --max-positions 1 it is 0.04."""
 VARIANTS = {
     "recipe, free": Variant("recipe", free=True),
     "recipe, open list": Variant("recipe"),
@@ -133,12 +137,12 @@ VARIANTS = {
     "learned, open list": Variant("learned"),
     "learned, list of seen tags": Variant("learned", {"vocabulary": "seen"}),
     "learned, list, threshold": Variant("learned", {"vocabulary": "seen", "threshold": "auto"}),
-    "learned, likely": Variant("learned", LIKELY),
+    "learned, marginal": Variant("learned", MARGINAL),
     "by frequency, free": Variant("by frequency", free=True),
     "by frequency, list of seen tags": Variant("by frequency", {"vocabulary": "seen"}),
-    **{f"{name}, likely": Variant(name, LIKELY) for name in trainings(1) if name not in ("recipe", "learned")},
-    "a third of the texts, likely": Variant("learned", LIKELY, texts=1 / 3),
-    "half of the rare tags, likely": Variant("learned", LIKELY, rare=0.5),
+    **{f"{name}, marginal": Variant(name, MARGINAL) for name in trainings(1) if name not in ("recipe", "learned")},
+    "a third of the texts, marginal": Variant("learned", MARGINAL, texts=1 / 3),
+    "half of the rare tags, marginal": Variant("learned", MARGINAL, rare=0.5),
     **{
         f"{name}, all texts": Variant(name, ALL_TEXTS)
         for name in ("learned", "no dropout", "no rare tags", "together", "averaged", "loss on all, averaged")
@@ -150,13 +154,13 @@ def main() -> None:
     parser = _parser()
     options = parser.parse_args()
     if options.second and not options.test:
-        parser.error("--second is which test --test VARIANT scores; give both")
+        parser.error("--second says which test split --test VARIANT scores; give both options")
     records: list[Record] = []
     test = SECOND_TEST if options.second else TEST
     for fold in [test] if options.test else options.folds:
         train, held_out = folds(options.data, fold)
-        for name in (*REFERENCES, *([options.test] if options.test else options.variants)):
-            records.append(_kept(options, fold, name, SplitData(train, held_out, 0, "")))
+        for name in (*BASELINES, *([options.test] if options.test else options.variants)):
+            records.append(_cached_record(options, fold, name, SplitData(train, held_out, 0, "")))
     print(report(records, options.against), *measured_on(records), sep="\n")
     print(*by_threshold(records), sep="\n", end="")
 
@@ -168,29 +172,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--folds", nargs="+", type=int, default=list(FOLDS))
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--test", choices=list(VARIANTS), metavar="VARIANT", help="score this one on the test split")
-    parser.add_argument("--second", action="store_true", help="with --test: on the second one")
+    parser.add_argument("--test", choices=list(VARIANTS), metavar="VARIANT", help="score it on the test split")
+    parser.add_argument("--second", action="store_true", help="with --test: score the second test split")
     parser.add_argument("--max-positions", type=int, help="TAGGER_SAMPLE_MAX_POSITIONS")
     parser.add_argument(
-        "--against", default="tfidf", choices=[*REFERENCES, *VARIANTS], metavar="VARIANT", help="what to compare with"
+        "--against",
+        default="tfidf",
+        choices=[*BASELINES, *VARIANTS],
+        metavar="VARIANT",
+        help="compare micro-F1 with it",
     )
-    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="what is done is kept here")
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="folder of adapters and records")
     return parser
 
 
 def folds(dataset: str, fold: int | str) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Training and held-out examples of a fold, or of a test."""
-    apart = data.load(Data(dataset=dataset, eval_size=TEST_SHARE, seed=TEST_SEED))
+    """Return training and held-out examples of a fold, or of a test split."""
+    parts = data.load(Data(dataset=dataset, eval_size=TEST_SHARE, seed=TEST_SEED))
     if fold == TEST:
-        return apart.train, apart.held_out
+        return parts.train, parts.held_out
     if fold == SECOND_TEST:
-        return _second_test(dataset, [*apart.train, *apart.held_out])
-    train, development = split(apart.train, Data(eval_size=DEVELOPMENT_SHARE, seed=int(fold)))
+        return _second_test(dataset, [*parts.train, *parts.held_out])
+    train, development = split(parts.train, Data(eval_size=DEVELOPMENT_SHARE, seed=int(fold)))
     return tuple(train), tuple(development)
 
 
 def _second_test(dataset: str, examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Examples to train on and some to score: of these no near-duplicate is in another split or trained on."""
+    """Return training and test examples; no test example has a near-duplicate in another split or in training."""
     scored = {example.text for other in (TEST, *FOLDS) for example in folds(dataset, other)[1]}
     groups = dict(
         zip(examples, near_duplicates.near_duplicate_groups([example.text for example in examples]), strict=True)
@@ -198,39 +206,39 @@ def _second_test(dataset: str, examples: Sequence[Example]) -> tuple[tuple[Examp
     known = {group for example, group in groups.items() if example.text in scored}
     unseen = [example for example, group in groups.items() if group not in known]
     _, held_out = split(unseen, Data(eval_size=SECOND_SHARE, seed=TEST_SEED + 1))
-    apart = {groups[example] for example in held_out}
-    return tuple(example for example, group in groups.items() if group not in apart), tuple(held_out)
+    held_out_groups = {groups[example] for example in held_out}
+    return tuple(example for example, group in groups.items() if group not in held_out_groups), tuple(held_out)
 
 
 def _settings(options: argparse.Namespace, variant: Variant) -> Settings:
     groups = trainings(options.steps)[variant.training]
-    chosen: Any = {
+    values: Any = {
         **groups,
         "base": {"model": model_setting(options.base), "quantize": "none"} | groups.get("base", {}),
         "data": {"dataset": options.data} | groups.get("data", {}),
         "sample": {"max_new_tokens": 40, "batch_size": 32, "max_positions": options.max_positions} | variant.sample,
     }
-    return Settings(**chosen)
+    return Settings(**values)
 
 
-def _kept(options: argparse.Namespace, fold: int | str, name: str, examples: SplitData) -> Record:
-    """The record of a measurement: that of the work folder for the same settings and data, or else made now."""
+def _cached_record(options: argparse.Namespace, fold: int | str, name: str, examples: SplitData) -> Record:
+    """Return the record in the work folder for the same settings and data; measure if there is none."""
     from bench.measure import describe
     from job.runs.atomic import atomic_write
     from job.system.device import ComputeSpec
 
-    reference = name in REFERENCES
-    what = [] if reference else [_settings(options, VARIANTS[name]).digest(), VARIANTS[name]]
-    file = options.work / "records" / f"{name}, {fold}, {_digest(RECORD, what, examples)}.json"
+    baseline = name in BASELINES
+    what = [] if baseline else [_settings(options, VARIANTS[name]).digest(), VARIANTS[name]]
+    file = options.work / "records" / f"{name}, {fold}, {_digest(RECORD_VERSION, what, examples)}.json"
     if not file.is_file():
-        machine = ComputeSpec.resolve("auto", "auto")
+        compute = ComputeSpec.resolve("auto", "auto")
         about = {
             "variant": name,
             "fold": fold,
             "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": describe(machine),
+            "machine": describe(compute),
         }
-        record = _reference(name, examples) if reference else _measure(options, name, fold, examples, machine)
+        record = _baseline(name, examples) if baseline else _measure(options, name, fold, examples, compute)
         atomic_write(file, json.dumps(about | record))
     found: Record = json.loads(file.read_text(encoding="utf-8"))
     print(_row(name, [found], []), file=sys.stderr, flush=True)
@@ -241,7 +249,7 @@ def _digest(*what: Any) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()[:8]
 
 
-def _reference(name: str, examples: SplitData) -> Record:
+def _baseline(name: str, examples: SplitData) -> Record:
     from job.metrics import baselines
 
     answers = getattr(baselines, name)(examples.train, examples.held_out)
@@ -249,13 +257,13 @@ def _reference(name: str, examples: SplitData) -> Record:
 
 
 def _record(
-    train: Sequence[Example], held_out: Sequence[Example], answers: Sequence[Sequence[str]], parsed: Sequence[bool]
+    train: Sequence[Example], held_out: Sequence[Example], answers: Sequence[Sequence[str]], well_formed: Sequence[bool]
 ) -> Record:
     known = {tag for example in train for tag in example.tags}
     return {
         "gold": [example.tags for example in held_out],
         "predicted": list(map(list, answers)),
-        "well_formed": list(parsed),
+        "well_formed": list(well_formed),
         "invented": [sum(tag not in known for tag in answer) for answer in answers],
     }
 
@@ -264,41 +272,41 @@ def _record(
 
 
 def _measure(
-    options: argparse.Namespace, name: str, fold: int | str, examples: SplitData, machine: ComputeSpec
+    options: argparse.Namespace, name: str, fold: int | str, examples: SplitData, compute: ComputeSpec
 ) -> Record:
     from job.decoding.config import initial_config
     from job.evaluate import calibrate
 
     variant = VARIANTS[name]
     settings = _settings(options, variant)
-    # of variants without a threshold of their own the same texts are set aside, so that they can share a training
+    # without a fixed threshold the same texts are always set aside, so that these variants can share a training
     parts = examples if isinstance(settings.sample.threshold, float) else split_calibration(examples, settings.data)
-    chosen = drop_rare_tags(_fewer(parts.train, variant), settings.data.min_tag_count)
-    # adapters are the same however they are decoded
-    folder = options.work / "trained" / f"{fold}, {settings.with_published_decoding().digest(_digest(chosen))}"
-    model, tokenizer, seconds = _trained(folder, settings, chosen, machine)
-    decoding = initial_config(settings.sample, chosen)
-    tagger = (_free_tagger() if variant.free else _tagger())(model, tokenizer, settings, machine, decoding)
+    train = drop_rare_tags(subsample(parts.train, variant), settings.data.min_tag_count)
+    # an adapter does not depend on how it is decoded
+    folder = options.work / "trained" / f"{fold}, {settings.with_published_decoding().digest(_digest(train))}"
+    model, tokenizer, seconds = _trained(folder, settings, train, compute)
+    decoding = initial_config(settings.sample, train)
+    tagger = (_free_tagger() if variant.free else _tagger())(model, tokenizer, settings, compute, decoding)
     if settings.sample.threshold == "auto":
         calibrate(tagger, parts.calibration)
     threshold = tagger.decoding.threshold
-    likely = decoding.decoding == "marginal"
-    if likely:  # every tag that any threshold may keep
+    marginal = decoding.decoding == "marginal"
+    if marginal:  # keep what other thresholds would keep, for by_threshold
         tagger.decoding = tagger.decoding.model_copy(update={"threshold": 0.0})
     started = time.monotonic()
     answers = tagger.tag([example.text for example in parts.held_out])
     seconds_tagging = time.monotonic() - started
-    ranked = [list(zip(a.tags, a.confidences, strict=True)) for a in answers]
-    kept = [[tag for tag, confidence in tags if confidence >= threshold] for tags in ranked]
+    scored = [list(zip(a.tags, a.confidences, strict=True)) for a in answers]
+    kept = [[tag for tag, confidence in tags if confidence >= threshold] for tags in scored]
     record = _record(parts.train, parts.held_out, kept, [a.well_formed for a in answers])
     record |= {"training_seconds": seconds, "tagging_seconds": seconds_tagging, "threshold": threshold}
-    if likely:
-        record["ranked"] = ranked
+    if marginal:
+        record["scored"] = scored
     return record
 
 
-def _fewer(train: Sequence[Example], variant: Variant) -> list[Example]:
-    """The texts and tags that a variant trains on."""
+def subsample(train: Sequence[Example], variant: Variant) -> list[Example]:
+    """Return the share of texts and of rare tags that a variant trains on; the same draw every time."""
     draw = random.Random(0)
     texts = [example for example in train if draw.random() < variant.texts]
     counts = Counter(tag for example in texts for tag in example.tags)
@@ -307,9 +315,12 @@ def _fewer(train: Sequence[Example], variant: Variant) -> list[Example]:
 
 
 def _trained(
-    folder: Path, settings: Settings, train: Sequence[Example], machine: ComputeSpec
+    folder: Path, settings: Settings, train: Sequence[Example], compute: ComputeSpec
 ) -> tuple[Any, Any, float]:
-    """The base model with the adapter of a folder, which is trained if it is not there, and the seconds that took."""
+    """Return the base model with the adapter in a folder, its tokenizer, and the seconds that training took.
+
+    Trains the adapter if the folder has none.
+    """
     import peft
 
     from job.freeze import freeze
@@ -319,7 +330,7 @@ def _trained(
     from job.train import train as train_adapters
 
     tokenizer = load_tokenizer(settings.base)
-    model = load_model(settings.base, machine)
+    model = load_model(settings.base, compute)
     freeze(model)
     done = folder / "trained.json"
     if done.is_file():
@@ -329,7 +340,7 @@ def _trained(
     run = RunFolder(folder, {})
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     encoded = tokenization.encode(tokenizer, train, settings)
-    trained = train_adapters(new, encoded, settings.train, tokenizer=tokenizer, machine=machine, run=run)
+    trained = train_adapters(new, encoded, settings.train, tokenizer=tokenizer, machine=compute, run=run)
     with run.folder("adapter") as into:
         save_adapter(new, tokenizer, into, settings.base)
     run.write("trained.json", json.dumps({"seconds": trained.seconds, "losses": trained.last_loss}))
@@ -343,12 +354,12 @@ def _tagger() -> type[Tagger]:
 
 
 def _free_tagger() -> type[Tagger]:
-    """A tagger whose model may write what it likes; whole tags are read out of that."""
+    """Return a tagger with unconstrained greedy decoding, which parses the tags from the text."""
     from transformers import GenerationConfig
 
     from job.sample import Tagger
 
-    class Free(Tagger):
+    class FreeTagger(Tagger):
         def _greedy(self, prompts: list[list[int]]) -> Any:
             ids, mask = self._padded(prompts)
             stop = [i for token, i in self._tokenizer.get_vocab().items() if "]" in token]
@@ -361,40 +372,42 @@ def _free_tagger() -> type[Tagger]:
             generate: Any = self._model.generate
             written = generate(input_ids=ids, attention_mask=mask, generation_config=config)
             texts = self._tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
-            return [(text, [(tag, 1.0) for tag in tags], whole) for text in texts for tags, whole in [_read(text)]]
+            return [
+                (text, [(tag, 1.0) for tag in tags], complete) for text in texts for tags, complete in [_parse(text)]
+            ]
 
-    return Free
+    return FreeTagger
 
 
-def _read(text: str) -> tuple[list[str], bool]:
-    """The tags of an answer that were closed, and whether it was one whole list."""
-    whole = parse_list(text)
-    if whole and all(isinstance(tag, str) for tag in whole):
-        return list(dict.fromkeys(whole)), True
-    closed = re.findall(r"'([^'\n]+)'|\"([^\"\n]+)\"", text) if text.strip().startswith("[") else []
-    return list(dict.fromkeys(one or other for one, other in closed)), False
+def _parse(text: str) -> tuple[list[str], bool]:
+    """Return the complete tags of an answer, and whether it is a complete list."""
+    tags = parse_list(text)
+    if tags and all(isinstance(tag, str) for tag in tags):
+        return list(dict.fromkeys(tags)), True
+    quoted = re.findall(r"'([^'\n]+)'|\"([^\"\n]+)\"", text) if text.strip().startswith("[") else []
+    return list(dict.fromkeys(single or double for single, double in quoted)), False
 
 
 # ---- the report ----------------------------------------------------------------------------------------------------
 
 
 def report(records: Sequence[Record], against: str) -> str:
-    """A Markdown table: for each variant its folds' texts together, and its difference in micro-F1 to one of them.
+    """Return a Markdown table with a row for each variant, scored over the texts of all its folds.
 
-    Behind each figure stands its 95% interval, by a bootstrap of the texts; behind a time the least and
-    the most of the folds.
+    The last column is the difference in micro-F1 to the variant `against`. Figures have 95% bootstrap intervals over
+    the texts; times have the minimum and maximum of the folds.
     """
     by_name: dict[str, list[Record]] = {}
     for record in records:
         by_name.setdefault(record["variant"], []).append(record)
-    columns = ["variant", "folds", *FIGURES, "invented", "average precision", *SECONDS, f"micro-F1 less {against}"]
+    columns = ["variant", "folds", *FIGURES, "invented", "average precision", *SECONDS, f"micro-F1 minus {against}"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     lines += [_row(name, found, by_name.get(against, [])) for name, found in by_name.items()]
     return "\n".join(lines)
 
 
 def measured_on(records: Sequence[Record]) -> Iterator[str]:
-    """Each machine, with its versions, and the first and the last day of what was measured on it."""
+    """Yield a line for each machine: first and last day of its measurements, and its description."""
     for machine in dict.fromkeys(record["machine"] for record in records):
         days = sorted(record["when"][:10] for record in records if record["machine"] == machine)
         yield f"\n{' to '.join(dict.fromkeys([days[0], days[-1]]))}: {machine}"
@@ -404,16 +417,16 @@ def _row(name: str, records: Sequence[Record], against: Sequence[Record]) -> str
     from job.metrics.bootstrap import bootstrap_weights, f1_difference, interval
     from job.metrics.scores import score
 
-    gold, predicted, parsed = (list(_joined(records, what)) for what in ("gold", "predicted", "well_formed"))
-    scores = score(gold, predicted, parsed)
+    gold, predicted, well_formed = (list(_joined(records, what)) for what in ("gold", "predicted", "well_formed"))
+    scores = score(gold, predicted, well_formed)
     cells = [name, str(len(records))]
     cells += [_figure(getattr(scores, what), scores.intervals[what]) for what in FIGURES.values()]
     invented, answers = list(_joined(records, "invented")), list(map(len, predicted))
     drawn = bootstrap_weights(len(gold))
     rates = (drawn @ invented) / (drawn @ answers).clip(min=1)
     cells.append(_figure(sum(invented) / max(1, sum(answers)), interval(rates)))
-    ranked = all("ranked" in record for record in records)
-    cells.append(_figure(*average_precision(gold, list(_joined(records, "ranked")))) if ranked else "")
+    scored = all("scored" in record for record in records)
+    cells.append(_figure(*average_precision(gold, list(_joined(records, "scored")))) if scored else "")
     for what in SECONDS.values():
         seconds = [record[what] for record in records if what in record]
         mean = f"{sum(seconds) / len(seconds):.0f}" if seconds else ""
@@ -429,39 +442,37 @@ def _row(name: str, records: Sequence[Record], against: Sequence[Record]) -> str
 
 
 def by_threshold(records: Sequence[Record]) -> Iterator[str]:
-    """For each variant that ranks tags, the micro-F1 of its folds' texts together at each threshold up to a tenth."""
+    """Yield a line for each marginal variant: micro-F1 over all its folds, at thresholds up to 0.1."""
     from job.metrics.thresholds import f1_curve
 
-    for name in dict.fromkeys(record["variant"] for record in records if "ranked" in record):
+    for name in dict.fromkeys(record["variant"] for record in records if "scored" in record):
         own = [record for record in records if record["variant"] == name]
-        scores = f1_curve(list(_joined(own, "gold")), list(_joined(own, "ranked"))).items()
+        scores = f1_curve(list(_joined(own, "gold")), list(_joined(own, "scored"))).items()
         yield (
-            f"\n{name}: "
-            + ", ".join(f"{f1:.3f} from {t:g} on" for t, f1 in scores if MIN_PROBABILITY <= t <= 0.1)
-            + "\n"
+            f"\n{name}: " + ", ".join(f"{f1:.3f} at {t:g}" for t, f1 in scores if MIN_PROBABILITY <= t <= 0.1) + "\n"
         )
 
 
-def average_precision(gold: Sequence[Sequence[str]], ranked: Sequence[ScoredTags]) -> tuple[float, list[float]]:
-    """How well tags are ranked, whatever the threshold, and the 95% interval by a bootstrap of the texts.
+def average_precision(gold: Sequence[Sequence[str]], scored: Sequence[ScoredTags]) -> tuple[float, list[float]]:
+    """Return the average precision over all texts, which needs no threshold, and its 95% bootstrap interval.
 
-    The mean, over the texts' tags, of the precision of all answers of all texts that are at least as
-    sure; 0 for a tag that is no answer.
+    The mean over all gold tags of the precision among the predictions of all texts with at least the same confidence;
+    0 for a gold tag that was not predicted.
     """
     import numpy as np
 
     from job.metrics.bootstrap import bootstrap_weights, interval
     from job.metrics.thresholds import match_predictions
 
-    answers, positives = match_predictions(gold, ranked)
-    if not answers:
+    predictions, gold_counts = match_predictions(gold, scored)
+    if not predictions:
         return 0.0, [0.0, 0.0]
-    confidences, texts, hits = map(np.array, zip(*sorted(answers, reverse=True), strict=True))
+    confidences, texts, hits = map(np.array, zip(*sorted(predictions, reverse=True), strict=True))
     drawn = np.vstack([np.ones(len(gold)), bootstrap_weights(len(gold))])
     weights = drawn[:, texts]
-    as_sure = np.searchsorted(-confidences, -confidences, side="right") - 1  # ties have one place in the ranking
-    precision = ((weights * hits).cumsum(1) / weights.cumsum(1).clip(min=1))[:, as_sure]
-    values = (weights * hits * precision).sum(1) / (drawn @ positives)
+    last_tie = np.searchsorted(-confidences, -confidences, side="right") - 1  # equal confidences rank equally
+    precision = ((weights * hits).cumsum(1) / weights.cumsum(1).clip(min=1))[:, last_tie]
+    values = (weights * hits * precision).sum(1) / (drawn @ gold_counts)
     return float(values[0]), interval(values[1:])
 
 

@@ -1,11 +1,13 @@
-"""The bench of how good the tags are: what it compares has to be comparable, or its figures mean nothing."""
+"""The quality bench compares variants on the same texts, and keeps test texts out of training."""
 
 import json
 from pathlib import Path
 
 import pytest
+from conftest import SAYINGS
 
 from bench import quality
+from job.settings import Settings
 from job.types import Example
 
 
@@ -17,7 +19,7 @@ def quotes(tmp_path: Path) -> str:
     return str(file)
 
 
-def test_no_fold_sees_a_text_of_the_test_split(quotes: str) -> None:
+def test_no_fold_has_a_text_of_the_test_split(quotes: str) -> None:
     rest, test = quality.folds(quotes, quality.TEST)
     hidden = {example.text for example in test}
     assert len(hidden) > 20
@@ -28,7 +30,7 @@ def test_no_fold_sees_a_text_of_the_test_split(quotes: str) -> None:
         assert {example.text for example in rest} >= set(texts)
 
 
-def test_the_second_test_has_texts_that_nothing_else_was_scored_on_and_trains_on_none_of_them(quotes: str) -> None:
+def test_the_second_test_split_is_disjoint_from_all_other_splits(quotes: str) -> None:
     train, held_out = quality.folds(quotes, quality.SECOND_TEST)
     texts = {example.text for example in held_out}
     assert len(texts) == len(held_out) > 20
@@ -38,36 +40,45 @@ def test_the_second_test_has_texts_that_nothing_else_was_scored_on_and_trains_on
         assert not texts & scored and scored <= {example.text for example in train}
 
 
-def test_folds_have_other_development_texts(quotes: str) -> None:
+def test_folds_have_different_development_texts(quotes: str) -> None:
     held_out = [{example.text for example in quality.folds(quotes, fold)[1]} for fold in (1, 2, 3)]
     assert len({frozenset(texts) for texts in held_out}) == 3
-    assert all(len(one & other) < 0.5 * len(one) for one in held_out for other in held_out if one is not other)
+    assert all(len(a & b) < 0.5 * len(a) for a in held_out for b in held_out if a is not b)
 
 
-def test_half_of_the_rare_tags_are_left_out_and_no_others() -> None:
+def test_half_of_the_rare_tags_are_dropped_and_no_others() -> None:
     train = [Example(str(n), ("often", f"once{n}")) for n in range(200)] + [Example("alone", ("alone",))]
-    kept = quality._fewer(train, quality.Variant("learned", rare=0.5))
+    kept = quality.subsample(train, quality.Variant("learned", rare=0.5))
     assert all("often" in example.tags for example in kept[:-1]) and kept[-1].tags == ("alone",)
     assert 70 < sum(len(example.tags) > 1 for example in kept) < 130
-    assert quality._fewer(train, quality.Variant("learned")) == train
+    assert quality.subsample(train, quality.Variant("learned")) == train
 
 
-def test_a_share_of_the_texts_is_the_same_share_each_time() -> None:
+def test_a_share_of_the_texts_is_the_same_each_time() -> None:
     train = [Example(str(n), ("tag",)) for n in range(300)]
-    third = quality._fewer(train, quality.Variant("learned", texts=1 / 3))
-    assert 70 < len(third) < 130 and third == quality._fewer(train, quality.Variant("learned", texts=1 / 3))
+    third = quality.subsample(train, quality.Variant("learned", texts=1 / 3))
+    assert 70 < len(third) < 130 and third == quality.subsample(train, quality.Variant("learned", texts=1 / 3))
 
 
-def test_a_lever_is_of_one_chapter() -> None:
+def test_a_training_differs_in_one_group_of_settings() -> None:
     found = quality.trainings(320)
     learned = found["learned"]
-    of_several = {"learned": 0, "recipe": 3, "together": 2, "loss on all, averaged": 2, "LoRA+ with 16, rate 2.5e-4": 2}
+    exceptions = {"learned": 0, "recipe": 3, "together": 2, "loss on all, averaged": 2, "LoRA+ with 16, rate 2.5e-4": 2}
     for name, groups in found.items():
         changed = [group for group in learned | groups if learned.get(group) != groups.get(group)]
-        assert len(changed) == of_several.get(name, 1), (name, changed)
+        assert len(changed) == exceptions.get(name, 1), (name, changed)
 
 
-def test_the_table_compares_a_variant_on_the_same_texts_and_puts_folds_together() -> None:
+@pytest.mark.parametrize("name", quality.VARIANTS)
+def test_the_settings_of_each_variant_are_valid(name: str) -> None:
+    variant = quality.VARIANTS[name]
+    settings = Settings.model_validate({**quality.trainings(320)[variant.training], "sample": variant.sample})
+    # 320 steps of 16 texts, unless the number of steps or of texts is what the training changes
+    texts = settings.train.batch_size * settings.train.gradient_accumulation_steps * settings.train.max_steps
+    assert texts == 320 * 16 / (2 if "half the steps" in name else 1)
+
+
+def test_the_table_joins_folds_and_compares_on_the_same_texts() -> None:
     gold, wrong = [["a"], ["b"]], [["x"], ["y"]]
     common = {"well_formed": [True, True], "invented": [0, 0]}
     records = [
@@ -77,45 +88,67 @@ def test_the_table_compares_a_variant_on_the_same_texts_and_puts_folds_together(
         {"variant": "learned, free", "fold": 1, "gold": gold, "predicted": gold, "training_seconds": 1.0, **common},
         {"variant": "recipe, free", "fold": 2, "gold": gold, "predicted": gold, **common},
     ]
-    [header, _, tfidf, ours, of_one_fold] = [
+    [header, _, tfidf, both_folds, one_fold] = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in quality.report(records, "tfidf").splitlines()
     ]
     assert dict(zip(header, tfidf, strict=True))["micro-F1"].startswith("0.500 (")
     assert tfidf[-1] == ""
-    assert of_one_fold[-1].startswith("+0.000 ("), "compared on its own fold alone"
-    cells = dict(zip(header, ours, strict=True))
+    assert one_fold[-1].startswith("+0.000 ("), "compared on its own fold alone"
+    cells = dict(zip(header, both_folds, strict=True))
     assert cells["folds"] == "2" and cells["micro-F1"].startswith("1.000 (")
-    assert cells["training, s"] == "2 (1 to 3)" and cells["micro-F1 less tfidf"].startswith("+0.500 (")
+    assert cells["training, s"] == "2 (1 to 3)" and cells["micro-F1 minus tfidf"].startswith("+0.500 (")
 
 
-def test_a_table_says_when_and_on_which_machines_it_was_measured() -> None:
+def test_a_table_names_machines_and_days() -> None:
     days = [("a Xeon", "2026-11-25T08:00:00+00:00"), ("an EPYC", "2026-11-26T08:00:00+00:00")]
     days += [("a Xeon", "2026-11-24T23:00:00+00:00"), ("a Xeon", "2026-11-25T01:00:00+00:00")]
     lines = quality.measured_on([{"machine": machine, "when": when} for machine, when in days])
     assert [line.strip() for line in lines] == ["2026-11-24 to 2026-11-25: a Xeon", "2026-11-26: an EPYC"]
 
 
-def test_the_threshold_of_the_folds_is_read_from_what_each_would_leave() -> None:
-    ranked = [[["a", 0.5], ["x", 0.04]], [["b", 0.6], ["y", 0.02]]]
-    record = {"variant": "together, likely", "fold": 1, "gold": [["a"], ["b"]], "ranked": ranked}
+def test_micro_f1_is_listed_by_threshold() -> None:
+    scored = [[["a", 0.5], ["x", 0.04]], [["b", 0.6], ["y", 0.02]]]
+    record = {"variant": "together, marginal", "fold": 1, "gold": [["a"], ["b"]], "scored": scored}
     [line] = quality.by_threshold([record])
-    assert "0.667 from 0.02 on" in line and "0.800 from 0.03 on" in line and "1.000 from 0.05 on" in line
+    assert "0.667 at 0.02" in line and "0.800 at 0.03" in line and "1.000 at 0.05" in line
 
 
-def test_average_precision_is_scikit_learn_s_where_no_tag_is_missed() -> None:
+def test_average_precision_equals_scikit_learn_s() -> None:
     from sklearn.metrics import average_precision_score
 
     gold = [["a", "B c"], ["b"], ["d"]]
-    ranked = [[("a", 0.9), ("x", 0.8), ("b-c", 0.6)], [("y", 0.6), ("b", 0.6)], [("d", 0.2), ("z", 0.1)]]
-    value, (low, high) = quality.average_precision(gold, ranked)
-    found = [(c, t in ("a", "b", "b-c", "d")) for tags in ranked for t, c in tags]
+    scored = [[("a", 0.9), ("x", 0.8), ("b-c", 0.6)], [("y", 0.6), ("b", 0.6)], [("d", 0.2), ("z", 0.1)]]
+    value, (low, high) = quality.average_precision(gold, scored)
+    found = [(c, t in ("a", "b", "b-c", "d")) for tags in scored for t, c in tags]
     assert value == pytest.approx(average_precision_score([hit for _, hit in found], [c for c, _ in found]))
     assert low < value < high
-    missed, _ = quality.average_precision([*gold[:2], ["d", "never"]], ranked)
+    missed, _ = quality.average_precision([*gold[:2], ["d", "never"]], scored)
     assert missed == pytest.approx(value * 4 / 5)
 
 
-def test_average_precision_counts_a_tag_once_and_no_answers_as_nothing() -> None:
+def test_average_precision_counts_spellings_of_a_tag_once() -> None:
     once = quality.average_precision([["love"], ["sea"]], [[("Love", 0.9)], [("x", 0.5)]])
     assert quality.average_precision([["love"], ["sea"]], [[("Love", 0.9), ("love", 0.4)], [("x", 0.5)]]) == once
+
+
+def test_average_precision_without_answers_is_zero() -> None:
     assert quality.average_precision([["love"], ["sea"]], [[], []]) == (0.0, [0.0, 0.0])
+
+
+def test_a_second_run_prints_the_kept_records(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sayings.jsonl").write_text("".join(SAYINGS.read_text(encoding="utf-8").splitlines(keepends=True)[:60]))
+    options = ["--data", str(tmp_path / "sayings.jsonl"), "--base", str(llama), "--steps", "2", "--folds", "1"]
+    variants = ["learned, free", "learned, marginal"]
+    monkeypatch.setattr(
+        "sys.argv", ["bench.quality", *options, "--variants", *variants, "--work", str(tmp_path / "work")]
+    )
+    quality.main()
+    table = capsys.readouterr().out
+    assert [f"| {name} | 1 |" in table for name in (*quality.BASELINES, *variants)] == [True] * 4
+    assert len(list((tmp_path / "work" / "trained").iterdir())) == 1, "the two variants share a training"
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*")}
+    quality.main()
+    assert capsys.readouterr().out == table
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*")} == written
