@@ -109,6 +109,7 @@ class ClosedVocabulary:
                     self.separator_ids[root] = ids_by_tag
 
     def new_state(self) -> ClosedState:
+        """Return the state of an answer without tokens."""
         return ClosedState(self)
 
 
@@ -216,6 +217,7 @@ class OpenVocabulary:
         return self._opening + (f"{rest[0]}x" if len(rest) > 1 else rest)
 
     def new_state(self) -> OpenState:
+        """Return the state of an answer without tokens."""
         return OpenState(self)
 
 

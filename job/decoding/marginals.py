@@ -66,7 +66,7 @@ def tag_marginals(
     again, so its confidence is rather low. A list that continues with anything but a comma has no further tag.
 
     Lists of different lengths leave gaps in the mask. A model with an attention window counts these as tokens, and one
-    that takes its positions neither from the mask nor from `position_ids` (MPT) takes them for distance.
+    that takes its positions neither from the mask nor from `position_ids` (MPT) counts them as distance.
     """
     forward = _Forward(model)
     distributions = [TagDistribution() for _ in ids]
@@ -99,7 +99,7 @@ class _Active:
     cache: Any
 
     def select(self, rows: list[int]) -> _Active:
-        index = torch.tensor(rows, dtype=torch.long, device=self.mask.device)
+        index = torch.tensor(rows, device=self.mask.device)
         return _Active(
             [self.distributions[row] for row in rows],
             [self.token_budgets[row] for row in rows],

@@ -37,6 +37,7 @@ class ConfusionCounts:
 
     @classmethod
     def from_tags(cls, gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> ConfusionCounts:
+        """Count gold and predicted tags of each text, compared as normalise_tag has them."""
         import numpy as np
 
         gold_sets, predicted_sets = (
