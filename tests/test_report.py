@@ -102,7 +102,7 @@ def test_the_threshold_is_cached_for_its_weights(run: RunFolder) -> None:
     thresholds = iter([0.2, 0.1])
 
     def calibrate() -> None:
-        tagger.decoding = replace(tagger.decoding, threshold=next(thresholds))
+        tagger.decoding = tagger.decoding.model_copy(update={"threshold": next(thresholds)})
 
     for weights, expected in (("these", 0.2), ("these", 0.2), ("others", 0.1)):
         tagger.decoding = tagger.decoding.model_copy(update={"threshold": 0.0})
