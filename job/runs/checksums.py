@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-
 
 Checksums = dict[str, dict[str, int | str]]
 """For each file, by its path within a folder, its size in `bytes` and its `sha256`."""

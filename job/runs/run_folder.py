@@ -18,12 +18,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from job.runs import shutdown
-from job.types import SplitData, Published
 from job.errors import InvalidInputError
+from job.runs import shutdown
+from job.runs.atomic import atomic_directory, atomic_write, json_lines
+from job.runs.checksums import checksum_files, find_mismatch
 from job.settings import Run, Settings
-from job.runs.checksums import find_mismatch, checksum_files
-from job.runs.atomic import json_lines, atomic_directory, atomic_write
+from job.types import Published, SplitData
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,9 @@ class RunFolder:
             run._refuse_other(settings, examples)
             return run
         if path.is_dir() and any(path.iterdir()):
-            raise InvalidInputError(f"{path} holds files but no run (no manifest.json); set TAGGER_RUN_ID to another name")
+            raise InvalidInputError(
+                f"{path} holds files but no run (no manifest.json); set TAGGER_RUN_ID to another name"
+            )
         return cls(path, _new_manifest(run_id, settings, examples))
 
     def _refuse_other(self, settings: Settings, examples: SplitData) -> None:
@@ -266,7 +268,9 @@ def check_writable(path: Path, what: str = "the run folder", remedy: str = "TAGG
         with tempfile.TemporaryDirectory(dir=ancestor):
             pass
     except OSError as error:
-        raise InvalidInputError(f"{what} {path} cannot be written: {error.strerror or error}; set {remedy} that can") from error
+        raise InvalidInputError(
+            f"{what} {path} cannot be written: {error.strerror or error}; set {remedy} that can"
+        ) from error
 
 
 def _new_manifest(run_id: str, settings: Settings, examples: SplitData) -> dict[str, Any]:
