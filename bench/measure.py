@@ -1,4 +1,4 @@
-"""What a measurement reads: the clock, the most memory held, the machine's peak, and how much work is of use."""
+"""Measurements: times of steps, peak memory, the peak speed of the device, and the useful part of the computation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 
 
 class Clock:
-    """Seconds from the start, or the tick before, to each tick; what a GPU still has to do is waited for."""
+    """The seconds between ticks, the first one since the start; each tick waits for the GPU to finish."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -41,15 +41,15 @@ class Clock:
 
 
 def watch_memory(device: torch.device) -> Callable[[], float]:
-    """A function that says how much more memory, in GiB, was held at most since this call than at this call."""
+    """Return a function that returns the peak memory since this call, minus the memory held at this call, in GiB."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         allocated = torch.cuda.memory_allocated(device)
         return lambda: float(torch.cuda.max_memory_allocated(device) - allocated) / 2**30
-    ctypes.CDLL(None).malloc_trim(0)  # what loading has freed would hide as much of what training takes
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew from here on (Linux)
+    ctypes.CDLL(None).malloc_trim(0)  # memory that loading has freed would hide what training takes
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (Linux)
     resident = _status("VmRSS")
     return lambda: (_status("VmHWM") - resident) / 2**30
 
@@ -59,13 +59,13 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def peak_gflops(machine: ComputeSpec) -> float:
-    """GFLOP/s of large matrix products in the machine's dtype: what this machine has at its best, just now."""
-    side, repeats = (4096, 20) if machine.device.type == "cuda" else (2048, 5)
-    left = torch.randn(side, side, device=machine.device, dtype=machine.dtype)
-    right = torch.randn(side, side, device=machine.device, dtype=machine.dtype)
+def peak_gflops(compute: ComputeSpec) -> float:
+    """Measure the GFLOP/s of large matrix products, the best that the device reaches at this moment."""
+    side, repeats = (4096, 20) if compute.device.type == "cuda" else (2048, 5)
+    left = torch.randn(side, side, device=compute.device, dtype=compute.dtype)
+    right = torch.randn(side, side, device=compute.device, dtype=compute.dtype)
     product = left @ right
-    clock = Clock(machine.device)
+    clock = Clock(compute.device)
     for _ in range(repeats):
         torch.matmul(left, right, out=product)
         clock.tick()
@@ -73,14 +73,16 @@ def peak_gflops(machine: ComputeSpec) -> float:
 
 
 def useful_gflop(model: peft.PeftModel, examples: Sequence[EncodedExample]) -> float:
-    """GFLOP that a step over these examples cannot do without; padding, recomputation and unread logits are none.
+    """Count the GFLOP that a step over these examples needs, without padding, recomputation and unused logits.
 
-    A frozen weight costs 2 FLOP a token in the forward pass and 2 for the gradient of its input, an adapter's 2 more
-    for its own gradient. The head is needed where there is a label, and attention sees half of its square.
+    For each token, a frozen weight takes 2 FLOP in the forward pass and 2 for the gradient of its input, an adapter's
+    weight 2 more for its own gradient. The head counts only for label tokens, attention for half of its square.
     """
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    sizes = [module.in_features * module.out_features for module in linear]  # a 4-bit weight's own size is half of it
+    sizes = [
+        module.in_features * module.out_features for module in linear
+    ]  # not weight.numel(), which is half of that for 4-bit weights
     body = sum(size * (6 if module.weight.requires_grad else 4) for size, module in zip(sizes, linear, strict=True))
     config = model.config.get_text_config()
     heads = config.num_attention_heads
@@ -92,9 +94,9 @@ def useful_gflop(model: peft.PeftModel, examples: Sequence[EncodedExample]) -> f
     return float(body * tokens + 4 * head.weight.numel() * labels + attention) / 1e9
 
 
-def describe(machine: ComputeSpec) -> str:
-    """The machine and the versions, in a line."""
-    return f"{platform.platform()}; {_processor()}; {machine}; {', '.join(map(_version, PACKAGES))}"
+def describe(compute: ComputeSpec) -> str:
+    """Describe machine, device and package versions in one line."""
+    return f"{platform.platform()}; {_processor()}; {compute}; {', '.join(map(_version, PACKAGES))}"
 
 
 def _processor() -> str:

@@ -1,7 +1,7 @@
-"""What is compared: ways to take the same optimizer steps on the same examples.
+"""The variants to compare: ways to take the same optimizer steps on the same examples.
 
-A variant is a function from Work to a Run. It prepares, which is not measured; the Run then takes the steps in order,
-calls `tick` after each, and returns the loss of each (the mean over the step's label tokens).
+A variant is a function from Work to a Run. The variant prepares, which is not measured. Its Run takes the steps in
+order, calls `tick` after each, and returns the loss of each (the mean over the step's label tokens).
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ Run = Callable[[Tick], list[float]]
 
 @dataclass(frozen=True)
 class Work:
-    """What every variant is given: a model with adapters, on its device, and the steps to take."""
+    """The input of every variant: a model with adapters, on its device, and the steps to take."""
 
     model: peft.PeftModel
     tokenizer: PreTrainedTokenizerBase
-    machine: ComputeSpec
+    compute: ComputeSpec
     settings: Settings
     steps: list[list[EncodedExample]]
     folder: Path
-    """For whatever has to be written; it is gone afterwards."""
+    """A temporary folder for output, deleted afterwards."""
 
 
 Variant = Callable[[Work], Run]
 
 
 def variants() -> dict[str, Variant]:
-    """Every variant by name, in the order of the table; the first is what the others are compared with."""
+    """Return every variant by name, in the order of the table; the first is the baseline."""
     return {"recipe": recipe, "trl": trl, "trl-best": trl_best, "trl-compiled": trl_compiled, **job_variants()}
 
 
@@ -65,95 +65,101 @@ def variants() -> dict[str, Variant]:
 
 
 def job_variants() -> dict[str, Variant]:
-    """The job's own loop, with each of its techniques added in turn."""
+    """Return the job's own loop, with each of its techniques added in turn."""
     return {
-        "tags' rows": partial(_job, recompute=True),
+        "label logits only": partial(_job, recompute=True),
         "+ no recomputation": _job,
-        "+ cut by tokens": partial(_job, cut=True),
-        "+ packed": partial(_job, cut=True, packed=True),
-        "+ lean: the job": partial(_job, cut=True, packed=True, slim=True),
-        "the job, recomputing": partial(_job, cut=True, packed=True, slim=True, recompute=True),
+        "+ split by tokens": partial(_job, split=True),
+        "+ packed": partial(_job, split=True, packed=True),
+        "+ memory-efficient: the job": partial(_job, split=True, packed=True, efficient=True),
+        "the job, recomputing": partial(_job, split=True, packed=True, efficient=True, recompute=True),
     }
 
 
-def _job(work: Work, *, recompute: bool = False, cut: bool = False, packed: bool = False, slim: bool = False) -> Run:
+def _job(
+    work: Work, *, recompute: bool = False, split: bool = False, packed: bool = False, efficient: bool = False
+) -> Run:
     base: Any = work.model.get_base_model()
     packing = PackedAttention(base) if packed and PackedAttention.supports(base) else None
     collator = Collator(work.tokenizer.pad_token_id, packed=packing is not None)
     if recompute:
         work.model.enable_input_require_grads()
-        base.activation_checkpointing_enable({"use_reentrant": True} if slim else None)
+        base.activation_checkpointing_enable({"use_reentrant": True} if efficient else None)
     parameters = [parameter for parameter in work.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
-    scaler = torch.amp.GradScaler(work.machine.device.type, enabled=work.machine.precision == "fp16")
-    limit, overhead = MICRO_BATCH_TOKENS[work.machine.device.type], micro_batch_overhead(work.machine)
+    scaler = torch.amp.GradScaler(work.compute.device.type, enabled=work.compute.precision == "fp16")
+    limit, overhead = MICRO_BATCH_TOKENS[work.compute.device.type], micro_batch_overhead(work.compute)
     rows = work.settings.train.batch_size
 
     def run(tick: Tick) -> list[float]:
         losses = []
         work.model.train()
         with (
-            memory_efficient.patched(work.model) if slim else nullcontext(),
+            memory_efficient.patched(work.model) if efficient else nullcontext(),
             packing.installed() if packing else nullcontext(),
         ):
             for number, step in enumerate(work.steps):
                 optimizer.param_groups[0]["lr"] = learning_rate(work.settings.train, number)
-                labels = num_label_tokens(step)
-                parts: Iterable[Sequence[EncodedExample]] = (step[i : i + rows] for i in range(0, len(step), rows))
-                if cut:
-                    parts = micro_batches(step, limit=limit, overhead=overhead, padded=packing is None)
+                label_tokens = num_label_tokens(step)
+                batches: Iterable[Sequence[EncodedExample]] = (step[i : i + rows] for i in range(0, len(step), rows))
+                if split:
+                    batches = micro_batches(step, limit=limit, overhead=overhead, padded=packing is None)
                 loss = accumulate(
                     work.model,
-                    parts,
+                    batches,
                     collator,
-                    labels=labels,
-                    machine=work.machine,
+                    label_tokens=label_tokens,
+                    compute=work.compute,
                     packing=packing,
                     scaler=scaler,
                 )
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                losses.append(loss / labels)
+                _update_weights(optimizer, scaler)
+                losses.append(loss / label_tokens)
                 tick()
         return losses
 
     return run
 
 
-# ---- what else could train the adapters ----------------------------------------------------------------------------
+def _update_weights(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_GRAD_NORM)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+# ---- other ways to train the adapters ------------------------------------------------------------------------------
 
 
 def recipe(work: Work) -> Run:
-    """The recipe as written: transformers' Trainer, four padded rows at a time, checkpointing, all logits."""
+    """Train as the recipe does: transformers' Trainer, four padded rows at a time, checkpointing, all logits."""
     work.model.enable_input_require_grads()
     arguments = TrainingArguments(**_options(work), activation_checkpointing=True)
     rows: Any = [example for step in work.steps for example in step]
     pad = partial(_padded, pad_token_id=work.tokenizer.pad_token_id)
-    return _trained_by(Trainer(work.model, arguments, train_dataset=rows, data_collator=pad))
+    return _train_with(Trainer(work.model, arguments, train_dataset=rows, data_collator=pad))
 
 
 def trl(work: Work) -> Run:
-    """TRL's SFTTrainer with the recipe's batches, without checkpointing.
+    """Train with TRL's SFTTrainer and the recipe's batches, without checkpointing.
 
-    On a quantized base it makes the adapters bf16, as it always does.
+    On a quantized base, SFTTrainer always casts the adapters to bf16.
     """
     return _trl(work)
 
 
 def trl_best(work: Work) -> Run:
-    """The options that make SFTTrainer fastest: no padding, where the model tells packed rows apart.
+    """Train with the options that make SFTTrainer fastest: no padding, where the model supports it.
 
-    BLOOM does not: it ignores position ids, and tokens would attend to the row before theirs. Left out because they
-    were slower, or not there on a CPU: 16 rows at a time, Liger's kernels, packing, offloaded activations.
+    BLOOM does not: it ignores position ids, and tokens would attend to the previous text. Not included because they
+    were slower, or not available on a CPU: 16 rows at a time, Liger's kernels, packing, offloaded activations.
     """
     return _trl(work, padding_free=_takes_position_ids(work.model))
 
 
 def trl_compiled(work: Work) -> Run:
-    """The same, compiled: faster by the step, after minutes of compiling in the first one."""
+    """Train as trl_best, compiled: later steps are faster, and the first one compiles for minutes."""
     return _trl(work, padding_free=_takes_position_ids(work.model), torch_compile=True)
 
 
@@ -173,11 +179,11 @@ def _trl(work: Work, **options: Any) -> Run:
     config = {"gradient_checkpointing": False, "completion_only_loss": True, "max_length": None}
     arguments = SFTConfig(**(_options(work) | config | options))
     data = Dataset.from_list(rows)
-    return _trained_by(SFTTrainer(work.model, arguments, train_dataset=data, processing_class=work.tokenizer))
+    return _train_with(SFTTrainer(work.model, arguments, train_dataset=data, processing_class=work.tokenizer))
 
 
 def _options(work: Work) -> dict[str, Any]:
-    """The recipe's options, and those that make the Trainer take the steps as they are and do nothing beside them."""
+    """Return the recipe's options, and those that make the Trainer only take the given steps, in order."""
     settings = work.settings.train
     return {
         "output_dir": str(work.folder),
@@ -187,12 +193,12 @@ def _options(work: Work) -> dict[str, Any]:
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "linear",
         "warmup_steps": settings.warmup_steps,
-        "fp16": work.machine.precision == "fp16",
-        "bf16": work.machine.precision == "bf16",
-        "use_cpu": work.machine.device.type == "cpu",
+        "fp16": work.compute.precision == "fp16",
+        "bf16": work.compute.precision == "bf16",
+        "use_cpu": work.compute.device.type == "cpu",
         "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,
-        "dataloader_pin_memory": work.machine.device.type == "cuda",
+        "dataloader_pin_memory": work.compute.device.type == "cuda",
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -201,7 +207,7 @@ def _options(work: Work) -> dict[str, Any]:
     }
 
 
-def _trained_by(trainer: Trainer) -> Run:
+def _train_with(trainer: Trainer) -> Run:
     trainer.remove_callback(PrinterCallback)
 
     def run(tick: Tick) -> list[float]:

@@ -1,4 +1,4 @@
-"""Train the adapters: the recipe's optimizer steps."""
+"""Train the adapters (the loop itself is training/trainer.py)."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ def train(
     settings: Train,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    machine: ComputeSpec,
+    compute: ComputeSpec,
     run: RunFolder,
 ) -> TrainResult:
     """Train the model's adapters in place, from the run's newest checkpoint if it has one.
 
     The loss of a step is the mean over its label tokens, whatever the micro-batches. When memory runs
-    out, micro-batches are halved and the step is done again. With TAGGER_TRAIN_WEIGHT_AVERAGING the adapters end
-    as the mean of their weights after each of the last steps. An interruption saves the last whole step;
-    a disk that takes no checkpoint is said and does not end training.
-    Raises InvalidInputError for an example that has no label, Diverged when loss or adapters are not finite.
+    out, micro-batches are halved and the step is repeated. With TAGGER_TRAIN_WEIGHT_AVERAGING the adapters
+    end as the mean of their weights after each of the last steps. An interruption saves the last complete
+    step. If a checkpoint cannot be written, a warning is logged and training continues.
+    Raises InvalidInputError for an example without a label, DivergedError when the loss or the adapters are
+    not finite.
     """
     if unlabelled := sum(num_label_tokens([example]) == 0 for example in examples):
         raise InvalidInputError(
@@ -47,10 +48,10 @@ def train(
             settings.warmup_steps,
             settings.max_steps,
         )
-    training = Trainer(model, examples, settings, tokenizer, machine, run)
-    training.resume()
-    training.run()
+    trainer = Trainer(model, examples, settings, tokenizer, compute, run)
+    trainer.resume()
+    trainer.run()
     if not all(torch.isfinite(parameter).all() for parameter in model.parameters() if parameter.requires_grad):
         raise DivergedError("the adapters are not finite after training; lower TAGGER_TRAIN_LEARNING_RATE")
-    losses = [entry["loss"] for entry in training.history()]
-    return TrainResult(training.progress.step, losses[0], losses[-1], training.progress.seconds)
+    losses = [entry["loss"] for entry in trainer.history()]
+    return TrainResult(trainer.state.step, losses[0], losses[-1], trainer.state.seconds)

@@ -1,4 +1,4 @@
-"""A step sees its examples, whatever the micro-batches it is cut into."""
+"""Every example is seen once an epoch, and micro-batches hold all examples of a step within the token limit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def numbered(n: int) -> list[EncodedExample]:
     return [EncodedExample([i] * (1 + i % 7), [i] * (1 + i % 7)) for i in range(n)]
 
 
-def test_each_epoch_sees_the_tags_in_its_own_order() -> None:
+def test_each_epoch_has_its_own_permutation_of_tags() -> None:
     examples = [
         EncodedExample([i], [i], (EncodedExample([10 + i], [i]), EncodedExample([20 + i], [i]))) for i in range(4)
     ]
@@ -26,7 +26,7 @@ def test_each_epoch_sees_the_tags_in_its_own_order() -> None:
 
 
 @pytest.mark.parametrize(("n", "per_step"), [(10, 4), (3, 8), (16, 16), (7, 1)])
-def test_every_example_comes_once_an_epoch_and_every_step_is_full(n: int, per_step: int) -> None:
+def test_each_epoch_sees_every_example_once_in_full_steps(n: int, per_step: int) -> None:
     examples = numbered(n)
     steps = [examples_of_step(examples, step, per_step=per_step, seed=1) for step in range(n)]
     assert {len(step) for step in steps} == {per_step}
@@ -36,36 +36,37 @@ def test_every_example_comes_once_an_epoch_and_every_step_is_full(n: int, per_st
     assert steps[-1] == examples_of_step(examples, n - 1, per_step=per_step, seed=1)
 
 
-def test_another_seed_gives_another_order() -> None:
-    a, b = (examples_of_step(numbered(50), 0, per_step=50, seed=seed) for seed in (1, 2))
+def test_the_seed_determines_the_order() -> None:
+    a, b, again = (examples_of_step(numbered(50), 0, per_step=50, seed=seed) for seed in (1, 2, 1))
     assert a != b
+    assert a == again
 
 
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("limit", [1, 30, 600, 10_000])
-def test_micro_batches_hold_every_example_once_and_keep_the_limit(limit: int, padded: bool) -> None:
+def test_micro_batches_keep_the_limit_and_hold_all_examples(limit: int, padded: bool) -> None:
     lengths = [5, 5, 6, 9, 12, 12, 40, 41, 130, 471]
     examples = [EncodedExample([i] * n, [i] * n) for i, n in reversed(list(enumerate(lengths)))]
-    parts = list(micro_batches(examples, limit=limit, overhead=20, padded=padded))
-    assert sorted(e.input_ids[0] for part in parts for e in part) == list(range(10))
-    assert [len(e.input_ids) for part in reversed(parts) for e in part] == lengths, "the longest come first"
-    for part in parts:
-        sizes = [len(example.input_ids) for example in part]
+    batches = list(micro_batches(examples, limit=limit, overhead=20, padded=padded))
+    assert sorted(e.input_ids[0] for batch in batches for e in batch) == list(range(10))
+    assert [len(e.input_ids) for batch in reversed(batches) for e in batch] == lengths, "the longest come first"
+    for batch in batches:
+        sizes = [len(example.input_ids) for example in batch]
         tokens = len(sizes) * max(sizes) if padded else sum(sizes)
         assert tokens <= limit or len(sizes) == 1
 
 
-def test_the_cut_is_the_cheapest() -> None:
+def test_the_partition_has_the_lowest_cost() -> None:
     assert list(partition_by_cost([10, 10, 100], limit=1000, overhead=20, padded=True)) == [slice(0, 2), slice(2, 3)]
     assert list(partition_by_cost([10, 10, 12], limit=1000, overhead=20, padded=True)) == [slice(0, 3)]
     assert list(partition_by_cost([10, 10, 100], limit=1000, overhead=20, padded=False)) == [slice(0, 3)]
 
 
-def test_labels_are_counted_where_they_can_be_predicted() -> None:
+def test_the_first_token_of_a_text_carries_no_loss() -> None:
     assert num_label_tokens(TWO) == 3
 
 
-def test_padded_examples_have_a_row_each() -> None:
+def test_padded_examples_have_one_row_each() -> None:
     batch = Collator(pad_token_id=9)(TWO)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
@@ -73,7 +74,7 @@ def test_padded_examples_have_a_row_each() -> None:
     assert batch["shift_labels"].tolist() == [3, 4, 6]
 
 
-def test_packed_examples_share_a_row_and_none_predicts_the_next_one_s_first_token() -> None:
+def test_packed_examples_share_a_row_but_predict_only_their_own() -> None:
     batch = Collator(pad_token_id=9, packed=True)(TWO)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1]]

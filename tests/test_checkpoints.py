@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not used."""
+"""Checkpoints are loaded only if they are complete and unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from job.training import checkpoints
 from job.training.checkpoints import TrainerState
 
 
-def saved(folder: Path, *steps: int) -> None:
+def save(folder: Path, *steps: int) -> None:
     for step in steps:
         checkpoints.save(
             folder,
@@ -21,31 +21,33 @@ def saved(folder: Path, *steps: int) -> None:
         )
 
 
-def test_what_is_saved_is_read_back_and_only_the_newest_two_are_kept(tmp_path: Path) -> None:
-    saved(tmp_path, 2, 9, 10)
+def test_the_newest_of_the_kept_checkpoints_is_loaded(tmp_path: Path) -> None:
+    save(tmp_path, 2, 9, 10)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
     found = checkpoints.load_newest(tmp_path)
     assert found is not None
-    tensors, progress = found
+    tensors, state = found
     assert tensors["a"].tolist() == [10.0] * 3
-    assert progress == TrainerState(step=10, micro_batch_tokens=7)
+    assert state == TrainerState(step=10, micro_batch_tokens=7)
 
 
-@pytest.mark.parametrize("damage", ["altered", "cut", "no state", "torn state", "altered state", "no seal"])
-def test_one_that_is_torn_or_altered_is_named_and_passed_over(
+@pytest.mark.parametrize(
+    "damage", ["changed", "truncated", "no state", "truncated state", "changed state", "no checksums"]
+)
+def test_a_damaged_checkpoint_is_named_and_skipped(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    saved(tmp_path, 1, 2)
+    save(tmp_path, 1, 2)
     tensors, state = (tmp_path / "checkpoint-2" / name for name in (checkpoints.TENSORS, checkpoints.STATE))
-    if damage == "altered":
+    if damage == "changed":
         tensors.write_bytes(tensors.read_bytes()[:-1] + b"?")
-    elif damage == "cut":
+    elif damage == "truncated":
         tensors.write_bytes(tensors.read_bytes()[:-1])
     elif damage == "no state":
         state.unlink()
-    elif damage == "no seal":
+    elif damage == "no checksums":
         (tmp_path / "checkpoint-2" / checkpoints.CHECKSUMS).unlink()
-    elif damage == "altered state":
+    elif damage == "changed state":
         state.write_text(state.read_text().replace('"micro_batch_tokens": 7', '"micro_batch_tokens": 8'))
     else:
         state.write_text(state.read_text()[:-1])
@@ -55,6 +57,6 @@ def test_one_that_is_torn_or_altered_is_named_and_passed_over(
     assert "checkpoint-2 cannot be used" in caplog.text
 
 
-def test_there_may_be_none(tmp_path: Path) -> None:
+def test_without_a_complete_checkpoint_there_is_none(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-3.tmp").mkdir()
     assert checkpoints.load_newest(tmp_path) is None

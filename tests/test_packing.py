@@ -1,4 +1,4 @@
-"""Packed texts are computed as if each were alone."""
+"""A packed row gives each text the logits that it has alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def inputs(model: PreTrainedModel) -> tuple[list[torch.Tensor], torch.Tensor, di
     return texts, torch.cat(texts)[None], {"position_ids": positions}
 
 
-def test_logits_of_a_packed_row_are_those_of_each_text_alone(model: PreTrainedModel) -> None:
+def test_packed_texts_have_the_logits_that_each_has_alone(model: PreTrainedModel) -> None:
     texts, row, positions = inputs(model)
     alone = torch.cat([model(input_ids=text[None], use_cache=False).logits[0] for text in texts])
     packing = PackedAttention(model)
@@ -45,7 +45,7 @@ def test_logits_of_a_packed_row_are_those_of_each_text_alone(model: PreTrainedMo
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_the_model_is_as_before_once_the_packing_is_taken_out(model: PreTrainedModel) -> None:
+def test_the_model_s_own_attention_is_restored(model: PreTrainedModel) -> None:
     _, row, _ = inputs(model)
     before = model(input_ids=row, use_cache=False).logits
     packing = PackedAttention(model)
@@ -54,7 +54,7 @@ def test_the_model_is_as_before_once_the_packing_is_taken_out(model: PreTrainedM
     assert torch.equal(model(input_ids=row, use_cache=False).logits, before)
 
 
-def test_bf16_keeps_near_distances_of_alibi(bloom: Path) -> None:
+def test_packed_alibi_is_precise_in_bf16(bloom: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(bloom, dtype=torch.bfloat16).eval()
     texts, row, positions = inputs(model)
     packing = PackedAttention(model)
@@ -65,5 +65,5 @@ def test_bf16_keeps_near_distances_of_alibi(bloom: Path) -> None:
     torch.testing.assert_close(packed, alone, rtol=0.1, atol=0.1)
 
 
-def test_other_architectures_are_not_packed() -> None:
+def test_unsupported_architectures_are_not_packed() -> None:
     assert not PackedAttention.supports(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20)))

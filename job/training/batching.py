@@ -1,4 +1,4 @@
-"""Which examples an optimizer step sees, and the micro-batches it is cut into."""
+"""Selection of the examples of an optimizer step, their micro-batches, and the tensors of a micro-batch."""
 
 from __future__ import annotations
 
@@ -15,74 +15,74 @@ from job.types import EncodedExample
 def examples_of_step(
     examples: Sequence[EncodedExample], step: int, *, per_step: int, seed: int
 ) -> list[EncodedExample]:
-    """The examples of an optimizer step (counted from 0): the same ones whatever ran before it.
+    """Return the `per_step` examples of an optimizer step (counted from 0); they depend on step and seed alone.
 
-    Epochs follow one another without a gap, each a seeded permutation of all examples, so every step
-    has exactly `per_step` of them and every example comes once an epoch.
+    Epochs follow one another without a gap, each a seeded permutation of all examples: every step has
+    exactly `per_step` examples, and every example occurs once an epoch.
     """
-    chosen: list[EncodedExample] = []
+    selected: list[EncodedExample] = []
     position = step * per_step
-    while len(chosen) < per_step:
-        epoch, offset = divmod(position + len(chosen), len(examples))
+    while len(selected) < per_step:
+        epoch, offset = divmod(position + len(selected), len(examples))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(examples), generator=generator)[offset : offset + per_step - len(chosen)]
-        chosen += [examples[i].for_epoch(epoch) for i in order.tolist()]
-    return chosen
+        order = torch.randperm(len(examples), generator=generator)[offset : offset + per_step - len(selected)]
+        selected += [examples[i].for_epoch(epoch) for i in order.tolist()]
+    return selected
 
 
 def partition_by_cost(lengths: Sequence[int], *, limit: int, overhead: int, padded: bool) -> Iterator[slice]:
-    """Cut ascending lengths into consecutive groups that cost the least, in tokens computed.
+    """Split ascending lengths into consecutive groups of the lowest total cost, measured in computed tokens.
 
-    A group costs `overhead` (what starting it takes, as tokens) and its tokens: their sum, or where
-    rows are padded, rows times the longest. No group has more than `limit` tokens, unless it is one
-    example that alone is longer.
+    A group costs `overhead` (its fixed cost, as a number of tokens) plus its tokens: the sum of its lengths,
+    or, where rows are padded, the number of rows times the longest. A group has at most `limit` tokens,
+    unless it is a single longer example. Dynamic programming over the end of the last group.
     """
-    best, start = [0.0], [0]  # cost of the first i lengths, and where their last group begins
+    min_cost, last_start = [0.0], [0]  # for the first i lengths: the lowest cost, and where its last group starts
     for end in range(1, len(lengths) + 1):
-        best.append(float("inf"))
-        start.append(end - 1)
+        min_cost.append(float("inf"))
+        last_start.append(end - 1)
         tokens = 0
-        for begin in range(end - 1, -1, -1):
-            tokens = (end - begin) * lengths[end - 1] if padded else tokens + lengths[begin]
-            if tokens > limit and end - begin > 1:
+        for start in range(end - 1, -1, -1):
+            tokens = (end - start) * lengths[end - 1] if padded else tokens + lengths[start]
+            if tokens > limit and end - start > 1:
                 break
-            if (cost := best[begin] + tokens + overhead) < best[end]:
-                best[end], start[end] = cost, begin
-    ends = [len(lengths)]
-    while ends[-1] > 0:
-        ends.append(start[ends[-1]])
-    ends.reverse()
-    return (slice(begin, end) for begin, end in pairwise(ends))
+            if (cost := min_cost[start] + tokens + overhead) < min_cost[end]:
+                min_cost[end], last_start[end] = cost, start
+    bounds = [len(lengths)]
+    while bounds[-1] > 0:
+        bounds.append(last_start[bounds[-1]])
+    bounds.reverse()
+    return (slice(start, end) for start, end in pairwise(bounds))
 
 
 def micro_batches(
     examples: Sequence[EncodedExample], *, limit: int, overhead: int, padded: bool
 ) -> Iterator[Sequence[EncodedExample]]:
-    """The examples of a step, sorted by length and cut; the cut changes what is computed at once, not the result.
+    """Split the examples of a step, sorted by length, into micro-batches (see partition_by_cost).
 
-    The longest come first, so that what the others need fits where theirs was, and memory that does
-    not suffice is found at once.
+    The split changes memory and speed, and the step's result only by rounding. The longest examples come
+    first: the others then fit into the memory that these have used, and too little memory is found at once.
     """
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
     lengths = [len(example.input_ids) for example in by_length]
-    parts = list(partition_by_cost(lengths, limit=limit, overhead=overhead, padded=padded))
-    return (by_length[part] for part in reversed(parts))
+    groups = list(partition_by_cost(lengths, limit=limit, overhead=overhead, padded=padded))
+    return (by_length[group] for group in reversed(groups))
 
 
 def num_label_tokens(examples: Sequence[EncodedExample]) -> int:
-    """Tokens that carry loss. The first of a text has nothing before it to be predicted from."""
+    """Count the tokens that carry loss. The first token of a text has no context to be predicted from."""
     return sum(label != IGNORE_INDEX for example in examples for label in example.labels[1:])
 
 
 class Collator:
-    """Makes one micro-batch of examples, and picks the positions that carry loss.
+    """Build the tensors of one micro-batch, and select the positions that carry loss.
 
-    Padded, a row an example: `input_ids`, `attention_mask` and `labels`, int64 [rows, width]. Packed,
-    all examples end to end in one row: `input_ids`, `position_ids` and `labels`, int64 [1, tokens].
+    Padded, one row per example: `input_ids`, `attention_mask` and `labels`, int64 [rows, width]. Packed,
+    all examples concatenated in one row: `input_ids`, `position_ids` and `labels`, int64 [1, tokens].
     Both: `logits_to_keep`, bool of the same shape, true where the next token is a label;
-    `shift_labels`, int64 [kept], those labels in order. The model computes logits for the kept
-    positions alone: with a large vocabulary most of the memory and nearly half of the work of a step
-    are logits.
+    `shift_labels`, int64 [kept], these labels in order. The model computes logits for the kept
+    positions only: with a large vocabulary, logits take most of the memory and nearly half of the
+    computation of a step.
     """
 
     def __init__(self, pad_token_id: int, *, packed: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of training: whole or absent."""
+"""Training checkpoints: written atomically, verified by their checksums when they are loaded."""
 
 from __future__ import annotations
 
@@ -23,46 +23,50 @@ TENSORS, STATE, CHECKSUMS = "tensors.safetensors", "state.json", "checksums.json
 
 @dataclass
 class TrainerState:
-    """How far training is; with the tensors, all that a resume needs.
+    """The progress of training; with the tensors of a checkpoint, all that a resume needs.
 
-    Dropout and the order of examples follow from seed and step, so no random state is kept.
+    No random state is stored: dropout and the order of the examples follow from seed and step.
     """
 
     step: int = 0
-    """Optimizer steps done."""
+    """Completed optimizer steps."""
     micro_batch_tokens: int = 0
+    """The current limit of tokens in a micro-batch."""
     recompute: bool = False
+    """Whether the backward pass recomputes activations (gradient checkpointing)."""
     loss_scale: dict[str, float] = field(default_factory=dict)
+    """The state of the fp16 gradient scaler; empty in other precisions."""
     steps: list[dict[str, float]] = field(default_factory=list)
-    """For each step the sum of its losses, its label tokens, gradient norm and learning rate."""
+    """For each step: `loss` (summed over its label tokens), `labels` (their number), `grad_norm`, `learning_rate`."""
     seconds: float = 0.0
-    """Of training, in all processes together."""
+    """Training time, summed over all attempts."""
 
 
-def save(checkpoints: Path, tensors: dict[str, torch.Tensor], progress: TrainerState, *, save_total_limit: int) -> None:
+def save(checkpoints: Path, tensors: dict[str, torch.Tensor], state: TrainerState, *, save_total_limit: int) -> None:
     """Write checkpoint-<step> atomically, with its checksums; then remove all but the newest `save_total_limit`.
 
-    Raises OSError when it cannot be written; those before are as they were then.
+    Raises OSError when it cannot be written; earlier checkpoints are then left unchanged.
     """
-    with atomic_directory(checkpoints / f"checkpoint-{progress.step}") as folder:
+    with atomic_directory(checkpoints / f"checkpoint-{state.step}") as folder:
         save_file(tensors, folder / TENSORS)
-        (folder / STATE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        (folder / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
         (folder / CHECKSUMS).write_text(json.dumps(checksum_files(folder, folder.iterdir())), encoding="utf-8")
     for old in _newest_first(checkpoints)[save_total_limit:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def load_newest(checkpoints: Path) -> tuple[dict[str, torch.Tensor], TrainerState] | None:
-    """The newest checkpoint that is as it was written; one that is not is named and passed over."""
+    """Load the tensors and the state of the newest intact checkpoint; log a warning for each damaged one."""
     for folder in _newest_first(checkpoints):
         try:
-            sealed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-            if (why := find_mismatch(folder, {TENSORS: sealed[TENSORS], STATE: sealed[STATE]})) is not None:
-                raise ValueError(why)
-            progress = TrainerState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
-            return load_file(folder / TENSORS), progress
+            recorded = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+            mismatch = find_mismatch(folder, {TENSORS: recorded[TENSORS], STATE: recorded[STATE]})
+            if mismatch is not None:
+                raise ValueError(mismatch)
+            state = TrainerState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+            return load_file(folder / TENSORS), state
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            log.warning("train: %s cannot be used (%s); going back to the one before", folder, error)
+            log.warning("train: %s cannot be used (%s); trying the checkpoint before it", folder, error)
     return None
 
 

@@ -1,4 +1,4 @@
-"""How a step is split into micro-batches that fit into memory."""
+"""The split of a step into micro-batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -14,51 +14,53 @@ from job.types import EncodedExample
 GIB = 2**30
 
 CUDA_OVERHEAD = 0.5 * GIB
-"""What a CUDA context and the allocator's fragments take, roughly."""
-
+"""Approximate bytes that the CUDA context and the fragmentation of the allocator take."""
 
 LOGIT_BYTES = 8.0
-"""For each logit of a labelled position: in fp32, and once more in half precision or in passing."""
+"""Bytes for each logit of a label token: the fp32 logits, and a half-precision or temporary copy."""
 
 MEMORY_FRACTION = 0.8
-"""The share of free memory that is planned with: estimates are rough, and others allocate too."""
+"""The share of free memory to plan with: the estimates are rough, and other processes allocate too."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a step is cut to fit into memory."""
+    """The size of micro-batches, and whether activations are recomputed."""
 
     micro_batch_tokens: int
     recompute: bool
 
 
 def plan_batches(
-    config: Any, examples: Sequence[EncodedExample], settings: Train, machine: ComputeSpec, *, most: int
+    config: Any, examples: Sequence[EncodedExample], settings: Train, compute: ComputeSpec, *, max_tokens: int
 ) -> BatchPlan:
-    """Micro-batches of as many tokens as are set, or else up to `most`, that fit into the memory now free.
+    """Choose micro-batches that fit into the memory now free, of at most `max_tokens`; a configured size is kept.
 
-    With checkpointing `auto`, activations are recomputed only if the longest example would not fit otherwise.
+    With gradient checkpointing `auto`, activations are recomputed only if the longest example does not fit
+    otherwise. `config` is the configuration of the base model.
     """
     config = config.get_text_config()
     longest = max(len(example.input_ids) for example in examples)
-    labels = num_label_tokens(examples) / sum(len(example.input_ids) for example in examples)
-    free = MEMORY_FRACTION * machine.free_memory() - (CUDA_OVERHEAD if machine.device.type == "cuda" else 0.0)
+    label_share = num_label_tokens(examples) / sum(len(example.input_ids) for example in examples)
+    free = MEMORY_FRACTION * compute.free_memory() - (CUDA_OVERHEAD if compute.device.type == "cuda" else 0.0)
 
-    def fitting(*, recompute: bool) -> int:
-        token = _token_bytes(config, longest, machine.dtype.itemsize, recompute=recompute)
-        return int(max(1.0, free / (token + labels * LOGIT_BYTES * config.vocab_size)))
+    def tokens_that_fit(*, recompute: bool) -> int:
+        activations = activation_bytes(config, longest, compute.dtype.itemsize, recompute=recompute)
+        return int(max(1.0, free / (activations + label_share * LOGIT_BYTES * config.vocab_size)))
 
     recompute = settings.gradient_checkpointing == "on"
     if settings.gradient_checkpointing == "auto":
-        recompute = fitting(recompute=False) < longest
-    return BatchPlan(settings.micro_batch_tokens or min(most, fitting(recompute=recompute)), recompute)
+        recompute = tokens_that_fit(recompute=False) < longest
+    tokens = settings.micro_batch_tokens or min(max_tokens, tokens_that_fit(recompute=recompute))
+    return BatchPlan(tokens, recompute)
 
 
-def _token_bytes(config: Any, width: int, itemsize: int, *, recompute: bool) -> float:
-    """Bytes of activations that a token keeps for the backward pass, in a text of so many tokens.
+def activation_bytes(config: Any, width: int, itemsize: int, *, recompute: bool) -> float:
+    """Estimate the bytes of activations kept for the backward pass, for each token of a text of `width` tokens.
 
-    Korthikanti et al. (2022, "Reducing Activation Recomputation"): 34 h + 5 a s a layer at two bytes a
-    number, h the hidden size, a the heads, s the width. Recomputed, the layers' inputs and one layer.
+    Korthikanti et al. (2022, "Reducing Activation Recomputation"): 34 h + 5 a s for each layer with two-byte
+    numbers, h the hidden size, a the attention heads, s the width. With recomputation: the inputs of all
+    layers and the activations of one layer.
     """
     layer = (34 * config.hidden_size + 5 * config.num_attention_heads * width) * itemsize / 2
     layers = config.num_hidden_layers

@@ -1,7 +1,8 @@
-"""Forward passes for training that keep less for the backward pass, or take fewer passes, than the libraries' own."""
+"""Forward passes for training that save less for the backward pass, or need fewer passes, than the libraries' own."""
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,16 +23,20 @@ if TYPE_CHECKING:
     import peft
 
 LINEAR_HEAD_ARCHITECTURES = ("bloom", "llama", "qwen2")
-"""Architectures whose logits are the head's product with the last hidden state, and nothing else."""
+"""Architectures whose logits are the product of the last hidden state and the head, and nothing else."""
+
+Forward = Callable[..., Any]
+Registry = dict[type, tuple[Callable[[Any], bool], Forward]]
+"""For each module type: a predicate that says whether a module can be replaced, and its forward pass."""
 
 
 @contextmanager
 def patched(model: peft.PeftModel) -> Iterator[None]:
-    """Put these forward passes into the model's modules, and take them out again: they compute the same."""
-    scratch = _DequantBuffer()
+    """Give the model's modules memory-efficient forward passes, and restore their own at the end of the block."""
+    registry = _registry(DequantBuffer())
     replaced = []
     for module in model.modules():
-        if (forward := replacement_forward(module, scratch)) is not None:
+        if (forward := replacement_forward(module, registry)) is not None:
             module.forward = types.MethodType(forward, module)
             replaced.append(module)
     try:
@@ -41,30 +46,47 @@ def patched(model: peft.PeftModel) -> Iterator[None]:
             del module.forward
 
 
-def replacement_forward(module: torch.nn.Module, scratch: _DequantBuffer) -> Callable[..., Any] | None:
-    """What to put in the place of a module's forward pass, if anything."""
-    if isinstance(module, PreTrainedModel) and module.config.model_type in LINEAR_HEAD_ARCHITECTURES:
-        head = module.get_output_embeddings()
-        return _loss if type(head) is torch.nn.Linear and getattr(head, "bias", None) is None else None
-    if isinstance(module, LoraLayer):
-        plain = module.active_adapters == ["default"] and not module.lora_variant and not module.merged
-        return _adapted if plain and isinstance(module.get_base_layer(), torch.nn.Linear) else None
-    if isinstance(module, Linear8bitLt) and module.weight.device.type == "cpu":
-
-        def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-            if self.weight.CB is not None:
-                self.init_8bit_state()
-            output: torch.Tensor = _Int8.apply(x, self.state.CB, self.state.SCB, self.bias, scratch)  # type: ignore[no-untyped-call]
-            return output
-
-        return forward
-    if isinstance(module, (LlamaMLP, Qwen2MLP)) and module.config.hidden_act == "silu":
-        return _swiglu
-    return _gelu if isinstance(module, BloomGelu) else None
+def replacement_forward(module: torch.nn.Module, registry: Registry) -> Forward | None:
+    """Return the forward pass of the first entry that matches the module's type, or None if it does not apply."""
+    for module_type, (applies, forward) in registry.items():
+        if isinstance(module, module_type):
+            return forward if applies(module) else None
+    return None
 
 
-def _loss(
-    module: Any,
+def _registry(buffer: DequantBuffer) -> Registry:
+    return {
+        PreTrainedModel: (_has_linear_head, _loss_forward),
+        LoraLayer: (_is_plain_lora, _lora_forward),
+        Linear8bitLt: (_is_on_cpu, functools.partial(_int8_forward, buffer=buffer)),
+        LlamaMLP: (_is_swiglu, _swiglu_forward),
+        Qwen2MLP: (_is_swiglu, _swiglu_forward),
+        BloomGelu: (lambda module: True, _gelu_forward),
+    }
+
+
+def _has_linear_head(model: PreTrainedModel) -> bool:
+    if model.config.model_type not in LINEAR_HEAD_ARCHITECTURES:
+        return False
+    head = model.get_output_embeddings()
+    return type(head) is torch.nn.Linear and getattr(head, "bias", None) is None
+
+
+def _is_plain_lora(layer: Any) -> bool:
+    plain = layer.active_adapters == ["default"] and not layer.lora_variant and not layer.merged
+    return plain and isinstance(layer.get_base_layer(), torch.nn.Linear)
+
+
+def _is_on_cpu(layer: Linear8bitLt) -> bool:
+    return bool(layer.weight.device.type == "cpu")
+
+
+def _is_swiglu(mlp: Any) -> bool:
+    return bool(mlp.config.hidden_act == "silu")
+
+
+def _loss_forward(
+    model: Any,
     *,
     shift_labels: torch.Tensor,
     logits_to_keep: torch.Tensor,
@@ -73,44 +95,53 @@ def _loss(
     position_ids: torch.Tensor | None = None,
     **inputs: Any,
 ) -> CausalLMOutput:
-    """A causal model's loss: the summed cross-entropy at the kept positions, divided by `num_items_in_batch`."""
-    if module.config.model_type != "bloom":  # which has no positions but ALiBi's
+    """Return a causal model's loss: the cross-entropy summed over the kept positions, over `num_items_in_batch`."""
+    if model.config.model_type != "bloom":  # BLOOM has ALiBi and takes no position ids
         inputs["position_ids"] = position_ids
-    hidden = module.base_model(**inputs).last_hidden_state[logits_to_keep]
-    summed = _HeadLoss.apply(hidden, module.get_output_embeddings().weight, shift_labels)  # type: ignore[no-untyped-call]
+    hidden = model.base_model(**inputs).last_hidden_state[logits_to_keep]
+    head = model.get_output_embeddings().weight
+    summed = LinearCrossEntropyFunction.apply(hidden, head, shift_labels)  # type: ignore[no-untyped-call]
     return CausalLMOutput(loss=summed / num_items_in_batch)
 
 
-def _adapted(module: Any, x: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = module.base_layer(x)
-    dropout = module.lora_dropout["default"]
-    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-    rate = dropout.p if isinstance(dropout, torch.nn.Dropout) and module.training else 0.0
-    added: torch.Tensor = _Adapter.apply(x, a, b, rate, module.scaling["default"])  # type: ignore[no-untyped-call]
-    return result + added.to(result.dtype)
+def _lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = layer.base_layer(x)
+    dropout = layer.lora_dropout["default"]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    rate = dropout.p if isinstance(dropout, torch.nn.Dropout) and layer.training else 0.0
+    delta: torch.Tensor = LoraFunction.apply(x, a, b, rate, layer.scaling["default"])  # type: ignore[no-untyped-call]
+    return result + delta.to(result.dtype)
 
 
-def _swiglu(module: Any, x: torch.Tensor) -> torch.Tensor:
-    gated = _SwiGLU.apply(module.gate_proj(x), module.up_proj(x))  # type: ignore[no-untyped-call]
-    output: torch.Tensor = module.down_proj(gated)
+def _int8_forward(layer: Any, x: torch.Tensor, *, buffer: DequantBuffer) -> torch.Tensor:
+    if layer.weight.CB is not None:
+        layer.init_8bit_state()
+    output: torch.Tensor = Int8LinearFunction.apply(x, layer.state.CB, layer.state.SCB, layer.bias, buffer)  # type: ignore[no-untyped-call]
     return output
 
 
-def _gelu(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """BLOOM's GELU in one pass; its own is the same formula in nine, and sixteen backward."""
+def _swiglu_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    gated = SwiGLUFunction.apply(mlp.gate_proj(x), mlp.up_proj(x))  # type: ignore[no-untyped-call]
+    output: torch.Tensor = mlp.down_proj(gated)
+    return output
+
+
+def _gelu_forward(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Compute BLOOM's GELU in one pass; its own computes the same formula in nine, and sixteen backward."""
     return functional.gelu(x, approximate="tanh")
 
 
-def _compute_dtype(x: torch.Tensor, otherwise: torch.dtype) -> torch.dtype:
-    """What autocast would compute in; backward passes run outside of it."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else otherwise
+def _compute_dtype(x: torch.Tensor, default: torch.dtype) -> torch.dtype:
+    """Return the dtype of the active autocast, for the backward pass, which runs outside of it; else the default."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else default
 
 
-class _Adapter(torch.autograd.Function):
-    """LoRA's `dropout(x) @ a.T @ b.T * scale`: keeps x, which others keep too, and a byte for each dropped value.
+class LoraFunction(torch.autograd.Function):
+    """Compute LoRA's `dropout(x) @ a.T @ b.T * scale`, saving x and one byte for each value of the dropout mask.
 
-    Autograd's own keeps dropout's noise and its output, in full precision and for each adapter on the same x.
+    Autograd saves the noise and the output of dropout too, in full precision and for every adapter on the
+    same x; x itself is shared with the other layers that save it. (Hu et al., 2021.)
     """
 
     @staticmethod
@@ -137,11 +168,12 @@ class _Adapter(torch.autograd.Function):
 
 
 def apply_dropout_mask(x: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
+    """Set the values where `dropped` is true to zero; None drops nothing."""
     return x if dropped is None else x.masked_fill(dropped, 0.0)
 
 
-class _SwiGLU(torch.autograd.Function):
-    """`silu(gate) * up` (Shazeer, 2020), without keeping silu(gate)."""
+class SwiGLUFunction(torch.autograd.Function):
+    """Compute `silu(gate) * up` (Shazeer, 2020) without saving silu(gate)."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -155,22 +187,28 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), functional.silu(gate).mul_(grad)
 
 
-class _DequantBuffer:
-    """One buffer for all dequantized weights: a new one each time would cost as much as a tenth of the product."""
+class DequantBuffer:
+    """A buffer that all dequantized weights share: allocating one per product costs up to a tenth of the product."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
 
     def dequantized(self, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """From int8 [out, in] and the rows' absolute maxima, as bitsandbytes does; good until the next call."""
+        """Dequantize an int8 weight [out, in] with the absolute maxima of its rows [out], as bitsandbytes does.
+
+        The result is valid until the next call.
+        """
         if self._buffer.numel() < weight.numel() or self._buffer.dtype != dtype:
             self._buffer = torch.empty(weight.numel(), dtype=dtype)
-        found = self._buffer[: weight.numel()].view(weight.shape)
-        return found.copy_(weight).mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
+        view = self._buffer[: weight.numel()].view(weight.shape)
+        return view.copy_(weight).mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
 
 
-class _Int8(torch.autograd.Function):
-    """A frozen 8-bit linear layer on a CPU; bitsandbytes' own keeps the input, which no frozen weight needs."""
+class Int8LinearFunction(torch.autograd.Function):
+    """Compute a frozen 8-bit linear layer on a CPU without saving its input.
+
+    bitsandbytes saves the input, which only the gradient of a trainable weight needs.
+    """
 
     @staticmethod
     def forward(
@@ -179,29 +217,29 @@ class _Int8(torch.autograd.Function):
         weight: torch.Tensor,
         scale: torch.Tensor,
         bias: torch.Tensor | None,
-        scratch: _DequantBuffer,
+        buffer: DequantBuffer,
     ) -> torch.Tensor:
         ctx.dtype, ctx.dtype_x = _compute_dtype(x, x.dtype), x.dtype
-        ctx.weight, ctx.scale, ctx.scratch = weight, scale, scratch
+        ctx.weight, ctx.scale, ctx.buffer = weight, scale, buffer
         bias = None if bias is None else bias.to(ctx.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return functional.linear(x.to(ctx.dtype), scratch.dequantized(weight, scale, ctx.dtype), bias)
+            return functional.linear(x.to(ctx.dtype), buffer.dequantized(weight, scale, ctx.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
             return (None,) * 5
-        weight = ctx.scratch.dequantized(ctx.weight, ctx.scale, ctx.dtype)
+        weight = ctx.buffer.dequantized(ctx.weight, ctx.scale, ctx.dtype)
         return (grad.to(ctx.dtype) @ weight).to(ctx.dtype_x), None, None, None, None
 
 
-class _HeadLoss(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ head.T`: hidden [rows, size], head [vocabulary, size], labels int64 [rows].
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    """Compute the summed cross-entropy of `hidden @ head.T` with one buffer of fp32 logits, [rows, vocabulary].
 
-    Of the fp32 logits there is one buffer, [rows, vocabulary]: they become their own gradient, softmax
-    minus one-hot, and that the gradient of `hidden`, already in the forward pass. The usual way keeps
-    logits, log-softmax and gradient.
+    `hidden` is [rows, size], `head` [vocabulary, size] and frozen, `labels` int64 [rows]. The forward pass
+    turns the logits in place into their gradient, softmax minus one-hot, and saves only the gradient of
+    `hidden`. Autograd saves the logits, their log-softmax and the gradient.
     """
 
     @staticmethod
@@ -213,13 +251,14 @@ class _HeadLoss(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad = logits.sub_(total[:, None]).exp_()
                 grad[torch.arange(len(labels), device=grad.device), labels] -= 1.0
-                # fp16 has nothing below 6e-8, and most of 250,880 probabilities are
-                lift = 1024.0 if head.dtype == torch.float16 else 1.0
-                ctx.save_for_backward((grad.mul_(lift).to(head.dtype) @ head).float().div_(lift).to(hidden.dtype))
+                # most of 250,880 probabilities are below 6e-8, the smallest number of fp16
+                loss_scale = 1024.0 if head.dtype == torch.float16 else 1.0
+                grad_hidden = (grad.mul_(loss_scale).to(head.dtype) @ head).float().div_(loss_scale)
+                ctx.save_for_backward(grad_hidden.to(hidden.dtype))
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (of_hidden,) = ctx.saved_tensors
-        return of_hidden * grad.to(of_hidden.dtype), None, None
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), None, None

@@ -1,8 +1,8 @@
-"""Texts end to end in one row: every layer but attention then computes no padding."""
+"""Attention for packed rows: texts are concatenated, and no layer but attention computes padding."""
 
 from __future__ import annotations
 
-import types
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,36 +20,36 @@ if TYPE_CHECKING:
 
 ATTENTION_NAME = "tagger_packed"
 SDPA_INTERFACE_ARCHITECTURES = ("llama", "qwen2")
-"""Architectures whose attention transformers lets one replace by name, and whose positions one may give."""
+"""Architectures whose attention can be replaced through AttentionInterface, and that take position ids."""
 GROUP_OVERHEAD = {"cpu": 64, "cuda": 1024}
-"""What one more attention call costs, in padded tokens."""
+"""The cost of one more attention call, as a number of padded tokens."""
 
 
 @dataclass(frozen=True)
 class _LengthGroup:
-    """Consecutive texts of like length, padded on the right for one attention call."""
+    """Consecutive texts of similar length, padded on the right for one attention call."""
 
     tokens: slice
-    """Where they are in the row."""
+    """The position of the texts in the row."""
     rows: int
     width: int
     gather: torch.Tensor
-    """int64 [rows * width]: the token at each padded position, any token where there is none."""
+    """int64 [rows * width]: the token at each padded position; an arbitrary one where there is padding."""
     scatter: torch.Tensor
     """int64 [tokens]: the padded position of each token."""
 
     def pad(self, row: torch.Tensor) -> torch.Tensor:
-        """From [tokens of the row, heads, head size] to [rows, heads, width, head size]."""
+        """Pad the group's texts: from [tokens of the row, heads, head size] to [rows, heads, width, head size]."""
         padded = row[self.tokens].index_select(0, self.gather)
         return padded.view(self.rows, self.width, *row.shape[1:]).transpose(1, 2)
 
 
 class PackedAttention:
-    """Causal self-attention within each text of a packed row.
+    """Compute causal self-attention within each text of a packed row.
 
-    Texts of like length are padded into a group, so that no text attends to another and the padding
-    costs attention alone, which is little of the work. Padding is on the right, where causal
-    attention never looks from a real position.
+    Texts of similar length are padded and computed together, so that no text attends to another; only
+    attention, a small part of the computation, computes padding. The padding is on the right, where
+    causal attention from a real token never looks.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -59,7 +59,7 @@ class PackedAttention:
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
-        """Whether this architecture's texts can be packed; others are padded."""
+        """Return whether texts can be packed for this architecture; others are padded."""
         config = model.config
         if config.model_type == "bloom":
             return not config.slow_but_exact
@@ -67,46 +67,46 @@ class PackedAttention:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Put this attention into the model, and take it out again: generation uses the model's own."""
+        """Replace the model's attention, and restore it at the end of the block, for generation uses its own."""
         if self._model.config.model_type == "bloom":
             replaced = [module for module in self._model.modules() if isinstance(module, BloomAttention)]
             for module in replaced:
-                module.forward = types.MethodType(self._bloom_forward, module)  # type: ignore[method-assign]
+                module.forward = functools.partial(self._bloom_forward, module)  # type: ignore[method-assign]
             try:
                 yield
             finally:
                 for module in replaced:
                     del module.forward
         else:
-            before = self._model.config._attn_implementation
+            original = self._model.config._attn_implementation
             AttentionInterface.register(ATTENTION_NAME, self._interface_forward)
             self._model.set_attn_implementation(ATTENTION_NAME)
             try:
                 yield
             finally:
-                self._model.set_attn_implementation(before)
+                self._model.set_attn_implementation(original)
 
     def set_sequence_lengths(self, lengths: Sequence[int], device: torch.device) -> None:
-        """Set the lengths of the texts in the next row, ascending."""
+        """Set the lengths of the texts in the next row, in ascending order."""
         overhead = GROUP_OVERHEAD.get(device.type, GROUP_OVERHEAD["cuda"])
         self._groups, start = [], 0
-        for part in partition_by_cost(lengths, limit=sum(lengths), overhead=overhead, padded=True):
-            own = torch.tensor(lengths[part])
-            width = int(own[-1])
-            real = torch.arange(width) < own[:, None]
-            scatter = real.flatten().nonzero().flatten()
-            gather = torch.zeros(real.numel(), dtype=torch.int64)
+        for group in partition_by_cost(lengths, limit=sum(lengths), overhead=overhead, padded=True):
+            group_lengths = torch.tensor(lengths[group])
+            rows, width = len(group_lengths), int(group_lengths[-1])
+            mask = torch.arange(width) < group_lengths[:, None]
+            scatter = mask.flatten().nonzero().flatten()
+            gather = torch.zeros(mask.numel(), dtype=torch.int64)
             gather[scatter] = torch.arange(len(scatter))
             tokens = slice(start, start + len(scatter))
-            self._groups.append(_LengthGroup(tokens, len(own), width, gather.to(device), scatter.to(device)))
+            self._groups.append(_LengthGroup(tokens, rows, width, gather.to(device), scatter.to(device)))
             start = tokens.stop
         if self._model.config.model_type == "bloom":
             self._alibi = _alibi(self._model.config.n_head, max(lengths), device)
 
-    def _attend(
+    def attention(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float, dropout: float
     ) -> torch.Tensor:
-        """Attention for [tokens, heads, head size]; returns [1, tokens, heads, head size]."""
+        """Compute attention for inputs of [tokens, heads, head size]; returns [1, tokens, heads, head size]."""
         outputs = []
         for group in self._groups:
             q, k, v = (group.pad(x) for x in (query, key, value))
@@ -131,28 +131,24 @@ class PackedAttention:
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         rows = (x[0].transpose(0, 1) for x in (query, key, value))
-        return self._attend(*rows, scale=scaling, dropout=dropout), None
+        return self.attention(*rows, scale=scaling, dropout=dropout), None
 
-    @property
-    def _bloom_forward(self) -> Any:
-        def forward(
-            module: Any, hidden_states: torch.Tensor, residual: torch.Tensor, **_: Any
-        ) -> tuple[torch.Tensor, None]:
-            fused = module.query_key_value(hidden_states)[0]
-            query, key, value = fused.view(len(fused), module.num_heads, 3, module.head_dim).unbind(2)
-            dropout = module.attention_dropout.p if module.training else 0.0
-            attended = self._attend(query, key, value, scale=module.inv_norm_factor, dropout=dropout)
-            output = module.dense(attended.flatten(-2))
-            return dropout_add(output, residual, module.hidden_dropout, module.training), None
-
-        return forward
+    def _bloom_forward(
+        self, module: Any, hidden_states: torch.Tensor, residual: torch.Tensor, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        fused = module.query_key_value(hidden_states)[0]
+        query, key, value = fused.view(len(fused), module.num_heads, 3, module.head_dim).unbind(2)
+        dropout = module.attention_dropout.p if module.training else 0.0
+        attended = self.attention(query, key, value, scale=module.inv_norm_factor, dropout=dropout)
+        output = module.dense(attended.flatten(-2))
+        return dropout_add(output, residual, module.hidden_dropout, module.training), None
 
 
 def _alibi(heads: int, width: int, device: torch.device) -> torch.Tensor:
-    """ALiBi (Press et al., 2022) and the causal mask as one additive bias, fp32 [1, heads, width, width].
+    """Build ALiBi (Press et al., 2022) and the causal mask as one additive bias, fp32 [1, heads, width, width].
 
-    Relative to the query and not to the text's beginning: softmax sees no difference, and half
-    precision keeps the near distances, which matter, exact.
+    Distances are relative to the query and not to the start of the text: softmax gives the same result,
+    and half precision represents the short distances, which matter most, exactly.
     """
     ones = torch.ones(1, width, device=device)
     by_key = build_alibi_tensor(ones, heads, torch.float32)

@@ -31,61 +31,60 @@ from job.types import EncodedExample
 
 log = logging.getLogger(__name__)
 
-
 MICRO_BATCH_TOKENS = {"cpu": 256, "cuda": 8192}
-"""Tokens of a micro-batch, if that many fit: more gain little speed and cost memory."""
+"""Tokens of a micro-batch where memory allows; larger ones are hardly faster and take more memory."""
 
 MICRO_BATCH_OVERHEAD_TOKENS = {"cpu": 96, "cuda": 2048}
-"""What one more micro-batch costs, in tokens: weights are packed or unpacked anew, kernels started."""
+"""The cost of one more micro-batch, as a number of tokens: weights are dequantized again, kernels launched."""
 
 MAX_GRAD_NORM = 1.0
 
 
 def learning_rate(settings: Train, step: int) -> float:
-    """The rate of a step (counted from 0): it rises linearly from zero over the warm-up, then follows the schedule.
+    """Return the learning rate of a step (counted from 0): a linear warm-up from zero, then the schedule.
 
-    The cosine is its half period from peak to zero (Loshchilov and Hutter, 2017, without restarts).
+    The cosine schedule is half a period from the peak to zero (Loshchilov and Hutter, 2017, without restarts).
     """
     if step < settings.warmup_steps:
         return settings.learning_rate * step / settings.warmup_steps
-    left = max(0.0, (settings.max_steps - step) / max(1, settings.max_steps - settings.warmup_steps))
-    shares = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}
-    return settings.learning_rate * shares[settings.lr_scheduler_type]
+    remaining = max(0.0, (settings.max_steps - step) / max(1, settings.max_steps - settings.warmup_steps))
+    factors = {"linear": remaining, "cosine": (1 - math.cos(math.pi * remaining)) / 2, "constant": 1.0}
+    return settings.learning_rate * factors[settings.lr_scheduler_type]
 
 
 def accumulate(
     model: peft.PeftModel,
-    parts: Iterable[Sequence[EncodedExample]],
+    batches: Iterable[Sequence[EncodedExample]],
     collator: Collator,
     *,
-    labels: int,
-    machine: ComputeSpec,
+    label_tokens: int,
+    compute: ComputeSpec,
     packing: PackedAttention | None,
     scaler: torch.amp.GradScaler,
 ) -> float:
-    """Add the scaled gradients of a step's mean loss, one micro-batch after the other; return the summed loss.
+    """Accumulate the scaled gradients of a step's mean loss over its micro-batches; return the summed loss.
 
-    `labels` are the label tokens of all its micro-batches.
+    `label_tokens` is the number of label tokens in all micro-batches together.
     """
-    total = torch.zeros((), device=machine.device)
-    for part in parts:
-        batch = {name: tensor.to(machine.device) for name, tensor in collator(part).items()}
+    total = torch.zeros((), device=compute.device)
+    for examples in batches:
+        batch = {name: tensor.to(compute.device) for name, tensor in collator(examples).items()}
         if packing is not None:
-            packing.set_sequence_lengths([len(example.input_ids) for example in part], machine.device)
-        with machine.autocast():
-            loss = model(**batch, num_items_in_batch=labels, use_cache=False).loss
+            packing.set_sequence_lengths([len(example.input_ids) for example in examples], compute.device)
+        with compute.autocast():
+            loss = model(**batch, num_items_in_batch=label_tokens, use_cache=False).loss
         scaler.scale(loss).backward()
         total += loss.detach()
-    return float(total) * labels
+    return float(total) * label_tokens
 
 
-def micro_batch_overhead(machine: ComputeSpec) -> int:
-    """What one more micro-batch costs on this machine, in tokens."""
-    return MICRO_BATCH_OVERHEAD_TOKENS.get(machine.device.type, MICRO_BATCH_OVERHEAD_TOKENS["cuda"])
+def micro_batch_overhead(compute: ComputeSpec) -> int:
+    """Return the cost of one more micro-batch on this device, as a number of tokens."""
+    return MICRO_BATCH_OVERHEAD_TOKENS.get(compute.device.type, MICRO_BATCH_OVERHEAD_TOKENS["cuda"])
 
 
 class Trainer:
-    """The state of one training: adapters, Adam's moments, the mean of the last weights, progress."""
+    """Train adapters step by step, with checkpoints from which a later attempt resumes bitwise."""
 
     def __init__(
         self,
@@ -93,265 +92,274 @@ class Trainer:
         examples: Sequence[EncodedExample],
         settings: Train,
         tokenizer: PreTrainedTokenizerBase,
-        machine: ComputeSpec,
+        compute: ComputeSpec,
         run: RunFolder,
     ) -> None:
         self._model, self._examples, self._settings = model, examples, settings
-        self._machine, self._run = machine, run
+        self._compute, self._run = compute, run
         base: Any = model.get_base_model()
         self._packing = PackedAttention(base) if PackedAttention.supports(base) else None
         self._collator = Collator(tokenizer.pad_token_id, packed=self._packing is not None)
-        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW(self._named.values(), lr=0.0, weight_decay=0.0)
-        self._scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
-        self._swa_weights: dict[str, torch.Tensor] = {}
-        """Of each adapter weight over the steps that are averaged, so far."""
-        most = MICRO_BATCH_TOKENS.get(machine.device.type, MICRO_BATCH_TOKENS["cuda"])
-        # as an attempt before chose, whatever is free now: another cut would round otherwise
-        chosen = run.manifest.get("batch_plan") or asdict(
-            plan_batches(base.config, examples, settings, machine, most=most)
+        self._adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._optimizer = torch.optim.AdamW(self._adapters.values(), lr=0.0, weight_decay=0.0)
+        self._scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
+        self.swa_weights: dict[str, torch.Tensor] = {}
+        """For each adapter weight its mean over the averaged steps so far."""
+        max_tokens = MICRO_BATCH_TOKENS.get(compute.device.type, MICRO_BATCH_TOKENS["cuda"])
+        # reuse the previous attempt's batch plan: a different split would round differently
+        plan = run.manifest.get("batch_plan") or asdict(
+            plan_batches(base.config, examples, settings, compute, max_tokens=max_tokens)
         )
-        self.progress = TrainerState(**chosen)
+        self.state = TrainerState(**plan)
         self.step_is_complete = True
-        self._saved = 0  # the step of the newest checkpoint
+        """False while weights and optimizer are being updated: a checkpoint would then hold half a step."""
+        self._saved_step = 0
         self._last_save = self._last_count = time.monotonic()
-        self._set_recompute(self.progress.recompute)
+        self._set_recompute(self.state.recompute)
 
     def resume(self) -> None:
-        """Take up the newest whole checkpoint, if there is one."""
+        """Load the newest intact checkpoint, if there is one."""
         found = checkpoints.load_newest(self._run.checkpoints)
         if found is None:
             return
-        tensors, self.progress = found
-        self._saved = self.progress.step
-        for name, parameter in self._named.items():
+        tensors, self.state = found
+        self._saved_step = self.state.step
+        for name, parameter in self._adapters.items():
             parameter.data.copy_(tensors[name])
             moments = {"exp_avg": tensors[f"{name}.exp_avg"], "exp_avg_sq": tensors[f"{name}.exp_avg_sq"]}
             self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.progress.step - self.skipped_steps())),
+                "step": torch.tensor(float(self.state.step - self.skipped_steps())),
                 **{key: moment.to(parameter.device) for key, moment in moments.items()},
             }
             if (mean := tensors.get(f"{name}.mean")) is not None:
-                self._swa_weights[name] = mean.to(parameter.device)
-        if self.progress.loss_scale:
-            self._scaler.load_state_dict(self.progress.loss_scale)
-        self._set_recompute(self.progress.recompute)
-        if self.progress.step >= self._settings.max_steps:
-            log.info("train: all %d steps are in %s", self.progress.step, self._run.checkpoints)
+                self.swa_weights[name] = mean.to(parameter.device)
+        if self.state.loss_scale:
+            self._scaler.load_state_dict(self.state.loss_scale)
+        self._set_recompute(self.state.recompute)
+        if self.state.step >= self._settings.max_steps:
+            log.info("train: all %d steps are in %s", self.state.step, self._run.checkpoints)
         else:
-            log.info("train: goes on after step %d of %d", self.progress.step, self._settings.max_steps)
+            log.info("train: resuming after step %d of %d", self.state.step, self._settings.max_steps)
 
     def run(self) -> None:
-        """Take the steps that are left, with checkpoints on the way and at the end."""
-        settings, progress = self._settings, self.progress
-        self.try_write(self._record_budget)
+        """Take the remaining steps, with checkpoints in between and at the end."""
+        self.try_write(self._record_batch_plan)
         self._model.train()
-        bar = tqdm(total=settings.max_steps, initial=progress.step, desc="train", disable=not sys.stderr.isatty())
-        last, last_step = time.monotonic(), progress.step
-        with (
-            memory_efficient.patched(self._model),
-            self._packing.installed() if self._packing else nullcontext(),
-            bar,
-        ):
+        with memory_efficient.patched(self._model), self._packing.installed() if self._packing else nullcontext():
             try:
-                while self.progress.step < settings.max_steps:
-                    shutdown.check()
-                    self._step()
-                    bar.update()
-                    step = self.progress.step
-                    if self.should_log(step):
-                        now = time.monotonic()
-                        self.log_progress(bar, (now - last) / (step - last_step))
-                        last, last_step = now, step
-                    if self._save_is_due():
-                        with shutdown.deferred():
-                            self._save()
+                self._take_steps()
             except BaseException as stop:
-                # Ctrl-C, a signal, or Modal's end of time: not an error
-                if not isinstance(stop, Exception) and self.step_is_complete and self.progress.step > self._saved:
+                # only for Ctrl-C, a signal or Modal's timeout: after an error the state may be wrong
+                if not isinstance(stop, Exception) and self.step_is_complete and self.state.step > self._saved_step:
                     self._save()
                 raise
-        for name, mean in self._swa_weights.items():
-            self._named[name].data.copy_(mean)
+        for name, mean in self.swa_weights.items():
+            self._adapters[name].data.copy_(mean)
         self._run.write_lines("log.jsonl", self.history())
-        self._record_budget()
+        self._record_batch_plan()
 
-    def _record_budget(self) -> None:
+    def _take_steps(self) -> None:
+        settings, step = self._settings, self.state.step
+        last_time, last_step = time.monotonic(), step
+        with tqdm(total=settings.max_steps, initial=step, desc="train", disable=not sys.stderr.isatty()) as bar:
+            while step < settings.max_steps:
+                shutdown.check()
+                self._step()
+                bar.update()
+                step = self.state.step
+                if self.should_log(step):
+                    now = time.monotonic()
+                    self.log_progress(bar, (now - last_time) / (step - last_step))
+                    last_time, last_step = now, step
+                if self._save_is_due():
+                    with shutdown.deferred():
+                        self._save()
+
+    def _record_batch_plan(self) -> None:
         self._run.update(
-            batch_plan={"micro_batch_tokens": self.progress.micro_batch_tokens, "recompute": self.progress.recompute}
+            batch_plan={"micro_batch_tokens": self.state.micro_batch_tokens, "recompute": self.state.recompute}
         )
 
     def _step(self) -> None:
-        """One optimizer step, done again with smaller micro-batches when memory runs out."""
-        settings, progress = self._settings, self.progress
-        chosen = examples_of_step(
-            self._examples,
-            progress.step,
-            per_step=settings.batch_size * settings.gradient_accumulation_steps,
-            seed=settings.seed,
-        )
-        labels = num_label_tokens(chosen)
+        """Take one optimizer step; raises DivergedError when its loss is not finite."""
+        settings, step = self._settings, self.state.step
+        per_step = settings.batch_size * settings.gradient_accumulation_steps
+        examples = examples_of_step(self._examples, step, per_step=per_step, seed=settings.seed)
+        label_tokens = num_label_tokens(examples)
+        loss = self._compute_gradients(examples, label_tokens)
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the loss is {loss / label_tokens} at step {step + 1}: training diverged or overflowed. "
+                "Lower TAGGER_TRAIN_LEARNING_RATE, or use TAGGER_TRAIN_PRECISION=fp32"
+            )
+        with shutdown.deferred():
+            # Modal's timeout is not deferred; it must not save half a step
+            self.step_is_complete = False
+            rate = learning_rate(settings, step)
+            norm = self._update_weights(rate)
+            self.state.steps.append({"loss": loss, "labels": label_tokens, "grad_norm": norm, "learning_rate": rate})
+            self.state.step += 1
+            self._average_weights()
+            self.step_is_complete = True
+
+    def _compute_gradients(self, examples: Sequence[EncodedExample], label_tokens: int) -> float:
+        """Compute the step's gradients, again with smaller micro-batches when memory runs out; return its loss sum."""
+        longest = max(len(example.input_ids) for example in examples)
         while True:
-            torch.manual_seed(settings.seed * 1_000_003 + progress.step)  # of dropout: the same when done again
+            # seeds dropout: the same for the same step, also when it is repeated
+            torch.manual_seed(self._settings.seed * 1_000_003 + self.state.step)
             self._optimizer.zero_grad()
+            batches = micro_batches(
+                examples,
+                limit=self.state.micro_batch_tokens,
+                overhead=micro_batch_overhead(self._compute),
+                padded=self._packing is None,
+            )
             try:
-                loss = accumulate(
+                return accumulate(
                     self._model,
-                    micro_batches(
-                        chosen,
-                        limit=progress.micro_batch_tokens,
-                        overhead=micro_batch_overhead(self._machine),
-                        padded=self._packing is None,
-                    ),
+                    batches,
                     self._collator,
-                    labels=labels,
-                    machine=self._machine,
+                    label_tokens=label_tokens,
+                    compute=self._compute,
                     packing=self._packing,
                     scaler=self._scaler,
                 )
-                break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            self.handle_oom(max(len(example.input_ids) for example in chosen))
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss is {loss / labels} at step {progress.step + 1}: training diverged or overflowed. "
-                "Lower TAGGER_TRAIN_LEARNING_RATE, or use TAGGER_TRAIN_PRECISION=fp32"
-            )
-        rate = learning_rate(settings, progress.step)
+            self.handle_oom(longest)  # outside of the handler, whose traceback holds tensors
+
+    def _update_weights(self, rate: float) -> float:
+        """Apply the clipped gradients with this learning rate; return their norm before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        with shutdown.deferred():
-            self.step_is_complete = (
-                False  # what comes through all the same (Modal's end of time) must not save half a step
-            )
-            self._scaler.unscale_(self._optimizer)
-            norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), MAX_GRAD_NORM))
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-            progress.steps.append({"loss": loss, "labels": labels, "grad_norm": norm, "learning_rate": rate})
-            progress.step += 1
-            self._average()
-            self.step_is_complete = True
+        self._scaler.unscale_(self._optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._adapters.values(), MAX_GRAD_NORM))
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        return norm
 
-    def _average(self) -> None:
-        """Take the weights into the mean over the last steps (stochastic weight averaging, Izmailov et al., 2018).
+    def _average_weights(self) -> None:
+        """Update the mean of the weights over the last steps (stochastic weight averaging, Izmailov et al., 2018).
 
-        Steps with a high rate end all around a minimum; the mean of their weights lies nearer to it.
+        With a high learning rate the weights move around a minimum; their mean is closer to it.
         """
         settings = self._settings
-        count = self.progress.step - (settings.max_steps - round(settings.weight_averaging * settings.max_steps))
+        count = self.state.step - (settings.max_steps - round(settings.weight_averaging * settings.max_steps))
         if count < 1:
             return
-        for name, parameter in self._named.items():
+        for name, parameter in self._adapters.items():
             if count == 1:
-                self._swa_weights[name] = parameter.detach().clone()
+                self.swa_weights[name] = parameter.detach().clone()
             else:
-                self._swa_weights[name].lerp_(parameter.detach(), 1 / count)
+                self.swa_weights[name].lerp_(parameter.detach(), 1 / count)
 
     def handle_oom(self, longest: int) -> None:
-        """Halve the micro-batches; when each is one example already, recompute activations; then give up."""
-        progress = self.progress
+        """Halve the micro-batches; once each is a single example, recompute activations; then raise JobError.
+
+        `longest` is the length of the step's longest example, in tokens.
+        """
+        state = self.state
         self._optimizer.zero_grad()
         gc.collect()
-        if self._machine.device.type == "cuda":
+        if self._compute.device.type == "cuda":
             torch.cuda.empty_cache()
-        if progress.micro_batch_tokens > longest:
-            progress.micro_batch_tokens = max(longest, progress.micro_batch_tokens // 2)
-            log.warning(
-                "train: out of memory; micro-batches have at most %d tokens from now on", progress.micro_batch_tokens
-            )
-        elif progress.micro_batch_tokens > 1:
-            progress.micro_batch_tokens = 1
-            log.warning("train: out of memory; micro-batches are one example each from now on")
-        elif self._settings.gradient_checkpointing == "auto" and not progress.recompute:
+        if state.micro_batch_tokens > longest:
+            state.micro_batch_tokens = max(longest, state.micro_batch_tokens // 2)
+            log.warning("train: out of memory; micro-batches now have at most %d tokens", state.micro_batch_tokens)
+        elif state.micro_batch_tokens > 1:
+            state.micro_batch_tokens = 1
+            log.warning("train: out of memory; each micro-batch is now a single example")
+        elif self._settings.gradient_checkpointing == "auto" and not state.recompute:
             self._set_recompute(True)
-            log.warning("train: out of memory; activations are recomputed from now on")
+            log.warning("train: out of memory; activations are now recomputed")
         else:
             raise JobError(
                 f"out of memory with one example of {longest} tokens at a time; lower TAGGER_DATA_MAX_LENGTH, "
-                + ("" if progress.recompute else "set TAGGER_TRAIN_GRADIENT_CHECKPOINTING=auto, ")
-                + "or take a larger machine"
+                + ("" if state.recompute else "set TAGGER_TRAIN_GRADIENT_CHECKPOINTING=auto, ")
+                + "or use a larger machine"
             )
 
     def _set_recompute(self, on: bool) -> None:
-        self.progress.recompute = on
+        self.state.recompute = on
         base: Any = self._model.get_base_model()
         if on:
             self._model.enable_input_require_grads()
-            # reentrant: what bitsandbytes' layers keep on the side is kept in the other form all the same
+            # reentrant: the other form does not free what bitsandbytes' layers store besides their saved tensors
             base.activation_checkpointing_enable({"use_reentrant": True})
         else:
             base.activation_checkpointing_disable()
 
     def _save_is_due(self) -> bool:
-        step, settings = self.progress.step, self._settings
-        old = time.monotonic() - self._last_save >= 60 * settings.save_minutes
-        return old or step % settings.save_steps == 0 or step == settings.max_steps
+        step, settings = self.state.step, self._settings
+        is_old = time.monotonic() - self._last_save >= 60 * settings.save_minutes
+        return is_old or step % settings.save_steps == 0 or step == settings.max_steps
 
     def _save(self) -> None:
         self._last_save = now = time.monotonic()
-        self.progress.seconds += now - self._last_count
+        self.state.seconds += now - self._last_count
         self._last_count = now
         tensors = {}
-        for name, parameter in self._named.items():
-            state = self._optimizer.state[parameter]
+        for name, parameter in self._adapters.items():
+            moments = self._optimizer.state[parameter]
             tensors[name] = parameter.data
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{name}.{moment}"] = state[moment] if state else torch.zeros_like(parameter)
-            if name in self._swa_weights:
-                tensors[f"{name}.mean"] = self._swa_weights[name]
-        self.progress.loss_scale = self._scaler.state_dict()
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{name}.{key}"] = moments[key] if moments else torch.zeros_like(parameter)
+            if name in self.swa_weights:
+                tensors[f"{name}.mean"] = self.swa_weights[name]
+        self.state.loss_scale = self._scaler.state_dict()
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         if self.try_write(
             lambda: checkpoints.save(
-                self._run.checkpoints, tensors, self.progress, save_total_limit=self._settings.save_total_limit
+                self._run.checkpoints, tensors, self.state, save_total_limit=self._settings.save_total_limit
             )
         ):
-            self._saved = self.progress.step
+            self._saved_step = self.state.step
             self._run.notify_saved()
 
     def try_write(self, write: Callable[[], None]) -> bool:
-        """Whether something could be written; a disk that is full or read-only does not end training."""
+        """Write something and return whether that succeeded; on a full or read-only disk, warn and continue."""
         try:
             write()
         except OSError as error:
-            kept = f"step {self._saved}" if self._saved else "the beginning"
+            newest = f"step {self._saved_step}" if self._saved_step else "the beginning"
             log.warning(
-                "train: step %d could not be written to %s (%s); an interruption would go back to %s",
-                *(self.progress.step, self._run.path, error.strerror or error, kept),
+                "train: step %d could not be written to %s (%s); after an interruption, training would resume from %s",
+                *(self.state.step, self._run.path, error.strerror or error, newest),
             )
             return False
         return True
 
     def skipped_steps(self) -> int:
-        """Steps without an update, because fp16 gradients overflowed."""
-        return sum(not math.isfinite(step["grad_norm"]) for step in self.progress.steps)
+        """Count the steps without an update, whose fp16 gradients overflowed."""
+        return sum(not math.isfinite(step["grad_norm"]) for step in self.state.steps)
 
     def should_log(self, step: int) -> bool:
+        """Return whether a step (counted from 1) has an entry in log.jsonl."""
         return step in (1, self._settings.max_steps) or step % self._settings.logging_steps == 0
 
     def history(self) -> list[dict[str, float]]:
-        """The entries of log.jsonl; a loss is the mean over the label tokens since the entry before."""
+        """Return the entries of log.jsonl; a loss is the mean over the label tokens since the previous entry."""
         entries, loss, labels = [], 0.0, 0.0
         per_step = self._settings.batch_size * self._settings.gradient_accumulation_steps
-        for number, step in enumerate(self.progress.steps, 1):
+        for number, step in enumerate(self.state.steps, 1):
             loss, labels = loss + step["loss"], labels + step["labels"]
             if self.should_log(number):
                 epoch = number * per_step / len(self._examples)
                 norm = step["grad_norm"] if math.isfinite(step["grad_norm"]) else 0.0  # a step that fp16 skipped
-                own = {"grad_norm": norm, "learning_rate": step["learning_rate"]}
-                entries.append({"step": number, "loss": loss / labels, **own, "epoch": epoch})
+                optimizer = {"grad_norm": norm, "learning_rate": step["learning_rate"]}
+                entries.append({"step": number, "loss": loss / labels, **optimizer, "epoch": epoch})
                 loss = labels = 0.0
         return entries
 
-    def log_progress(self, bar: tqdm[Any], pace: float) -> None:
+    def log_progress(self, bar: tqdm[Any], seconds_per_step: float) -> None:
+        """Write log.jsonl, and show its last entry above the progress bar or, without a terminal, as a log line."""
         entries = self.history()
         self.try_write(lambda: self._run.write_lines("log.jsonl", entries))
         line = (
-            f"step {self.progress.step}/{self._settings.max_steps}: loss {entries[-1]['loss']:.4f}, "
-            f"learning rate {entries[-1]['learning_rate']:.2e}, {pace:.1f} s a step"
+            f"step {self.state.step}/{self._settings.max_steps}: loss {entries[-1]['loss']:.4f}, "
+            f"learning rate {entries[-1]['learning_rate']:.2e}, {seconds_per_step:.1f} s a step"
         )
         if bar.disable:
             log.info("train: %s", line)
@@ -360,5 +368,5 @@ class Trainer:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or this process had no memory left; on a CPU torch says so by its text alone."""
+    """Return whether the device or this process is out of memory; on a CPU only torch's message tells."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

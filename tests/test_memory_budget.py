@@ -1,0 +1,62 @@
+"""The planned micro-batches are as large as memory allows, within the configured limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from job.settings import Train
+from job.system.device import ComputeSpec
+from job.training.memory_budget import LOGIT_BYTES, MEMORY_FRACTION, BatchPlan, activation_bytes, plan_batches
+from job.types import EncodedExample
+
+CONFIG = LlamaConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
+EXAMPLES = [EncodedExample([7] * 40, [-100] * 30 + [7] * 10), EncodedExample([7] * 24, [-100] * 18 + [7] * 6)]
+LABEL_SHARE = 16 / 64
+
+
+class LimitedMemory(ComputeSpec):
+    """A CPU with this much memory free."""
+
+    free = 0.0
+
+    def free_memory(self) -> float:
+        return self.free
+
+
+def plan(free: float, **settings: object) -> BatchPlan:
+    compute = LimitedMemory(torch.device("cpu"), "fp32")
+    object.__setattr__(compute, "free", free)
+    return plan_batches(CONFIG, EXAMPLES, Train.model_validate(settings), compute, max_tokens=256)
+
+
+def bytes_per_token(*, recompute: bool) -> float:
+    return activation_bytes(CONFIG, 40, 4, recompute=recompute) + LABEL_SHARE * LOGIT_BYTES * 1000
+
+
+@pytest.mark.parametrize("tokens", [1, 39, 40, 200, 256])
+@pytest.mark.parametrize("setting", ["on", "off"])
+def test_micro_batches_fill_the_planned_share_of_memory(tokens: int, setting: str) -> None:
+    free = (tokens + 0.5) * bytes_per_token(recompute=setting == "on") / MEMORY_FRACTION
+    assert plan(free, gradient_checkpointing=setting) == BatchPlan(tokens, recompute=setting == "on")
+
+
+def test_micro_batches_have_at_most_max_tokens_and_at_least_one() -> None:
+    assert plan(2.0**40) == BatchPlan(256, recompute=False)
+    assert plan(0.0) == BatchPlan(1, recompute=True)
+
+
+def test_a_configured_size_is_kept() -> None:
+    assert plan(2.0**40, micro_batch_tokens=1000) == BatchPlan(1000, recompute=False)
+    assert plan(0.0, micro_batch_tokens=1000) == BatchPlan(1000, recompute=True)
+
+
+@pytest.mark.parametrize(("tokens", "recompute"), [(39.5, True), (40.5, False)])
+def test_auto_recomputes_only_if_the_longest_example_does_not_fit(tokens: float, recompute: bool) -> None:
+    assert plan(tokens * bytes_per_token(recompute=False) / MEMORY_FRACTION).recompute == recompute
+
+
+def test_recomputation_keeps_fewer_activations() -> None:
+    assert activation_bytes(CONFIG, 40, 4, recompute=True) < activation_bytes(CONFIG, 40, 4, recompute=False)
+    assert activation_bytes(CONFIG, 40, 2, recompute=False) == 3 * (34 * 64 + 5 * 4 * 40), "Korthikanti et al."
