@@ -14,7 +14,7 @@ from job.lora import add_adapters, count_parameters
 from job.settings import Settings
 from job.system.device import ComputeSpec, gpu_unavailable_reason
 from job.training.batching import num_label_tokens
-from job.training.memory_budget import CUDA_OVERHEAD, GIB, LOGIT_BYTES, _token_bytes
+from job.training.memory_budget import CUDA_OVERHEAD, GIB, LOGIT_BYTES, activation_bytes
 from job.types import EncodedExample
 
 CPU_PARAMETERS = 250_000_000
@@ -71,7 +71,7 @@ def estimate(settings: Settings, machine: ComputeSpec, longest: Sequence[Encoded
         weights=linear * quantized + rest * itemsize,
         adapters=(16.0 + 4.0 * averaged) * trainable,
         activations=tokens
-        * _token_bytes(config, width, itemsize, recompute=settings.train.gradient_checkpointing != "off"),
+        * activation_bytes(config, width, itemsize, recompute=settings.train.gradient_checkpointing != "off"),
         logits=LOGIT_BYTES * num_label_tokens(longest) * config.vocab_size,
         # an adapter, two checkpoints with Adam's moments and the mean; the rest
         disk=4.0 * trainable * (1 + 2 * (3 + averaged)) + 64 * 2**20,

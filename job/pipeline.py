@@ -106,7 +106,7 @@ def fine_tune(checked: PreflightResult, machine: ComputeSpec) -> None:
     run.begin(str(machine))
 
     with run.chapter("train"):
-        trained = train(model, encoded, settings.train, tokenizer=tokenizer, machine=machine, run=run)
+        trained = train(model, encoded, settings.train, tokenizer=tokenizer, compute=machine, run=run)
     tagger = Tagger(model, tokenizer, settings, machine, initial_config(settings.sample, taught))
     weights = digest(model)
     if settings.sample.threshold == "auto":

@@ -80,7 +80,7 @@ def test_micro_batches_fit_and_activations_are_recomputed_only_if_the_longest_ex
     object.__setattr__(machine, "free", free)
     settings = Train.model_validate({"gradient_checkpointing": checkpointing, "micro_batch_tokens": micro_batch_tokens})
     config = load_model(Base(model=str(llama), quantize="none"), CPU).config
-    assert dataclasses.astuple(plan_batches(config, LONGEST, settings, machine, most=256)) == expected
+    assert dataclasses.astuple(plan_batches(config, LONGEST, settings, machine, max_tokens=256)) == expected
 
 
 def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:

@@ -115,9 +115,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, object]
 def test_a_run_that_is_preempted_and_runs_out_of_time_ends_as_if_it_had_not_been(world: World, tmp_path: Path) -> None:
     assert world.modal.losses == [], "both signals were sent"
     logs = [(world.home / f"ta-{attempt}.log").read_text() for attempt in range(3)]
-    assert "goes on after" not in logs[0]
-    assert "goes on after step 2 of 6" in logs[1], "from what was committed after the checkpoint, for no more was left"
-    assert "goes on after step 4 of 6" in logs[2]
+    assert "resuming after" not in logs[0]
+    assert "resuming after step 2 of 6" in logs[1], "from what was committed after the checkpoint, for no more was left"
+    assert "resuming after step 4 of 6" in logs[2]
     assert [name for name, _ in world.requests].count("FunctionPutOutputs") == 2, "the end of time, and the end"
     like = {"data": {"limit": 100, "eval_size": 30}, "train": {"max_steps": 6}, "sample": {"max_new_tokens": 4}}
     uninterrupted = pipeline.run(make_settings(world.home / "llama", tmp_path, **like)).folder
