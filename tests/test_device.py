@@ -1,4 +1,4 @@
-"""A machine without a usable GPU says why, and is used only for what it can do."""
+"""The device and precision that a machine has, and why it has no usable GPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from conftest import CPU, make_settings
 
 from job.errors import InvalidInputError
 from job.estimate import CPU_PARAMETERS, MemoryEstimate, cpu_problems
+from job.settings import Run
 from job.system import device
-from job.system.device import ComputeSpec, gpu_unavailable_reason
+from job.system.device import ComputeSpec, choose_device, choose_precision, gpu_unavailable_reason
 
 PROPRIETARY = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Mar  5 22:23:56 UTC 2024\nGCC version:  gcc 11.4.0"
@@ -20,7 +21,7 @@ OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Bui
 
 
 @pytest.fixture
-def gpu_box(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+def unusable_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """A machine with a GPU, a driver that is new enough and a CUDA build, on which PyTorch still sees no GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -35,59 +36,84 @@ def gpu_box(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("text", [PROPRIETARY, OPEN])
-def test_a_driver_that_is_too_old_is_named_with_the_one_that_is_needed(gpu_box: pytest.MonkeyPatch, text: str) -> None:
+def test_an_old_driver_is_named_with_the_version_needed(unusable_gpu: pytest.MonkeyPatch, text: str) -> None:
     device.DRIVER_VERSION.write_text(text.format("550.54.15"))
     assert gpu_unavailable_reason() == (
-        "the NVIDIA driver is 550.54.15 and CUDA 13.0 needs 580 or newer; update the driver of the machine"
+        "the NVIDIA driver is 550.54.15 and CUDA 13.0 needs 580 or newer; update the machine's driver"
     )
-    gpu_box.setattr(torch.version, "cuda", "12.6")
+    unusable_gpu.setattr(torch.version, "cuda", "12.6")
     assert "needs" not in str(gpu_unavailable_reason())
 
 
 @pytest.mark.parametrize(("name", "value"), [("CUDA_VISIBLE_DEVICES", ""), ("NVIDIA_VISIBLE_DEVICES", "void")])
-def test_hidden_gpus_are_said_to_be_hidden(gpu_box: pytest.MonkeyPatch, name: str, value: str) -> None:
-    gpu_box.setenv(name, value)
+def test_a_variable_that_hides_the_gpus_is_named(unusable_gpu: pytest.MonkeyPatch, name: str, value: str) -> None:
+    unusable_gpu.setenv(name, value)
     assert gpu_unavailable_reason() == f"{name}={value} hides every GPU of this machine (driver 580.65.06); unset it"
 
 
-def test_a_container_without_its_gpu_a_build_without_cuda_and_a_machine_without_a_driver_are_told_apart(
-    gpu_box: pytest.MonkeyPatch,
+def test_every_reason_for_no_gpu_has_its_own_remedy(
+    unusable_gpu: pytest.MonkeyPatch,
 ) -> None:
-    assert "although there is a driver (580.65.06); see what nvidia-smi says" in str(gpu_unavailable_reason())
+    assert "although there is a driver (580.65.06); run nvidia-smi" in str(gpu_unavailable_reason())
     device.NVIDIA_CTL.unlink()
-    assert "no GPU is given to this container; start it with `docker run --gpus all`" in str(gpu_unavailable_reason())
-    gpu_box.setattr(torch.version, "cuda", None)
+    assert "this container has no access to a GPU; start it with `docker run --gpus all`" in str(
+        gpu_unavailable_reason()
+    )
+    unusable_gpu.setattr(torch.version, "cuda", None)
     assert "is a build without CUDA; install the CUDA build" in str(gpu_unavailable_reason())
     device.DRIVER_VERSION.unlink()
     assert "this machine has no NVIDIA driver" in str(gpu_unavailable_reason())
 
 
-def test_a_gpu_that_can_be_used_lacks_nothing(gpu_box: pytest.MonkeyPatch) -> None:
-    gpu_box.setattr(torch.cuda, "is_available", lambda: True)
+def test_a_usable_gpu_has_no_reason(unusable_gpu: pytest.MonkeyPatch) -> None:
+    unusable_gpu.setattr(torch.cuda, "is_available", lambda: True)
     assert gpu_unavailable_reason() is None
 
 
-def test_a_gpu_that_was_asked_for_and_is_not_there_is_refused_and_auto_takes_the_cpu(
-    gpu_box: pytest.MonkeyPatch,
+def test_without_a_gpu_cuda_is_refused_and_auto_is_the_cpu(
+    unusable_gpu: pytest.MonkeyPatch,
 ) -> None:
     device.DRIVER_VERSION.write_text(PROPRIETARY.format("550.54.15"))
     with pytest.raises(
         InvalidInputError, match=r"=cuda, but the NVIDIA driver is 550.54.15 .* or set TAGGER_RUN_DEVICE=cpu"
     ):
         ComputeSpec.resolve("cuda", "auto")
-    assert ComputeSpec.resolve("auto", "auto") == CPU
+    assert choose_device("auto") == torch.device("cpu")
+    assert ComputeSpec.resolve("auto", "fp32") == CPU
+
+
+def test_fp16_is_refused_on_a_cpu() -> None:
+    with pytest.raises(InvalidInputError, match="fp16 needs a GPU and this run is on the CPU; use auto, fp32 or bf16"):
+        choose_precision("fp16", torch.device("cpu"))
+    assert choose_precision("bf16", torch.device("cpu")) == "bf16"
+    assert choose_precision("auto", torch.device("cpu")) in ("bf16", "fp32")
+
+
+@pytest.mark.parametrize(("has_bf16", "auto"), [(True, "bf16"), (False, "fp16")])
+def test_auto_is_bf16_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch, has_bf16: bool, auto: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    gpu = torch.device("cuda", 0)
+    assert choose_precision("auto", gpu) == auto
+    assert choose_precision("fp32", gpu) == "fp32"
+
+
+def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(InvalidInputError, match="Tesla T4 has no bf16; use auto, fp16 or fp32"):
+        choose_precision("bf16", torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize(
-    ("parameters", "asked", "refused"),
+    ("parameters", "setting", "refused"),
     [(559_214_592, "auto", True), (134_515_008, "auto", False), (559_214_592, "cpu", False)],
-    ids=["bloomz-560m", "SmolLM2-135M", "asked for"],
+    ids=["bloomz-560m", "SmolLM2-135M", "configured"],
 )
-def test_auto_trains_on_a_cpu_only_what_is_small(
-    gpu_box: pytest.MonkeyPatch, tmp_path: Path, parameters: int, asked: str, refused: bool
+def test_auto_trains_only_small_models_on_a_cpu(
+    unusable_gpu: pytest.MonkeyPatch, tmp_path: Path, parameters: int, setting: str, refused: bool
 ) -> None:
     need = MemoryEstimate(parameters, weights=0, adapters=0, activations=0, logits=0, disk=0)
-    settings = make_settings(Path("a/base"), tmp_path, run={"device": asked})
+    settings = make_settings(Path("a/base"), tmp_path, run={"device": setting})
     device.DRIVER_VERSION.unlink()
     problems = cpu_problems(need, settings, CPU)
     assert bool(problems) == refused
@@ -97,8 +123,6 @@ def test_auto_trains_on_a_cpu_only_what_is_small(
     assert cpu_problems(need, settings, ComputeSpec(torch.device("cuda"), "bf16")) == []
 
 
-def test_the_setting_says_the_limit() -> None:
-    from job.settings import Run
-
-    said = str(Run.model_fields["device"].description)
-    assert f"at most {CPU_PARAMETERS // 10**6} million parameters" in said
+def test_the_setting_documents_the_limit() -> None:
+    description = str(Run.model_fields["device"].description)
+    assert f"at most {CPU_PARAMETERS // 10**6} million parameters" in description

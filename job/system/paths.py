@@ -1,4 +1,4 @@
-"""Where a named model or data file is on this machine, if it is on this machine."""
+"""Local paths of the models and data files that settings name."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ from job.errors import InvalidInputError
 
 PACKAGE_PREFIX = "package:"
 WEIGHT_SUFFIXES = (".gguf",)
+"""Suffixes of base model files: a name with one is a file and not a Hub id."""
 DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
-"""Files of a base model, and of data: a name that ends so is no Hub id."""
+"""Suffixes of data files: a name with one is a file and not a Hub id."""
 
 
 def hub_snapshot(path: Path) -> tuple[str, str] | None:
-    """The Hub id and commit hash that a folder of the Hugging Face cache was downloaded from."""
+    """Return the Hub id and the commit of a snapshot folder in the Hugging Face cache; None for another folder."""
     match = re.search(r"(?:^|/)models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?$", str(path.absolute()))
     return (f"{match[1]}/{match[2]}", match[3]) if match else None
 
 
 def is_local(name: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a setting names a file or folder here, and not something on the Hub."""
+    """Return whether a setting names a local file or folder, and not a repository on the Hub."""
     return (
         name.startswith((PACKAGE_PREFIX, ".", "/", "~")) or Path(name).suffix.lower() in suffixes or Path(name).exists()
     )
 
 
 def local_path(name: str, variable: str) -> Path:
-    """The path that a setting (the value of `variable`) names; `package:NAME/FILE` is a file of a Python package.
+    """Return the path that `name`, the value of the setting `variable`, stands for.
 
-    The package is found without being imported, so that what it needs to run need not be there.
-    Raises InvalidInputError when there is nothing at that path.
+    `package:NAME/FILE` is a file of an installed Python package; the package is not imported, so that its
+    dependencies need not be installed. Raises InvalidInputError when nothing exists at the path.
     """
     if not name.startswith(PACKAGE_PREFIX):
-        path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for a user who does not exist
+        path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises for an unknown user
         if not path.exists():
             raise InvalidInputError(
-                f"{variable}={name} does not exist; expected a file or folder there, or a Hub id such as owner/name"
+                f"{variable}={name} does not exist; expected a local file or folder, or a Hub id such as owner/name"
             )
         return path
     package, _, file = name.removeprefix(PACKAGE_PREFIX).partition("/")
