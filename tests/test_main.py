@@ -524,7 +524,7 @@ def test_a_run_whose_results_were_altered_or_removed_makes_them_again(
     made = [file.read_bytes() for file in (weights, losses)]
     weights.write_bytes(made[0][:-1] + b"?")
     assert main([]) == 0
-    assert "adapter_model.safetensors is not as it was written; it is made again" in caplog.text
+    assert "adapter_model.safetensors has changed since it was written; it is recreated" in caplog.text
     losses.unlink()
     assert main([]) == 0
     assert [file.read_bytes() for file in (weights, losses)] == made

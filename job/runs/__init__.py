@@ -1,1 +1,1 @@
-"""A run on disk: its folder, atomic files, shutdown, report parts."""
+"""A run on disk: its folder, atomic writes, checksums, shutdown, and the parts of its report."""

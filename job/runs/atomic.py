@@ -30,8 +30,8 @@ def atomic_write(path: Path, text: str) -> None:
 def atomic_directory(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder that is synced and takes the place of `path` if the block ends without an error.
 
-    With `keep_existing`, a folder that another process has put at `path` in the meantime stays, and this one is
-    discarded. Raises OSError also for what the libraries' own writers report of a full disk.
+    With `keep_existing`, a folder that another process has created at `path` in the meantime is kept, and this
+    one is discarded. Raises OSError also for a full disk that a library reports with an error of its own.
     """
     tmp_path = _tmp_path(path)
     try:
@@ -48,21 +48,22 @@ def atomic_directory(path: Path, *, keep_existing: bool = False) -> Iterator[Pat
                 raise
         _sync(path.parent)
     except Exception as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers are written in Rust
-        if code and not isinstance(error, OSError):
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        # safetensors and tokenizers are written in Rust, and their errors quote the system's
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if match and not isinstance(error, OSError):
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
         raise
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 def _tmp_path(path: Path) -> Path:
-    """Return a name beside `path` that no other process or machine uses."""
+    """Return a path next to `path` that no other process or machine uses."""
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def json_lines(entries: Iterable[object]) -> str:
-    """One JSON value a line."""
+    """Serialize entries as JSON, one a line."""
     return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 

@@ -1,4 +1,4 @@
-"""A page of texts, tables and pictures, once as Markdown and once as HTML."""
+"""Rendering of a page (texts, tables, pictures) as Markdown and as HTML."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ svg { width: 100%; max-width: 640px; display: block }
 """
 
 Table = list[list[str]]
-"""Rows of cells, the first of them the columns' names."""
+"""Rows of cells; the first row holds the column names."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG, which Markdown leaves out."""
+    """An SVG; Markdown leaves it out."""
 
     svg: str
 
@@ -29,37 +29,37 @@ Block = str | Table | Picture
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:
-    """The page in Markdown."""
+    """Render the page as Markdown, without its pictures."""
     parts = [f"# {title}"]
     for block in blocks:
         if isinstance(block, str):
-            parts.append(_plain(block))
+            parts.append(_escape_markdown(block))
         elif not isinstance(block, Picture):
             parts.append("\n".join(markdown_table(block)))
     return "\n\n".join(parts) + "\n"
 
 
 def markdown_table(rows: Table) -> list[str]:
-    """Lines of a Markdown table."""
-    header, *others = ["| " + " | ".join(map(_plain, row)) + " |" for row in rows]
-    return [header, "|---" * len(rows[0]) + "|", *others]
+    """Render a table as lines of Markdown."""
+    header, *body = ["| " + " | ".join(map(_escape_markdown, row)) + " |" for row in rows]
+    return [header, "|---" * len(rows[0]) + "|", *body]
 
 
-def _plain(text: str) -> str:
-    """A text in a line of Markdown where nothing of it means anything but itself; underscores in words do not."""
+def _escape_markdown(text: str) -> str:
+    """Escape a text for one line of Markdown; underscores within words need no escape."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False))
 
 
 def html(title: str, blocks: Sequence[Block]) -> str:
-    """The page in HTML: one file that needs no other, and runs nothing."""
-    body = "\n".join(line for block in blocks for line in _html(block))
+    """Render the page as one self-contained HTML file without scripts."""
+    body = "\n".join(line for block in blocks for line in _html_lines(block))
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         f"<style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n{body}\n</html>\n"
     )
 
 
-def _html(block: Block) -> Iterator[str]:
+def _html_lines(block: Block) -> Iterator[str]:
     if isinstance(block, str):
         yield f"<p>{escape(block)}</p>"
     elif isinstance(block, Picture):
@@ -67,6 +67,6 @@ def _html(block: Block) -> Iterator[str]:
     else:
         yield "<table>"
         for number, row in enumerate(block):
-            kind = "td" if number else "th"
-            yield "<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row) + "</tr>"
+            element = "td" if number else "th"
+            yield "<tr>" + "".join(f"<{element}>{escape(cell)}</{element}>" for cell in row) + "</tr>"
         yield "</table>"

@@ -1,4 +1,4 @@
-"""Pictures of a run, as SVG."""
+"""Plots of a run, as SVG."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ LABELS, ROW = 180, 22
 COLOUR = "#1f77b4"
 
 _Text = tuple[float, float, str, str]
-"""x, y, what of the text is there (start, middle or end), the text."""
+"""x, y, the SVG text-anchor (start, middle or end), the text."""
 
 
 def curve(title: str, steps: Sequence[int], values: Sequence[float]) -> str:
-    """An SVG with a value, not negative, at each logged step."""
+    """Draw a line through the values, none negative, at their optimizer steps."""
     left, right = min(steps), max(max(steps), min(steps) + 1)
     top = max(values) * 1.05 or 1.0
     points = [
@@ -42,7 +42,7 @@ def curve(title: str, steps: Sequence[int], values: Sequence[float]) -> str:
 
 
 def bars(title: str, names: Sequence[str], values: Sequence[float], intervals: Sequence[Sequence[float]]) -> str:
-    """An SVG with a bar for each name, of a value from 0 to 1, and over it a line from end to end of its interval."""
+    """Draw a bar for each name, its value between 0 and 1, and over it a line for its interval."""
     scale = WIDTH - MARGIN - LABELS
     shapes: list[str] = []
     texts: list[_Text] = [(WIDTH / 2, 24, "middle", title)]

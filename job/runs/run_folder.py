@@ -1,4 +1,4 @@
-"""A run on disk: where its files are, what of it is done, and who owns it."""
+"""The folder of a run: its files, its manifest, which parts are done, and which process owns it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 MODEL_CARD = "adapter/README.md"
-"""Not sealed: a model card may be edited before it is pushed."""
+"""Has no recorded checksum: a model card may be edited before it is pushed."""
 RESULTS = ("adapter", "metrics.json", "log.jsonl", "predictions.jsonl", "tags.jsonl", "samples.jsonl")
-"""What there is before the gate, and is sealed then."""
+"""Files and folders that are complete before the gate; their checksums are then recorded."""
 TRACKED_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
 
 
@@ -42,7 +42,7 @@ class RunFolder:
         self.path = path
         self.manifest = manifest
         self.on_saved: Callable[[RunFolder], None] | None = None
-        """Called after each checkpoint and each change of the manifest, for a volume that has to be told to keep it."""
+        """Called after each checkpoint and each change of the manifest, to commit the volume that holds the run."""
         self._locked = False
 
     @property
@@ -59,7 +59,7 @@ class RunFolder:
 
     @property
     def trained(self) -> bool:
-        """Whether all that comes before the gate is done and as it was written."""
+        """Whether everything before the gate is done and unchanged."""
         return self.is_intact(*RESULTS)
 
     @property
@@ -72,16 +72,17 @@ class RunFolder:
 
     @classmethod
     def open(cls, settings: Settings, examples: SplitData) -> RunFolder:
-        """The run's folder as it is found. Nothing is written before `begin`.
+        """Open the run of these settings and data, new or started; nothing is written before `begin`.
 
-        Raises InvalidInputError when it cannot be written, holds something else, or a run of other settings or data.
+        Raises InvalidInputError when the folder cannot be written, holds other files, or a run with other
+        settings or data.
         """
         run_id = settings.run.id or default_run_id(settings, examples)
         path = settings.run.dir / run_id
         check_writable(path)
         if (path / "manifest.json").is_file():
             run = cls(path, read_manifest(path))
-            run._refuse_other(settings, examples)
+            run._check_same_inputs(settings, examples)
             return run
         if path.is_dir() and any(path.iterdir()):
             raise InvalidInputError(
@@ -89,12 +90,12 @@ class RunFolder:
             )
         return cls(path, _new_manifest(run_id, settings, examples))
 
-    def _refuse_other(self, settings: Settings, examples: SplitData) -> None:
-        before, now = self.manifest["settings"], settings.values()
+    def _check_same_inputs(self, settings: Settings, examples: SplitData) -> None:
+        old, new = self.manifest["settings"], settings.values()
         differences = [
-            f"{name} was {before.get(name)!r} and is {now[name]!r}"
+            f"{name} was {old.get(name)!r} and is {new[name]!r}"
             for name in settings.result_values()
-            if before.get(name) != now[name]
+            if old.get(name) != new[name]
         ]
         if not differences and self.manifest["dataset"]["fingerprint"] != examples.fingerprint:
             tags = settings.sample.vocabulary
@@ -102,27 +103,27 @@ class RunFolder:
             differences = [f"the contents of {files} have changed"]
         if differences:
             raise InvalidInputError(
-                f"the run {self.path} was made with something else: {'; '.join(differences)}. "
-                "Set it back, or set TAGGER_RUN_ID to another name"
+                f"the run {self.path} was made with other settings or data: {'; '.join(differences)}. "
+                "Change them back, or set TAGGER_RUN_ID to another name"
             )
 
     def begin(self, device: str) -> None:
-        """Make the folder, now that everything that can be refused has been looked at."""
+        """Create and lock the folder, once all inputs are checked, and record that the run is running."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.lock()
-        for left in (*self.path.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):  # by a process that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for leftover in (*self.path.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):  # of a process that was killed
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self.update(status="running", device=device)
 
     def lock(self) -> None:
-        """Take the run until this object or its process ends; raises InvalidInputError when another has it."""
+        """Lock the run until this object or its process ends; raises InvalidInputError when another process has it."""
         if self._locked:
             return
-        if self.on_saved is None:  # a volume's other machines do not see the lock, and an open file is in its way
+        if self.on_saved is None:  # other machines do not see a volume's locks, and an open file blocks its reload
             self._take_lock()
         self._locked = True
         if self.started:
-            self.manifest = read_manifest(self.path)  # the owner before may have got further since it was read
+            self.manifest = read_manifest(self.path)  # the previous owner may have changed it since it was read
 
     def _take_lock(self) -> None:
         file = os.open(self.path / "lock", os.O_WRONLY | os.O_CREAT, 0o666)
@@ -131,26 +132,26 @@ class RunFolder:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InvalidInputError(
-                f"another process is at work on {self.path}; wait for it, or set TAGGER_RUN_ID to another name"
+                f"another process is working on {self.path}; wait for it, or set TAGGER_RUN_ID to another name"
             ) from None
 
     def record_checksums(self, *names: str) -> None:
-        """Record size and digest of files and folders that are done: what is sealed is not made again."""
+        """Record the checksums of files and folders that are done; while intact, they are not computed again."""
         files = [file for name in names for file in self._files(name) if file != self.path / MODEL_CARD]
         self.update(checksums=self.manifest.get("checksums", {}) | checksum_files(self.path, files))
 
     def is_intact(self, *names: str) -> bool:
-        """Whether all of these files and folders were sealed, and are as they were then."""
+        """Return whether all of these files and folders have recorded checksums, and match them."""
         for name in names:
-            was = {
+            recorded = {
                 file: entry
                 for file, entry in self.manifest.get("checksums", {}).items()
                 if file == name or file.startswith(f"{name}/")
             }
-            if not was:
+            if not recorded:
                 return False
-            if (why := find_mismatch(self.path, was)) is not None:
-                log.warning("run: %s; it is made again", why)
+            if (mismatch := find_mismatch(self.path, recorded)) is not None:
+                log.warning("run: %s; it is recreated", mismatch)
                 return False
         return True
 
@@ -159,7 +160,7 @@ class RunFolder:
         return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
 
     def record_verdict(self, *, passed: bool) -> None:
-        """Record whether the gate lets the adapter be published."""
+        """Record whether the adapter passed the gate."""
         self.update(status="passed" if passed else "refused")
 
     @property
@@ -167,27 +168,26 @@ class RunFolder:
         return self.manifest["status"] in ("passed", "complete")
 
     def finish(self, published: Published | None) -> None:
-        """Record that the run is complete, and where its adapter is."""
-        finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        pushed = None if published is None else asdict(published)
-        self.update(status="complete", finished=finished, published=pushed)
+        """Record that the run is complete, and where its adapter was published, if it was."""
+        entry = None if published is None else asdict(published)
+        self.update(status="complete", finished=_utc_now(), published=entry)
 
     def update(self, **entries: Any) -> None:
-        """Add entries to the manifest and write it."""
+        """Set entries of the manifest and write it."""
         self.manifest.update(entries)
         self.write("manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
         self.notify_saved()
 
     def notify_saved(self) -> None:
-        """Say that a resume could go on from further than before."""
+        """Notify the owner that newer progress is on disk."""
         if self.on_saved is not None:
             self.on_saved(self)
 
     @contextmanager
     def chapter(self, name: str) -> Iterator[None]:
-        """Note how many seconds a chapter took, all its attempts together; the next `update` writes it.
+        """Measure the seconds of a chapter, summed over all attempts; the next `update` writes them.
 
-        An interruption that came before it ends the job here.
+        Raises KeyboardInterrupt at the start when a signal was received before.
         """
         shutdown.check()
         started = time.monotonic()
@@ -196,7 +196,7 @@ class RunFolder:
         except BaseException as stop:
             self._add_time(name, started)
             if not isinstance(stop, Exception) and self._locked and self.manifest["status"] == "running":
-                with suppress(OSError):  # the interruption is what matters
+                with suppress(OSError):  # a failure to write must not hide the interruption
                     self.update(status="interrupted")
             raise
         self._add_time(name, started)
@@ -206,51 +206,49 @@ class RunFolder:
         timings[chapter] = round(timings.get(chapter, 0.0) + time.monotonic() - started, 2)
 
     def write(self, name: str, text: str) -> None:
-        """Write a file of the run: beside, then renamed, so that it is whole or absent."""
+        """Write a file of the run atomically."""
         atomic_write(self.path / name, text)
 
     def write_lines(self, name: str, entries: Iterable[object]) -> None:
-        """Write a file of JSON lines."""
+        """Write a file of the run atomically, as JSON lines."""
         self.write(name, json_lines(entries))
 
     @contextmanager
     def folder(self, name: str) -> Iterator[Path]:
-        """A folder to fill, which takes its name when it is left without an error."""
+        """Yield a temporary folder that becomes `name` in the run if the block ends without an error."""
         with atomic_directory(self.path / name) as folder:
             yield folder
 
 
 def default_run_id(settings: Settings, examples: SplitData) -> str:
-    """The base model's name and a digest of settings and data: the same command finds the same run."""
+    """Return the base model's name with a digest of settings and data: the same command finds the same run."""
     return f"{Path(settings.base.model).stem}-{settings.digest(examples.fingerprint)}"
 
 
 def with_recorded_revisions(settings: Settings) -> Settings:
-    """The settings with the revisions at which the named run began, where none are asked for.
+    """Set the revisions that are not configured to those with which the run TAGGER_RUN_ID started.
 
-    So that a run goes on with the model and data it has, though the Hub has newer ones by now.
+    So a run resumes with the same base model and data when the Hub has newer ones.
     """
     path = settings.run.dir / (settings.run.id or "")
     if settings.run.id is None or not (path / "manifest.json").is_file():
         return settings
-    was = read_manifest(path)["settings"]
-    same = {
-        group: was.get(f"TAGGER_{group}_{name}".upper()) == getattr(getattr(settings, group), name)
-        for group, name in (("base", "model"), ("data", "dataset"))
-    }
+    old = read_manifest(path)["settings"]
+    same_model = old.get("TAGGER_BASE_MODEL") == settings.base.model
+    same_dataset = old.get("TAGGER_DATA_DATASET") == settings.data.dataset
     return settings.with_revisions(
-        base=settings.base.revision or (was.get("TAGGER_BASE_REVISION") if same["base"] else None),
-        data=settings.data.revision or (was.get("TAGGER_DATA_REVISION") if same["data"] else None),
+        base=settings.base.revision or (old.get("TAGGER_BASE_REVISION") if same_model else None),
+        data=settings.data.revision or (old.get("TAGGER_DATA_REVISION") if same_dataset else None),
     )
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a run's folder; raises InvalidInputError when it is not one."""
+    """Read the manifest of a run's folder; raises InvalidInputError when it is not a manifest of this version."""
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        whole = isinstance(manifest["settings"], dict) and isinstance(manifest["timings"], dict)
-        whole = whole and {"status", "dataset", "versions"} <= manifest.keys() and manifest["dataset"]["fingerprint"]
-        if manifest["schema_version"] != SCHEMA_VERSION or not whole:
+        valid = isinstance(manifest["settings"], dict) and isinstance(manifest["timings"], dict)
+        valid = valid and {"status", "dataset", "versions"} <= manifest.keys() and manifest["dataset"]["fingerprint"]
+        if manifest["schema_version"] != SCHEMA_VERSION or not valid:
             raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidInputError(
@@ -260,7 +258,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_writable(path: Path, what: str = "the run folder", remedy: str = "TAGGER_RUN_DIR to a folder") -> None:
-    """Raise InvalidInputError unless a folder can be made at, or in, this path; leaves nothing behind."""
+    """Raise InvalidInputError unless a folder can be created at or in this path; leaves no file behind."""
     ancestor = path.absolute()
     try:
         while not os.path.lexists(ancestor):
@@ -278,7 +276,7 @@ def _new_manifest(run_id: str, settings: Settings, examples: SplitData) -> dict[
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
         "status": "running",
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": _utc_now(),
         "settings": settings.values(),
         "seed": settings.train.seed,
         "dataset": {
@@ -294,10 +292,14 @@ def _new_manifest(run_id: str, settings: Settings, examples: SplitData) -> dict[
     }
 
 
-def find_run(settings: Run) -> RunFolder:
-    """The run that is named, or else the one whose adapter was written last.
+def _utc_now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
-    Raises InvalidInputError when there is none that has an adapter.
+
+def find_run(settings: Run) -> RunFolder:
+    """Find the run TAGGER_RUN_ID, or by default the one with the newest adapter.
+
+    Raises InvalidInputError when no such run has an adapter.
     """
     runs = [settings.dir / settings.id] if settings.id else settings.dir.glob("*")
     adapters = [run / "adapter" for run in runs if (run / "adapter" / "adapter_config.json").is_file()]

@@ -1,4 +1,4 @@
-"""What a signal does: the first one saves and ends with code 75, a second one ends at once."""
+"""Handling of SIGTERM and SIGINT: the first signal saves and ends with code 75, a second one ends immediately."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from job.errors import INTERRUPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_SECONDS = 8.0
-"""From the first signal to the end, whatever is not saved by then: `docker stop` kills after 10."""
+"""The longest time from the first signal to the end of the process; `docker stop` kills after 10 seconds."""
 TOGETHER_SECONDS = 0.1
-"""A terminal sends Ctrl-C to every process of the line, and make or uv pass theirs on: that is one signal, not two."""
+"""Signals within this time count as one: a terminal sends Ctrl-C to make or uv and their child, and they forward it."""
 
 
 class _State:
@@ -30,30 +30,31 @@ _state = _State()
 
 @contextmanager
 def handled(then: signal.Handlers | None = None) -> Iterator[None]:
-    """Within, SIGTERM and SIGINT raise KeyboardInterrupt in the main thread, once, and end the process if it lingers.
+    """Let SIGTERM and SIGINT raise KeyboardInterrupt in the main thread, once, during this context.
 
-    A thread of its own reads what arrives, for Python's handlers wait while the main thread computes or
-    waits for a download. Handlers of other signals are left alone: Modal's timeout comes by SIGUSR1.
-    Afterwards the two have the handler `then`, or the one they had before.
+    A process that has not ended after GRACE_SECONDS, or at a second signal, is ended. A separate thread
+    watches for this, because Python runs no signal handler while the main thread computes in C code or waits
+    for a download. Handlers of other signals are left unchanged: Modal's timeout is SIGUSR1. Afterwards
+    both signals have the handler `then`, or by default the one they had before.
     """
     _state.received, _state.deferring = None, False
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     threading.Thread(target=_watch, args=(reader,), daemon=True).start()
-    fd_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    before = {number: signal.signal(number, _interrupt) for number in SIGNALS}
+    old_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    old_handlers = {number: signal.signal(number, _interrupt) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler if then is None else then)
-        signal.set_wakeup_fd(fd_before)
-        os.close(writer)  # which ends the thread
+        signal.set_wakeup_fd(old_fd)
+        os.close(writer)  # this ends the thread
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Within, an interruption waits until what must not be cut in two is done."""
+    """Defer an interruption to the end of this context, for work that must be done completely or not at all."""
     _state.deferring = True
     try:
         yield
@@ -63,13 +64,13 @@ def deferred() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt if there was a signal: a library may have swallowed the one that it raised."""
+    """Raise KeyboardInterrupt if a signal was received: a library may have swallowed the first KeyboardInterrupt."""
     if _state.received is not None and not _state.deferring:
         raise KeyboardInterrupt
 
 
 def received() -> str | None:
-    """The name of the signal, if there was one."""
+    """Return the name of the signal that was received, or None."""
     return None if _state.received is None else _state.received.name
 
 
@@ -82,21 +83,21 @@ def _interrupt(number: int, frame: object) -> None:
 def _watch(reader: int) -> None:
     first: float | None = None
     while True:
-        left = None if first is None else max(0.0, first + GRACE_SECONDS - time.monotonic())
-        if not select.select([reader], [], [], left)[0]:
-            _end("what could not be saved in time is lost")
-        arrived = os.read(reader, 64)
-        if not arrived:
+        timeout = None if first is None else max(0.0, first + GRACE_SECONDS - time.monotonic())
+        if not select.select([reader], [], [], timeout)[0]:
+            _end("work that could not be saved in time is lost")
+        numbers = os.read(reader, 64)
+        if not numbers:
             os.close(reader)
             return
-        if not any(number in arrived for number in SIGNALS):
+        if not any(number in numbers for number in SIGNALS):
             continue
         if first is None:
             first = time.monotonic()
         elif time.monotonic() - first > TOGETHER_SECONDS:
-            _end("ended at once, by a second signal")
+            _end("ended immediately by a second signal")
 
 
 def _end(why: str) -> NoReturn:
-    os.write(2, f"interrupted: {why}; the same command goes on from what is saved\n".encode())
+    os.write(2, f"interrupted: {why}; the same command resumes from what is saved\n".encode())
     os._exit(INTERRUPTED)
