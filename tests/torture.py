@@ -1,8 +1,8 @@
-"""Kill whole runs at random points, resume them, and compare how they end with one that was never killed.
+"""Kill runs at random points, resume them, and compare their results with a run that was never killed.
 
-`make torture`. Each attempt is a process of its own, forked from one that has torch imported already, so
-that kills fall on the work and not on imports; it runs the job's real entry point, downloads from and
-pushes to a Hub on loopback, and is killed by the kernel: SIGTERM, SIGINT or SIGKILL.
+`make torture`. Each attempt is its own process, forked from one that has already imported torch, so that
+kills hit the job's work and not its imports. It runs the job's real entry point, downloads from and
+pushes to a Hub on loopback, and is killed with a real SIGTERM, SIGINT or SIGKILL.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import conftest  # the Hub's address and an empty cache, before huggingface_hub is imported
+import conftest  # sets the Hub's address and an empty cache, before huggingface_hub is imported
 import torch
 from hub import WRITE_TOKEN, Hub, Repo
 
@@ -43,33 +43,37 @@ SETTINGS = {
     "TAGGER_SAMPLE_MAX_NEW_TOKENS": "16",
     "TAGGER_RUN_DEVICE": "cpu",
     "TAGGER_RUN_ID": "run",
-    "TAGGER_EVAL_GATE": "floor",  # so that it is published by a candidate and its promotion
+    "TAGGER_EVAL_GATE": "floor",  # publish through a candidate and its promotion
     "HF_TOKEN": WRITE_TOKEN,
 }
-SAME = (
+COMPARED_FILES = (
     "adapter/adapter_model.safetensors",
     "adapter/adapter_config.json",
     "log.jsonl",
     "predictions.jsonl",
     "samples.jsonl",
 )
-KILLS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
-LONGEST = 120.0
-STARTED = 0.05
-"""Seconds after which a process has come to the job's entry point."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
+TIMEOUT = 120.0
+"""Seconds in which a process must end."""
+STARTUP_SECONDS = 0.05
+"""The time until a process has reached the job's entry point."""
+MAX_ATTEMPTS = 12
 
 
 @dataclass
 class Tally:
+    """What was killed, and what went wrong."""
+
     kills: Counter[str] = field(default_factory=Counter)
     chapters: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
     """From SIGTERM or SIGINT to the end of the process."""
-    wrong: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
-def attempt(folder: Path, repo: str) -> int:
-    """Fork a process that runs the job in this folder; returns its id."""
+def start_job(folder: Path, repo: str) -> int:
+    """Fork a process that runs the job in this folder; return its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -88,8 +92,8 @@ def attempt(folder: Path, repo: str) -> int:
         os._exit(99)
 
 
-def ended(pid: int, seconds: float) -> int | None:
-    """The exit code of a process that ends within so many seconds, negative for a signal; None if it goes on."""
+def wait_for(pid: int, seconds: float) -> int | None:
+    """Return the exit code of a process, negative for a signal; None if it has not ended after these seconds."""
     deadline = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -100,8 +104,8 @@ def ended(pid: int, seconds: float) -> int | None:
         time.sleep(0.001)
 
 
-def where(run: Path) -> str:
-    """The chapter that a run seems to be in, by its files."""
+def current_chapter(run: Path) -> str:
+    """Guess the chapter of a run from its files."""
     if not (run / "manifest.json").exists():
         return "check, download, load"
     if json.loads((run / "manifest.json").read_text())["status"] == "passed":
@@ -115,107 +119,121 @@ def where(run: Path) -> str:
     return "train"
 
 
-def kill(pid: int, folder: Path, chance: random.Random, longest: float, tally: Tally) -> int:
-    """Let a process work for a random time, or until it writes a checkpoint, then kill it; returns its exit code."""
-    if chance.random() < 0.25:
-        deadline = time.monotonic() + longest
-        checkpoints, code = folder / "runs" / "run" / "checkpoints", None
-        while code is None and time.monotonic() < deadline and not any(checkpoints.glob("checkpoint-*.tmp")):
-            code = ended(pid, 0)
-        time.sleep(chance.uniform(0, 0.004))
-    else:
-        code = ended(pid, chance.uniform(STARTED, longest))
+def kill(pid: int, folder: Path, rng: random.Random, run_seconds: float, tally: Tally) -> int:
+    """Kill a process after a random time, or while it writes a checkpoint; return its exit code.
+
+    `run_seconds` is the time of a complete run.
+    """
+    code = _wait_for_moment(pid, folder, rng, run_seconds)
     if code is not None:
         return code
-    chapter = where(folder / "runs" / "run")
-    by = chance.choice(KILLS)
+    chapter = current_chapter(folder / "runs" / "run")
+    number = rng.choice(SIGNALS)
     started = time.monotonic()
-    os.kill(pid, by)
-    if by != signal.SIGKILL and chance.random() < 0.15:
+    os.kill(pid, number)
+    if number != signal.SIGKILL and rng.random() < 0.15:
         time.sleep(0.15)
-        os.kill(pid, chance.choice(KILLS[:2]))
-    code = ended(pid, LONGEST)
+        os.kill(pid, rng.choice(SIGNALS[:2]))
+    code = wait_for(pid, TIMEOUT)
     if code is None:
         os.kill(pid, signal.SIGKILL)
-        ended(pid, LONGEST)
-        tally.wrong.append(f"{by.name} did not end it ({chapter})")
+        wait_for(pid, TIMEOUT)
+        tally.problems.append(f"{number.name} did not end the process ({chapter})")
         return -1
-    if by != signal.SIGKILL:
+    if number != signal.SIGKILL:
         tally.seconds.append(time.monotonic() - started)
-    tally.kills[by.name] += 1
+    tally.kills[number.name] += 1
     tally.chapters[chapter] += 1
-    if code != (-by if by == signal.SIGKILL else 75) and not (code == 0 and complete(folder)):
-        tally.wrong.append(f"{by.name} ended it with {code} ({chapter})")
+    if code != (-number if number == signal.SIGKILL else 75) and not (code == 0 and is_complete(folder)):
+        tally.problems.append(f"{number.name} ended the process with code {code} ({chapter})")
     return code
 
 
-def complete(folder: Path) -> bool:
+def _wait_for_moment(pid: int, folder: Path, rng: random.Random, run_seconds: float) -> int | None:
+    """Wait for the random moment of a kill; return the exit code if the process ends before it."""
+    if rng.random() >= 0.25:
+        return wait_for(pid, rng.uniform(STARTUP_SECONDS, run_seconds))
+    deadline = time.monotonic() + run_seconds
+    checkpoints, code = folder / "runs" / "run" / "checkpoints", None
+    while code is None and time.monotonic() < deadline and not any(checkpoints.glob("checkpoint-*.tmp")):
+        code = wait_for(pid, 0)
+    time.sleep(rng.uniform(0, 0.004))
+    return code
+
+
+def is_complete(folder: Path) -> bool:
     return bool(json.loads((folder / "runs" / "run" / "manifest.json").read_text())["status"] == "complete")
 
 
 def result(folder: Path, hub: Hub, repo: str) -> dict[str, object]:
-    """All that must be equal: files, scores, samples, and what was published."""
+    """Return what must be equal for all runs: files, scores, samples, and what was published."""
     run = folder / "runs" / "run"
     metrics = json.loads((run / "metrics.json").read_text())
     del metrics["training"]["seconds"], metrics["gate"]["parent"]
     published = hub.models[repo]
     return {
-        **{name: (run / name).read_bytes() for name in SAME},
+        **{name: (run / name).read_bytes() for name in COMPARED_FILES},
         "metrics": metrics,
         "the published adapter": published.branches["main"][-1].files["adapter_model.safetensors"],
-        "the commits": [title.split()[0] for title in published.titles],  # a promotion names what it promotes
-        "the tags": list(published.tags),
-        "what is tagged": [published.tags.get("v1") == published.branches["main"][-1].oid],
+        "the commits": [title.split()[0] for title in published.titles],  # a promotion's title names its candidate
+        "the versions": list(published.tags),
+        "the commit of v1": [published.tags.get("v1") == published.branches["main"][-1].oid],
     }
 
 
 def torture(kills: int, seed: int) -> Tally:
-    """Kill at least so many processes, and compare each run that came through with one that was not killed."""
-    chance, tally = random.Random(seed), Tally()
+    """Kill processes at least `kills` times, and compare each resumed run with one that was not killed."""
+    rng, tally = random.Random(seed), Tally()
     hub = conftest.SERVER.fresh()
     scratch = Path(tempfile.mkdtemp(prefix="tagger-torture-"))
     publish_base(hub, scratch)
 
-    def begin(name: str) -> Path:
-        folder = scratch / name
-        folder.mkdir()
-        shutil.rmtree(Path(conftest.HF_HOME) / "hub", ignore_errors=True)  # so that each run downloads
-        return folder
-
-    folder = begin("reference")
+    folder = new_folder(scratch, "reference")
     started = time.monotonic()
-    assert ended(attempt(folder, "ada/reference"), LONGEST) == 0, (folder / "output").read_text()
-    longest = time.monotonic() - started
+    assert wait_for(start_job(folder, "ada/reference"), TIMEOUT) == 0, (folder / "output").read_text()
+    run_seconds = time.monotonic() - started
     expected = result(folder, hub, "ada/reference")
 
     trial = equal = 0
     while tally.kills.total() < kills:
         trial += 1
-        folder, repo = begin(f"trial-{trial}"), f"ada/trial-{trial}"
-        code: int | None = -1
-        for attempts in range(12):
-            pid = attempt(folder, repo)
-            hurt = attempts == 0 or (attempts < 5 and chance.random() < 0.6)
-            code = kill(pid, folder, chance, longest, tally) if hurt else ended(pid, LONGEST)
-            if code == 0:
-                break
-        differ = ["it did not end"] if code else differences(expected, result(folder, hub, repo))
-        equal += not differ
-        if differ:
-            tally.wrong.append(f"trial {trial}: {', '.join(differ)}; see {folder}")
+        folder, repo = new_folder(scratch, f"trial-{trial}"), f"ada/trial-{trial}"
+        ended = run_with_kills(folder, repo, rng, run_seconds, tally)
+        different = differences(expected, result(folder, hub, repo)) if ended else ["it did not end"]
+        equal += not different
+        if different:
+            tally.problems.append(f"trial {trial}: {', '.join(different)}; see {folder}")
         else:
             shutil.rmtree(folder)
-        print(
-            f"\r{tally.kills.total()} kills, {equal} of {trial} runs ended equal", end="", flush=True, file=sys.stderr
-        )
+        progress = f"{tally.kills.total()} kills, {equal} of {trial} runs ended equal"
+        print(f"\r{progress}", end="", flush=True, file=sys.stderr)
     print(file=sys.stderr)
     print(f"{equal} of {trial} runs ended equal, after {tally.kills.total()} kills: {dict(tally.kills)}")
     print(f"killed in: {dict(tally.chapters)}")
     if tally.seconds:
-        print(f"from signal to end: median {statistics.median(tally.seconds):.2f} s, most {max(tally.seconds):.2f} s")
-    if not tally.wrong:
+        print(f"from signal to end: median {statistics.median(tally.seconds):.2f} s, max {max(tally.seconds):.2f} s")
+    if not tally.problems:
         shutil.rmtree(scratch)
     return tally
+
+
+def new_folder(scratch: Path, name: str) -> Path:
+    """Create the folder of a run, and empty the download cache so that the run downloads."""
+    folder = scratch / name
+    folder.mkdir()
+    shutil.rmtree(Path(conftest.HF_HOME) / "hub", ignore_errors=True)
+    return folder
+
+
+def run_with_kills(folder: Path, repo: str, rng: random.Random, run_seconds: float, tally: Tally) -> bool:
+    """Start the job until it ends by itself, killing the first and some later attempts; return whether it succeeded."""
+    for attempt in range(MAX_ATTEMPTS):
+        pid = start_job(folder, repo)
+        killed = attempt == 0 or (attempt < 5 and rng.random() < 0.6)
+        code = kill(pid, folder, rng, run_seconds, tally) if killed else wait_for(pid, TIMEOUT)
+        if code == 0:
+            return True
+    return False
 
 
 def differences(expected: dict[str, object], found: dict[str, object]) -> list[str]:
@@ -234,13 +252,13 @@ def publish_base(hub: Hub, scratch: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=100, help="kill at least so many processes")
-    parser.add_argument("--seed", type=int, default=0, help="of times and signals")
+    parser.add_argument("--kills", type=int, default=100, help="least number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times and signals")
     options = parser.parse_args()
     for name in ("bitsandbytes", "datasets", "sklearn.metrics", "job.pipeline", "job.train", "job.push", "job.merge"):
         importlib.import_module(name)  # before the forks
     torch.set_num_threads(1)
-    found = torture(options.kills, options.seed)
-    for line in found.wrong:
-        print(f"WRONG: {line}")
-    sys.exit(bool(found.wrong))
+    tally = torture(options.kills, options.seed)
+    for problem in tally.problems:
+        print(f"WRONG: {problem}")
+    sys.exit(bool(tally.problems))
