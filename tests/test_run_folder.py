@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from job.errors import InvalidInputError
-from job.runs.run_folder import RunFolder, find_run
+from job.runs.run_folder import RunFolder, find_run, with_recorded_revisions
 from job.settings import Settings
 from job.types import Example, SplitData
 
@@ -51,14 +51,10 @@ def test_other_settings_or_data_for_a_run_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_same_settings_and_data_find_the_same_run(tmp_path: Path) -> None:
+    inputs = [({}, EXAMPLES), ({"logging_steps": 1}, EXAMPLES), ({"seed": 1}, EXAMPLES), ({}, CHANGED)]
     named = [
         RunFolder.open(Settings.model_validate({"run": {"dir": tmp_path}, "train": train}), examples).path.name
-        for train, examples in [
-            ({}, EXAMPLES),
-            ({"logging_steps": 1}, EXAMPLES),
-            ({"seed": 1}, EXAMPLES),
-            ({}, CHANGED),
-        ]
+        for train, examples in inputs
     ]
     assert named[0] == named[1]
     assert len(set(named)) == 3
@@ -187,3 +183,15 @@ def test_a_run_has_one_owner_at_a_time(tmp_path: Path) -> None:
     del run
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
     assert done.stdout == ""
+
+
+def test_a_run_resumes_with_its_recorded_revisions(tmp_path: Path) -> None:
+    first = settings(tmp_path).with_revisions(base="base-1", data="data-1")
+    RunFolder.open(first, EXAMPLES).begin("cpu")
+    resumed = with_recorded_revisions(settings(tmp_path))
+    assert (resumed.base.revision, resumed.data.revision) == ("base-1", "data-1")
+    configured = with_recorded_revisions(settings(tmp_path).with_revisions(base="base-2", data=None))
+    assert (configured.base.revision, configured.data.revision) == ("base-2", "data-1")
+    other = Settings.model_validate({"run": {"dir": tmp_path, "id": "one"}, "base": {"model": "another/base"}})
+    assert with_recorded_revisions(other).base.revision is None
+    assert with_recorded_revisions(other).data.revision == "data-1"
