@@ -61,7 +61,7 @@ def micro_batches(
     """Split the examples of a step, sorted by length, into micro-batches (see partition_by_cost).
 
     The split changes memory and speed, and the step's result only by rounding. The longest examples come
-    first: the others then fit into the memory that these have used, and too little memory is found at once.
+    first: the others then fit into the memory that these have used, and a lack of memory shows immediately.
     """
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
     lengths = [len(example.input_ids) for example in by_length]

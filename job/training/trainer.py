@@ -286,7 +286,7 @@ class Trainer:
         base: Any = self._model.get_base_model()
         if on:
             self._model.enable_input_require_grads()
-            # reentrant: the other form does not free what bitsandbytes' layers store besides their saved tensors
+            # reentrant: the other form does not free what bitsandbytes' layers store outside of autograd
             base.activation_checkpointing_enable({"use_reentrant": True})
         else:
             base.activation_checkpointing_disable()
