@@ -249,7 +249,8 @@ class OpenState:
         if len(tags) == len(self.tags):
             self._confidence *= float((values[best] - log_total).exp())
         else:  # the tag ends with its quote: a comma or bracket in the same token is not part of it
-            same = vocabulary.tokens_starting_with(text[len(self._text) : spans[-1][1]]) & allowed
+            starting = vocabulary.tokens_starting_with(text[len(self._text) : spans[-1][1]])
+            same = starting.to(allowed.device) & allowed
             self.tags.append((tags[-1], self._confidence * float((values[same] - log_total).exp().sum())))
             self._confidence = 1.0
         self._ids.append(best)
