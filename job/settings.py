@@ -1,7 +1,7 @@
-"""Every setting: name, default, bounds and meaning.
+"""Every setting: name, type, default, bounds and description.
 
-`TAGGER_LORA_R` is `settings.lora.r`: prefix, group (one a chapter), knob. `job.config.environment` reads
-the values.
+`TAGGER_LORA_R` is `settings.lora.r`: the prefix, a group, and a field of that group. `job.config.environment` reads the
+values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -26,14 +25,14 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from job.cloud.gpus import parse_gpus
 from job.config.validators import (
+    Cron,
+    ExampleCount,
     Identifier,
     ModalName,
     NameList,
+    Separator,
     TextList,
     Threshold,
-    _cron,
-    _eval_size,
-    _separator,
 )
 from job.errors import InvalidInputError
 
@@ -41,136 +40,161 @@ PREFIX = "TAGGER_"
 
 
 class SettingsGroup(BaseModel):
-    """The knobs of one chapter."""
+    """Settings of one chapter or concern."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Base(SettingsGroup):
+    """Settings of the base model."""
+
     model: Identifier = Field(
         "bigscience/bloomz-560m",
         description="Base model: a Hub id, a local folder, or a .gguf file "
-        "(package:NAME/FILE for one inside an installed Python package).",
+        "(package:NAME/FILE for a file in an installed Python package).",
     )
     revision: Identifier | None = Field(None, description="Branch, tag or commit of the base model on the Hub.")
     quantize: Literal["int8", "nf4", "none"] = Field(
-        "int8", description="Quantization of the frozen base: int8, nf4 or none."
+        "int8", description="Quantization of the frozen base model: int8, nf4 or none."
     )
 
 
 class Data(SettingsGroup):
+    """Settings of the data set: where it is, how it is split, and how an example is written."""
+
     dataset: Identifier = Field(
         "Abirate/english_quotes",
         description="Data set: a Hub id, or a .jsonl, .csv or .parquet file "
-        "(package:NAME/FILE for one inside an installed Python package).",
+        "(package:NAME/FILE for a file in an installed Python package).",
     )
     revision: Identifier | None = Field(None, description="Branch, tag or commit of the data set on the Hub.")
     split: Identifier = Field("train", description="Split of a Hub data set to read.")
-    text_column: Identifier = Field("quote", description="Column that holds the text.")
+    text_column: Identifier = Field("quote", description="Column with the text.")
     tags_column: Identifier = Field(
         "tags",
-        description="Column that holds the tags: a list, a Python or JSON list in a string, or comma-separated.",
+        description="Column with the tags: a list, a Python or JSON list in a string, or a comma-separated string.",
     )
-    separator: Annotated[str, BeforeValidator(_separator)] = Field(
+    separator: Separator = Field(
         " ->: ",
-        description="Stands between text and tags; a space is added on a side that has no white space.",
+        description="Separator between a text and its tags; a space is added on a side that has no white space.",
     )
     max_length: int = Field(
-        512, ge=16, le=65536, description="Most tokens of one example; a longer text is cut, never its tags."
+        512,
+        ge=16,
+        le=65536,
+        description="Maximum tokens per example; a longer text is truncated, its tags never are.",
     )
-    eval_size: Annotated[float, AfterValidator(_eval_size)] = Field(
+    eval_size: ExampleCount = Field(
         0.1,
         gt=0,
-        description="Examples held out for evaluation: a share below 1, or a whole number of them. Only with a share "
-        "does new data leave every example on its side.",
+        description="Examples held out for evaluation: a fraction below 1, or a number of examples. With a fraction, "
+        "new data never moves an example to the other side of the split.",
     )
-    calibration_size: Annotated[float, AfterValidator(_eval_size)] = Field(
+    calibration_size: ExampleCount = Field(
         0.1,
         gt=0,
-        description="Training examples kept from training for TAGGER_SAMPLE_THRESHOLD=auto, and only then: a share "
-        "below 1, or a whole number of them.",
+        description="Training examples set aside to choose the threshold, only with TAGGER_SAMPLE_THRESHOLD=auto: "
+        "a fraction below 1, or a number of examples.",
     )
     tag_order: Literal["given", "frequency", "shuffled"] = Field(
         "given",
-        description="Order of an example's tags in training: as the data has them, the most frequent first, or another "
-        "one each epoch.",
+        description="Order of an example's tags in training: given (as in the data), frequency (most frequent first), "
+        "or shuffled (a new order in each epoch).",
     )
     min_tag_count: int = Field(
         1,
         ge=1,
         le=10**9,
-        description="Tags that fewer training examples have are not trained on, so that seen ones and likely ones do "
-        "not include them; an example that has no others keeps them.",
+        description="Drop tags that occur in fewer training examples than this (an example keeps its tags if none "
+        "would be left).",
     )
-    limit: int | None = Field(None, ge=2, le=10**9, description="Use only the first examples of the data, this many.")
-    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the held-out split, apart from the training's seed.")
+    limit: int | None = Field(None, ge=2, le=10**9, description="Use only this many examples, from the first on.")
+    seed: int = Field(
+        42, ge=0, lt=2**32, description="Random seed of the held-out split; independent of TAGGER_TRAIN_SEED."
+    )
 
     @model_validator(mode="after")
-    def _something_to_train_on(self) -> Data:
+    def _training_examples_left(self) -> Data:
         if self.limit is not None and self.eval_size >= self.limit:
             raise ValueError(
                 f"TAGGER_DATA_EVAL_SIZE={self.eval_size:g} holds out all of TAGGER_DATA_LIMIT={self.limit} examples; "
-                "lower the one or raise the other"
+                "lower the first or raise the second"
             )
         return self
 
 
 class Lora(SettingsGroup):
-    r: int = Field(16, ge=1, le=1024, description="Rank of the adapters.")
+    """Settings of the LoRA adapters."""
+
+    r: int = Field(16, ge=1, le=1024, description="Rank of the LoRA matrices.")
     alpha: float = Field(
-        32, gt=0, le=65536, description="Scale of the adapters: their output is multiplied by alpha / r."
+        32, gt=0, le=65536, description="LoRA scaling: the adapters' output is multiplied by alpha / r."
     )
-    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapters' input.")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout probability on the adapters' input.")
     targets: NameList | None = Field(
         None,
         min_length=1,
         description="Comma-separated names of the modules that get adapters, or all-linear; "
-        "empty: the architecture's attention projections.",
+        "empty: the attention projections of the architecture.",
     )
 
 
 class Train(SettingsGroup):
-    max_steps: int = Field(200, ge=1, le=10**9, description="Optimizer steps.")
-    batch_size: int = Field(4, ge=1, le=65536, description="An optimizer step has this many examples, times the next.")
+    """Settings of the training loop."""
+
+    max_steps: int = Field(200, ge=1, le=10**9, description="Number of optimizer steps.")
+    batch_size: int = Field(
+        4,
+        ge=1,
+        le=65536,
+        description="Examples per micro-batch; effective batch size = batch size x gradient accumulation steps.",
+    )
     gradient_accumulation_steps: int = Field(
-        4, ge=1, le=65536, description="An optimizer step has this many times TAGGER_TRAIN_BATCH_SIZE examples."
+        4, ge=1, le=65536, description="Micro-batches per optimizer step; see TAGGER_TRAIN_BATCH_SIZE."
     )
     micro_batch_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
         None,
-        description="Most tokens computed at once; one longer example is computed alone. Changes memory and speed, "
-        "never the batch; auto or empty: what suits the device and fits, halved when memory runs out.",
+        description="Maximum tokens per forward pass; a longer example is computed alone. Changes memory use and "
+        "speed, never the effective batch; auto or empty: chosen to fit the device, halved when memory runs out.",
     )
-    warmup_steps: int = Field(100, ge=0, le=10**9, description="Steps over which the learning rate rises from zero.")
+    warmup_steps: int = Field(
+        100, ge=0, le=10**9, description="Optimizer steps in which the learning rate rises from zero to its peak."
+    )
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
-        "linear",
-        description="How the learning rate goes on after the warm-up: to zero, in a line or a cosine, or as it is.",
+        "linear", description="Learning rate after the warm-up: linear or cosine decay to zero, or constant."
     )
     weight_averaging: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Share of the steps, the last ones, whose weights are averaged into the adapter; 0: the last "
-        "step's alone. Goes with TAGGER_TRAIN_LR_SCHEDULER_TYPE=constant.",
+        description="Average the adapter's weights over this last fraction of the steps; 0: no averaging. Use it with "
+        "TAGGER_TRAIN_LR_SCHEDULER_TYPE=constant.",
     )
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field(
-        "auto", description="Arithmetic: auto takes bf16 on GPUs that have it, fp16 on older ones, fp32 on CPUs."
+        "auto",
+        description="Compute precision; auto: bf16 on GPUs that support it, fp16 on older GPUs, fp32 on CPUs.",
     )
     completion_only_loss: bool = Field(
-        True, description="Compute the loss on the tags alone; false: on the text too, as the original notebook does."
+        True,
+        description="Compute the loss on the tags only; false: also on the text, as the original notebook does.",
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Gradient checkpointing, which recomputes activations to save memory; auto: only if the longest "
-        "example does not fit otherwise.",
+        "example does not fit without it.",
     )
-    logging_steps: int = Field(25, ge=1, le=10**9, description="Steps between two entries of the loss history.")
-    save_steps: int = Field(50, ge=1, le=10**9, description="Steps between two checkpoints.")
+    logging_steps: int = Field(25, ge=1, le=10**9, description="Optimizer steps between two entries of the loss log.")
+    save_steps: int = Field(50, ge=1, le=10**9, description="Optimizer steps between two checkpoints.")
     save_minutes: float = Field(
-        10, gt=0, le=1440, description="A checkpoint is also made when the last one is this old."
+        10, gt=0, le=1440, description="Also write a checkpoint when the last one is this many minutes old."
     )
-    save_total_limit: int = Field(2, ge=1, le=1000, description="Checkpoints that are kept: the newest ones.")
-    seed: int = Field(42, ge=0, lt=2**32, description="Seed of adapters, dropout and order of examples.")
+    save_total_limit: int = Field(
+        2, ge=1, le=1000, description="Number of checkpoints to keep; older ones are deleted."
+    )
+    seed: int = Field(
+        42, ge=0, lt=2**32, description="Random seed of the adapters' first weights, dropout and example order."
+    )
 
     @field_validator("micro_batch_tokens", mode="before")
     @classmethod
@@ -179,100 +203,124 @@ class Train(SettingsGroup):
 
 
 class Eval(SettingsGroup):
-    limit: int | None = Field(None, ge=1, le=10**9, description="Evaluate on this many held-out examples at most.")
+    """Settings of the evaluation and of the gate that decides whether to publish."""
+
+    limit: int | None = Field(None, ge=1, le=10**9, description="Evaluate on at most this many held-out examples.")
     gate: Literal["off", "floor", "published"] = Field(
         "off",
-        description="Publish always (off), from a micro-F1 of TAGGER_EVAL_MIN_F1 on (floor), or if besides it is shown "
-        "to be no worse than the published adapter (published).",
+        description="off: always publish. floor: require micro-F1 >= TAGGER_EVAL_MIN_F1. published: also require "
+        "non-inferiority to the published adapter.",
     )
-    min_f1: float = Field(0.0, ge=0, le=1, description="Lowest micro-F1 that the gate lets through.")
+    min_f1: float = Field(
+        0.0, ge=0, le=1, description="Minimum micro-F1 to publish, with TAGGER_EVAL_GATE=floor or published."
+    )
     tolerance: float = Field(
-        0.0, ge=0, le=1, description="How much lower than the published adapter's the micro-F1 may be."
+        0.0,
+        ge=0,
+        le=1,
+        description="How far the micro-F1 may fall below the published adapter's, with TAGGER_EVAL_GATE=published.",
     )
 
 
 class Hub(SettingsGroup):
+    """Settings of publishing to the Hugging Face Hub."""
+
     repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = Field(
         None,
-        description="Model repo to publish to, owner/name; empty: the token's user and <base name>-tagger.",
+        description="Model repo to publish to, as owner/name; empty: the token's user, and the name of the base model "
+        "followed by -tagger.",
     )
     push: Literal["auto", "always", "never"] = Field(
-        "auto", description="Publish when there is a token (auto), always (refused without one), or never."
+        "auto", description="auto: publish if there is a token. always: refuse to run without one. never: do not."
     )
-    private: bool = Field(True, description="Whether the repo is created private.")
-    commit_message: Identifier = Field("basic training", description="First line of the commit's message.")
-    revision: Identifier | None = Field(None, description="Branch to publish to and to sample from.")
+    private: bool = Field(True, description="Create the repo as a private one.")
+    commit_message: Identifier = Field("basic training", description="First line of the commit message.")
+    revision: Identifier | None = Field(None, description="Branch to publish to and to load a published adapter from.")
     retry_minutes: float = Field(
-        10, ge=0, le=1440, description="How long a push keeps trying when the Hub fails in a way that may pass."
+        10, ge=0, le=1440, description="Minutes in which a push is retried after transient errors of the Hub."
     )
     merge: bool = Field(
-        False, description="Also publish the adapter merged into the unquantized base, in merged/, for other servers."
+        False,
+        description="Also publish the adapter merged into the unquantized base model, in merged/, for other inference "
+        "servers.",
     )
 
 
 class Sample(SettingsGroup):
+    """Settings of tagging texts (inference)."""
+
     prompts: TextList = Field(
         ("“Training models with PEFT and LoRa is cool”",),
-        description="JSON list of texts to tag after the run.",
+        description="JSON list of texts to tag at the end of a run.",
     )
-    input: Path | None = Field(None, description="File of further texts to tag, one a line.")
-    output: Path | None = Field(None, description="File that also gets the answers, as JSON lines.")
+    input: Path | None = Field(None, description="File with more texts to tag, one per line.")
+    output: Path | None = Field(None, description="File to which the answers are also written, as JSON lines.")
     max_new_tokens: int = Field(
-        50, ge=1, le=4096, description="Most tokens of one answer; a tag that is not whole by then is left out."
+        50, ge=1, le=4096, description="Maximum tokens per answer; a tag that is incomplete by then is dropped."
     )
     vocabulary: Identifier | None = Field(
         None,
-        description="Tags an answer may hold: open (any), seen (those that were trained on), or a file with one a "
-        "line; empty: as the adapter was published, and when training open.",
+        description="Tags that an answer may contain: open (any), seen (the tags in the training examples), or a file "
+        "with one tag per line; empty: as saved with the adapter; when training, open, and seen with "
+        "TAGGER_SAMPLE_DECODING=marginal.",
     )
     decoding: Literal["greedy", "marginal"] | None = Field(
         None,
-        description="list: the list that the model writes, each token the likeliest; likely: every tag of the "
-        "vocabulary that is likely enough to be in the list, best with TAGGER_DATA_TAG_ORDER=shuffled; empty: as the "
-        "adapter was published, and when training list.",
+        description="greedy: the list of tags that greedy decoding writes. marginal: every tag of the vocabulary whose "
+        "probability to be in the list reaches the threshold; best with TAGGER_DATA_TAG_ORDER=shuffled. Empty: as "
+        "saved with the adapter; when training, greedy.",
     )
     threshold: Threshold | None = Field(
         None,
-        description="Confidence (a tag's probability) below which a tag is left out; auto: the best one on "
-        "TAGGER_DATA_CALIBRATION_SIZE training examples that are not trained on; empty: as the adapter was published, "
-        "and when training 0.",
+        description="Drop tags whose probability is lower; auto: the best threshold on the "
+        "TAGGER_DATA_CALIBRATION_SIZE examples, which are not trained on; empty: as saved with the adapter; when "
+        "training, 0.",
     )
     max_tags: Annotated[int, Field(ge=1, le=1000)] | None = Field(
-        None, description="Most tags of an answer; empty: as the adapter was published, and when training 20."
+        None, description="Maximum tags per answer; empty: as saved with the adapter; when training, 20."
     )
     max_positions: Annotated[int, Field(ge=1, le=1000)] | None = Field(
         None,
-        description="Places of the list that TAGGER_SAMPLE_DECODING=marginal looks at, which a threshold belongs to: 1 "
-        "is faster and less right; empty: as the adapter was published, and when training 20.",
+        description="List positions that TAGGER_SAMPLE_DECODING=marginal computes. A threshold is only valid for the "
+        "number that it was chosen with; 1 is faster and less accurate; empty: as saved with the adapter; when "
+        "training, 20.",
     )
-    batch_size: int = Field(16, ge=1, le=65536, description="Texts in one forward pass when tagging.")
+    batch_size: int = Field(16, ge=1, le=65536, description="Texts per forward pass when tagging.")
 
 
 class Run(SettingsGroup):
-    dir: Path = Field(Path("runs"), description="Folder of the runs.")
+    """Settings of a run: its folder and the device that it computes on."""
+
+    dir: Path = Field(Path("runs"), description="Folder that holds the runs.")
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=128)] | None = Field(
-        None, description="Name of the run's folder; empty: base model, and a digest of settings and data."
+        None,
+        description="Name of the run's folder; empty: the base model's name and a digest of settings and data.",
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
         "auto",
-        description="Where to compute: auto takes a GPU if there is one, and else the CPU for a base model of at most "
+        description="Device to compute on; auto: a GPU if there is one, else the CPU for a base model of at most "
         "250 million parameters.",
     )
-    processes: int = Field(1, ge=1, le=1, description="Processes that train together, one a GPU; only 1 for now.")
+    processes: int = Field(
+        1, ge=1, le=1, description="Number of training processes, one per GPU; only 1 is supported for now."
+    )
 
 
 class Modal(SettingsGroup):
+    """Settings of the job on Modal."""
+
     gpu: Annotated[str, AfterValidator(parse_gpus)] = Field(
-        "L4,A10,T4", description="GPU asked for on Modal; a comma-separated list gives fallbacks."
+        "L4,A10,T4", description="GPU to request from Modal; a comma-separated list gives fallbacks."
     )
     timeout_hours: float = Field(
-        6, ge=0.01, le=24, description="Longest time of one attempt on Modal; the next one goes on from there."
+        6, ge=0.01, le=24, description="Maximum hours of one attempt on Modal; the next attempt resumes the run."
     )
     secret: ModalName = Field("huggingface", description="Modal secret that holds HF_TOKEN.")
     runs_volume: ModalName = Field("tagger-runs", description="Modal volume for the runs.")
     cache_volume: ModalName = Field("tagger-cache", description="Modal volume for the Hugging Face cache.")
-    cron: Annotated[str, AfterValidator(_cron)] = Field(
-        "23 4 * * 1", description="When a deployed app retrains, as five cron fields in UTC; never: not by itself."
+    cron: Cron = Field(
+        "23 4 * * 1",
+        description="When a deployed app retrains, as five cron fields in UTC; never: no schedule.",
     )
 
     @model_validator(mode="after")
@@ -285,7 +333,7 @@ class Modal(SettingsGroup):
 
 
 class Settings(BaseSettings):
-    """The job's configuration. Build it with `load`, which also refuses unknown names."""
+    """The configuration of the job. Build it with `environment.load`, which also refuses unknown names."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -308,15 +356,15 @@ class Settings(BaseSettings):
     modal: Modal = Modal()
 
     @model_validator(mode="after")
-    def _fit_together(self) -> Settings:
+    def _consistent(self) -> Settings:
         if self.data.max_length < self.sample.max_new_tokens + 8:
             raise ValueError(
-                f"TAGGER_DATA_MAX_LENGTH={self.data.max_length} leaves no room for a text beside "
-                f"TAGGER_SAMPLE_MAX_NEW_TOKENS={self.sample.max_new_tokens}; make it at least 8 more"
+                f"TAGGER_DATA_MAX_LENGTH={self.data.max_length} leaves no tokens for a text next to "
+                f"TAGGER_SAMPLE_MAX_NEW_TOKENS={self.sample.max_new_tokens}; make it larger by at least 8"
             )
         if self.sample.decoding == "marginal" and self.sample.vocabulary == "open":
             raise ValueError(
-                "TAGGER_SAMPLE_DECODING=marginal asks how likely each tag of a vocabulary is, and "
+                "TAGGER_SAMPLE_DECODING=marginal computes a probability for each tag of a vocabulary, and "
                 "TAGGER_SAMPLE_VOCABULARY is open; set it to seen or to a file of tags"
             )
         if self.run.device == "cpu" and self.train.precision == "fp16":
@@ -326,16 +374,16 @@ class Settings(BaseSettings):
         return self
 
     def values(self) -> dict[str, Any]:
-        """Every variable's name and its value as JSON types. None of them is a secret."""
+        """Return the value of every variable, by name, as JSON types. None of them is a secret."""
         dumped = self.model_dump(mode="json")
-        return {name: dumped[group][knob] for name, group, knob in iter_fields()}
+        return {name: dumped[group][field] for name, group, field in iter_fields()}
 
     def result_values(self) -> dict[str, Any]:
-        """The values that change what a run trains or measures: those that identify it."""
+        """Return the values that change what a run trains or measures. They identify the run."""
         return {name: value for name, value in self.values().items() if _changes_result(name)}
 
     def with_revisions(self, *, base: str | None, data: str | None) -> Settings:
-        """The same settings with these commit hashes as revisions of base model and data set."""
+        """Return a copy with these commit hashes as the revisions of base model and data set; None keeps one."""
         groups = {
             "base": self.base.model_copy(update={"revision": base or self.base.revision}),
             "data": self.data.model_copy(update={"revision": data or self.data.revision}),
@@ -343,11 +391,14 @@ class Settings(BaseSettings):
         return self.model_copy(update=groups)
 
     def with_result_values(self, values: Mapping[str, Any]) -> Settings:
-        """These settings, but with another run's values for all that identifies a run."""
+        """Return a copy with another run's values for the settings that identify a run.
+
+        Raises InvalidInputError when the other run's values do not fit the rest.
+        """
         groups = self.model_dump()
-        for name, group, knob in iter_fields():
+        for name, group, field in iter_fields():
             if _changes_result(name) and name in values:
-                groups[group][knob] = values[name]
+                groups[group][field] = values[name]
         try:
             return Settings.model_validate(groups)
         except ValidationError as error:
@@ -357,25 +408,26 @@ class Settings(BaseSettings):
             ) from None
 
     def with_published_decoding(self) -> Settings:
-        """These settings without those that would have an adapter decoded otherwise than it says itself."""
-        own = dict.fromkeys(("vocabulary", "decoding", "threshold", "max_tags", "max_positions"))
-        return self.model_copy(update={"sample": self.sample.model_copy(update=own)})
+        """Return a copy that leaves decoding to the configuration saved with the adapter."""
+        unset = dict.fromkeys(("vocabulary", "decoding", "threshold", "max_tags", "max_positions"))
+        return self.model_copy(update={"sample": self.sample.model_copy(update=unset)})
 
     def digest(self, *more: str) -> str:
-        """Eight hexadecimal digits that identify `result_values` and whatever else is given."""
+        """Return the first 8 hexadecimal digits of a SHA-256 over `result_values` and `more`."""
         text = json.dumps([self.result_values(), *more], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def iter_fields() -> Iterator[tuple[str, str, str]]:
-    for group, field in Settings.model_fields.items():
-        assert isinstance(field.annotation, type) and issubclass(field.annotation, SettingsGroup)
-        for knob in field.annotation.model_fields:
-            yield f"{PREFIX}{group}_{knob}".upper(), group, knob
+    """Yield each setting as the name of its variable, its group and its field."""
+    for group, info in Settings.model_fields.items():
+        assert isinstance(info.annotation, type) and issubclass(info.annotation, SettingsGroup)
+        for field in info.annotation.model_fields:
+            yield f"{PREFIX}{group}_{field}".upper(), group, field
 
 
 def _changes_result(name: str) -> bool:
-    if name.removeprefix("TAGGER_TRAIN_") in ("LOGGING_STEPS", "SAVE_STEPS", "SAVE_MINUTES", "KEEP"):
+    if name.removeprefix("TAGGER_TRAIN_") in ("LOGGING_STEPS", "SAVE_STEPS", "SAVE_MINUTES", "SAVE_TOTAL_LIMIT"):
         return False
     if name.startswith("TAGGER_SAMPLE_"):
         return name.removeprefix("TAGGER_SAMPLE_") not in ("PROMPTS", "INPUT", "OUTPUT")
@@ -383,7 +435,7 @@ def _changes_result(name: str) -> bool:
 
 
 def to_env(value: object) -> str:
-    """A value as one would write it in the environment."""
+    """Return a value as it is written in an environment variable; None is the empty text."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -396,7 +448,7 @@ def to_env(value: object) -> str:
 
 
 def describe_error(detail: Any, source_of: Mapping[str, str]) -> str:
-    """One sentence for one of pydantic's errors: variable, value, what is allowed."""
+    """Return one of pydantic's errors as a sentence: variable, value, file if it is in one, what is allowed."""
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     path = [str(part) for part in detail["loc"] if not isinstance(part, int)]
     if len(path) < 2:

@@ -1,4 +1,4 @@
-"""Recipes: files of settings, of which some ship with the package."""
+"""Find and list recipes: files of settings, some of which ship with the package."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ def recipe_names() -> list[str]:
 
 
 def describe_recipe(name: str) -> str:
-    """Return what a shipped recipe says about itself in its first line."""
+    """Return the first line of a shipped recipe, a comment that says what the recipe is for."""
     first, *_ = (SHIPPED / f"{name}.env").read_text(encoding="utf-8").splitlines()
     return first.removeprefix("#").strip()
 
 
 def find_recipe(recipe: str, option: str) -> Path:
-    """Return the file of a recipe: a shipped recipe's name, or a path; `option` is where the user named it.
+    """Return the file of a recipe that is named by a shipped recipe's name, or by a path.
 
-    Raises InvalidInputError when it is neither.
+    `option` is the option or variable with the name, for the message.
+    Raises InvalidInputError when there is no such recipe and no such file.
     """
     if recipe in recipe_names():
         return SHIPPED / f"{recipe}.env"
     if not Path(recipe).is_file():
         raise InvalidInputError(
-            f"{option}={recipe} is neither a recipe of the package ({', '.join(recipe_names())}) nor a file with lines "
-            "such as TAGGER_LORA_R=16"
+            f"{option}={recipe} is neither a shipped recipe ({', '.join(recipe_names())}) nor a file; expected one of "
+            "them, or a file with lines such as TAGGER_LORA_R=16"
         )
     return Path(recipe)

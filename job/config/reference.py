@@ -1,4 +1,4 @@
-"""The reference of all settings: .env.example and docs/settings.md are generated from the settings themselves."""
+"""Generate the reference of all settings, .env.example and docs/settings.md, from the settings themselves."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from job.settings import Settings, SettingsGroup, iter_fields, to_env
 
 
 def env_example() -> str:
-    """Return the text of `.env.example`: every variable with its meaning and default.
+    """Return the text of `.env.example`: every variable with its description and default.
 
     Values have no quotes because `docker run --env-file` would keep them.
     """
     lines = [
         "# Every setting with its default. Copy this file to .env and keep the lines that you change.",
-        "# HF_TOKEN, HF_HOME, HF_ENDPOINT and CUDA_VISIBLE_DEVICES keep their usual names and meaning.",
+        "# HF_TOKEN, HF_HOME, HF_ENDPOINT and CUDA_VISIBLE_DEVICES have their usual meaning.",
     ]
     for group in Settings.model_fields:
         lines.append("")
@@ -32,31 +32,30 @@ def settings_markdown() -> str:
         "# Settings",
         "",
         "Settings are environment variables named `TAGGER_<GROUP>_<NAME>`. A value comes from the environment, else",
-        "from the file `.env` in the current folder, else from a recipe, else from the default. A variable that is set",
-        "to an empty text counts as not set. A name that does not exist is refused with the nearest one that does.",
-        "`tagger-job settings` prints the effective values and the source of each.",
+        "from the file `.env` in the current folder, else from a recipe; otherwise it is the default. A variable that",
+        "is set to an empty text counts as not set. An unknown name is refused, and the message names the nearest",
+        "setting. `tagger-job settings` prints the effective values and the source of each.",
         "",
-        "`HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and `CUDA_VISIBLE_DEVICES` keep their usual meaning.",
+        "`HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and `CUDA_VISIBLE_DEVICES` have their usual meaning.",
         "",
         "This page is generated from [job/settings.py](../job/settings.py) by `make docs/settings.md`.",
         "",
         "## Recipes",
         "",
-        "A recipe is a file of settings. Name one with `--recipe NAME`, or with `TAGGER_RECIPE=NAME`; the name is one",
-        "of these, or a path.",
+        "A recipe is a file of settings. Choose one with `--recipe NAME`, or with `TAGGER_RECIPE=NAME`, where NAME is",
+        "one of these names, or the path of a file of your own.",
         "",
-        "| recipe | |",
+        "| recipe | what it is for |",
         "|---|---|",
         *(f"| [{name}](../job/config/recipes/{name}.env) | {describe_recipe(name)} |" for name in recipe_names()),
     ]
-    for group, info in Settings.model_fields.items():
+    for group in Settings.model_fields:
         lines += ["", f"## TAGGER_{group.upper()}_", "", str(_group(group).__doc__), ""]
-        lines += ["| setting | default | meaning |", "|---|---|---|"]
+        lines += ["| setting | default | description |", "|---|---|---|"]
         for name, field in _fields(group):
-            default = to_env(field.default).replace("|", "\\|")
-            shown = f"`{default}`" if default else ""
-            lines.append(f"| `{name}` | {shown} | {str(field.description).replace('|', chr(92) + '|')} |")
-        assert info.annotation is _group(group)
+            default = to_env(field.default)
+            cells = [f"`{name}`", f"`{default}`" if default else "", str(field.description)]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -67,6 +66,6 @@ def _group(name: str) -> type[SettingsGroup]:
 
 
 def _fields(group: str) -> Iterator[tuple[str, FieldInfo]]:
-    for name, of_group, knob in iter_fields():
-        if of_group == group:
-            yield name, _group(group).model_fields[knob]
+    for name, owner, field in iter_fields():
+        if owner == group:
+            yield name, _group(group).model_fields[field]

@@ -1,4 +1,7 @@
-"""Validators and types of single settings. This module imports nothing of the job."""
+"""Types of settings, with their validators. This module imports nothing from the job.
+
+A validator raises ValueError with what is allowed; `settings.describe_error` adds the variable and its value.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,8 @@ import json
 import re
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-)
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
-
-NEVER = "never"
 
 
 def _comma_separated(value: object) -> object:
@@ -37,19 +34,19 @@ def _json_list(value: object) -> object:
 
 
 def _separator(value: object) -> object:
-    """Give the separator the white space around it that env files strip from values."""
+    """Add a space on each side that has no white space, because env files strip it from values."""
     if not isinstance(value, str):
         return value
     if not value.strip():
-        raise ValueError("expected a mark that is not only white space, for example ' ->: '")
+        raise ValueError("expected a text that is not only white space, for example ' ->: '")
     before = "" if value[0].isspace() else " "
     after = "" if value[-1].isspace() else " "
     return before + value + after
 
 
-def _eval_size(value: float) -> float:
+def _example_count(value: float) -> float:
     if value >= 1 and value != int(value):
-        raise ValueError("expected a share below 1, or a whole number of examples")
+        raise ValueError("expected a fraction below 1, or a whole number of examples")
     return value
 
 
@@ -70,7 +67,7 @@ def _not_blank(value: str) -> str:
 
 def _cron(value: str) -> str:
     fields, ranges = value.split(), ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
-    if value != NEVER and not (len(fields) == 5 and all(map(_is_cron_field, fields, ranges))):
+    if value != "never" and not (len(fields) == 5 and all(map(_is_cron_field, fields, ranges))):
         raise ValueError("expected minute, hour, day of the month, month, day of the week, for example 23 4 * * 1")
     return " ".join(fields)
 
@@ -84,17 +81,15 @@ def _is_cron_field(field: str, limits: tuple[int, int]) -> bool:
 
 
 Identifier = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_not_blank)]
-
-ModalName = Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=63)]
-
-TextList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_json_list)]
-
 NameList = Annotated[tuple[Identifier, ...], NoDecode, BeforeValidator(_comma_separated)]
-
-
+TextList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_json_list)]
+Separator = Annotated[str, BeforeValidator(_separator)]
+ExampleCount = Annotated[float, AfterValidator(_example_count)]
 Threshold = Annotated[float | Literal["auto"], BeforeValidator(_threshold)]
+ModalName = Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=63)]
+Cron = Annotated[str, AfterValidator(_cron)]
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: environment and JSON can hold halves of characters, which cannot."""
+    """Check that a text can be written as UTF-8: environment variables and JSON can hold lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -1,0 +1,71 @@
+"""Types of settings accept and refuse values with a message that says what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from job.config import environment
+from job.errors import InvalidInputError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("TAGGER_DATA_SEPARATOR", "   ", "only white space"),
+        ("TAGGER_DATA_EVAL_SIZE", "1.5", "a fraction below 1, or a whole number"),
+        ("TAGGER_DATA_EVAL_SIZE", "0", "greater than 0"),
+        ("TAGGER_DATA_EVAL_SIZE", "nan", "finite"),
+        ("TAGGER_TRAIN_LEARNING_RATE", "inf", "finite"),
+        ("TAGGER_HUB_REPO", "no-owner", "match"),
+        ("TAGGER_RUN_ID", "../elsewhere", "match"),
+        ("TAGGER_SAMPLE_PROMPTS", '["", "x"]', "empty"),
+        ("TAGGER_EVAL_GATE", "better", "'off', 'floor' or 'published'"),
+        ("TAGGER_MODAL_GPU", "L4,V100", "expected T4, L4, "),
+        ("TAGGER_MODAL_GPU", "A10:5", "such as L4:2 (up to 8; A10 up to 4)"),
+        ("TAGGER_MODAL_GPU", "L4:", "such as L4:2"),
+        ("TAGGER_MODAL_GPU", ",", "expected the name of a GPU"),
+        ("TAGGER_MODAL_TIMEOUT_HOURS", "24.5", "less than or equal to 24"),
+        ("TAGGER_MODAL_SECRET", "my secret", "match"),
+        ("TAGGER_MODAL_CRON", "weekly", "expected minute, hour, day of the month, month, day of the week"),
+        ("TAGGER_MODAL_CRON", "0 24 * * *", "expected minute, hour"),
+        ("TAGGER_MODAL_CRON", "*/0 4 * * 1", "expected minute, hour"),
+        ("tagger_lora_r", "8", "did you mean TAGGER_LORA_R?"),
+    ],
+)
+def test_an_invalid_value_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidInputError) as refusal:
+        environment.load()
+    assert name in str(refusal.value)
+    assert message in str(refusal.value)
+
+
+def test_gpus_and_schedules_of_modal_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAGGER_MODAL_GPU", "h100!:8, a10g,B200+,RTX-PRO-6000")
+    for cron in ("never", "*/5 0-6,18-23 1,15 * 1-5/2"):
+        monkeypatch.setenv("TAGGER_MODAL_CRON", cron)
+        assert environment.load().modal.cron == cron
+    assert environment.load().modal.gpu == "H100!:8,A10G,B200+,RTX-PRO-6000"
+
+
+def test_a_separator_gets_the_spaces_that_env_files_strip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAGGER_DATA_SEPARATOR", "=>")
+    assert environment.load().data.separator == " => "
+    monkeypatch.setenv("TAGGER_DATA_SEPARATOR", "\nTags: ")
+    assert environment.load().data.separator == "\nTags: "
+
+
+@pytest.mark.parametrize("value", ["2", "-0.1", "high", "1", "nan"])
+def test_a_threshold_is_auto_or_a_number(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("TAGGER_SAMPLE_THRESHOLD", value)
+    with pytest.raises(InvalidInputError) as refused:
+        environment.load()
+    assert refused.value.problems == (
+        f"TAGGER_SAMPLE_THRESHOLD={value}: expected auto, or a number from 0 to below 1.",
+    )
