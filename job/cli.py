@@ -1,4 +1,7 @@
-"""The command line: parse, log, exit code. Nothing heavy is imported before the settings are valid."""
+"""The command line: parse arguments, run a command, print errors, return the exit code.
+
+Heavy imports are inside the commands, after the settings are validated.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,23 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from job import __version__
-from job.errors import EXIT_CODES, INTERRUPTED, InvalidInputError, JobError, print_error
+from job.errors import (
+    CRASHED,
+    DONE,
+    EXIT_CODES,
+    INTERRUPTED,
+    INVALID_INPUT,
+    PUBLISH_FAILED,
+    InvalidInputError,
+    JobError,
+    print_error,
+)
 from job.runs import shutdown
 from job.system import logging_setup
 
@@ -28,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """Run as a program: as `main`, and nothing that a library left running delays the end of what was interrupted."""
-    with shutdown.handled(then=signal.SIG_IGN):  # once it is over, its code is known
+    """Run one command as a program; after an interruption, exit without waiting for the threads of libraries."""
+    with shutdown.handled(then=signal.SIG_IGN):  # when it is over, a signal must not change its exit code
         code = _run_until_interrupted(None)
     if code == INTERRUPTED:
         sys.stdout.flush()
@@ -46,153 +61,101 @@ def _run_until_interrupted(arguments: Sequence[str] | None) -> int:
         shutdown.check()
     except KeyboardInterrupt:
         by = f" by {shutdown.received()}" if shutdown.received() else ""
-        print(f"interrupted{by}; the same command goes on from what is saved", file=sys.stderr)
+        print(f"interrupted{by}; the same command resumes from what is saved", file=sys.stderr)
         return INTERRUPTED
     return code
 
 
 def _run_command(options: argparse.Namespace) -> int:
-    """Run the command; its errors become sentences and exit codes."""
+    """Load the settings and run the command; print an expected error and return its exit code."""
     from job.config import environment  # takes 0.2 s, in which a signal is handled already
 
     try:
         for name, value in environment.third_party_variables(options.recipe).items():
             os.environ.setdefault(name, value)
-        options.command(options, environment.load(options.recipe))
-    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        COMMANDS[options.command].run(options, environment.load(options.recipe))
+    except BrokenPipeError:  # the reader of the output, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return CRASHED
+    except JobError as error:
+        shutdown.check()  # a library may have turned the interruption into an error
+        print_error(str(error))
+        return error.exit_code
     except Exception as error:
-        shutdown.check()  # what a library made of an interruption is not an error
-        if isinstance(error, JobError):
-            problem, code = str(error), error.exit_code
-        elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            problem = (
-                f"{error.filename or 'the disk'} cannot be written: {error.strerror}. What was saved before is whole: "
-                "make room or permit it, then run the same command again"
-            )
-            code = 1
-        else:
+        shutdown.check()
+        if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
             raise
-        print_error(problem)
-        return code
-    return 0
+        print_error(
+            f"{error.filename or 'the disk'} cannot be written: {error.strerror}. What was saved before is intact: "
+            "free disk space or change the permissions, then run the same command again"
+        )
+        return CRASHED
+    return DONE
 
 
-def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--recipe",
-        metavar="RECIPE",
-        default=argparse.SUPPRESS,
-        help="name of a shipped recipe (see `tagger-job settings --recipes`), or file with lines NAME=value; "
-        ".env and the environment override it",
-    )
-    parser = argparse.ArgumentParser(
-        prog="tagger-job",
-        description="Fine-tune a small language model into a tagger. Settings are environment variables named "
-        "TAGGER_<GROUP>_<KNOB>; `tagger-job settings` lists them.",
-        epilog=_exit_codes(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[common],
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.set_defaults(command=_run)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", description="without one: run")
-
-    run = commands.add_parser("run", parents=[common], help="the whole job: train, evaluate, publish, sample")
-    run.set_defaults(command=_run)
-
-    sample = commands.add_parser(
-        "sample", parents=[common], help="tag texts with the adapter of TAGGER_HUB_REPO, or else of a run on disk"
-    )
-    sample.add_argument("texts", nargs="*", metavar="TEXT", help="texts to tag instead of TAGGER_SAMPLE_PROMPTS")
-    sample.set_defaults(command=_sample)
-
-    check = commands.add_parser("check", parents=[common], help="only what can be known before anything is spent")
-    check.set_defaults(command=_check)
-
-    prefetch = commands.add_parser(
-        "prefetch", parents=[common], help="download base model and data set, for machines that see no Hub"
-    )
-    prefetch.set_defaults(command=_prefetch)
-
-    push = commands.add_parser(
-        "push", parents=[common], help="finish the push of a run on disk: TAGGER_RUN_ID, or the newest"
-    )
-    push.set_defaults(command=_push)
-
-    again = commands.add_parser(
-        "retrain", parents=[common], help="as run, and published only if no worse; nothing if nothing has changed"
-    )
-    again.set_defaults(command=_retrain)
-
-    evaluate = commands.add_parser(
-        "evaluate", parents=[common], help="score the adapter of TAGGER_HUB_REPO, or else of a run on disk"
-    )
-    evaluate.set_defaults(command=_evaluate)
-
-    promote = commands.add_parser(
-        "promote", parents=[common], help="publish a revision of TAGGER_HUB_REPO: a candidate, or one from before"
-    )
-    promote.add_argument("--revision", required=True, metavar="REV", help="a branch, a tag such as v1, or a commit")
-    promote.set_defaults(command=_promote)
-
-    show = commands.add_parser("settings", parents=[common], help="the effective settings and where each came from")
-    show.add_argument("--recipes", action="store_true", help="list the recipes that ship with the package instead")
-    show.add_argument("--env-example", action="store_true", help="print .env.example instead")
-    show.add_argument("--markdown", action="store_true", help="print the reference of all settings instead")
-    show.set_defaults(command=_settings)
-    return parser
-
-
-def _exit_codes() -> str:
-    lines = [f"  {code:<3}{entry.meaning}\n     {entry.action}" for code, entry in EXIT_CODES.items()]
-    return "\n".join(["exit codes, and what to do:", *lines])
-
-
-def _run(options: argparse.Namespace, chosen: Settings) -> None:
+def _run(options: argparse.Namespace, settings: Settings) -> None:
     from job import pipeline
 
-    print(pipeline.run(chosen))
+    print(pipeline.run(settings))
 
 
-def _check(options: argparse.Namespace, chosen: Settings) -> None:
+def _check(options: argparse.Namespace, settings: Settings) -> None:
     from job import preflight
 
-    checked = preflight.check(chosen)
+    checked = preflight.check(settings)
     examples, run = checked.examples, checked.run
     print(f"base model: {checked.settings.base.model} at {checked.settings.base.revision or 'this machine'}")
-    aside = f"{len(examples.calibration)} set aside for the threshold, " if examples.calibration else ""
+    calibration = f"{len(examples.calibration)} set aside for the threshold, " if examples.calibration else ""
     print(
-        f"data: {len(examples.train)} examples to train on, {aside}{len(examples.held_out)} held out, "
-        f"{examples.skipped} rows skipped, {examples.near_duplicates} near-duplicates of held-out ones left out"
+        f"data: {len(examples.train)} examples to train on, {calibration}{len(examples.held_out)} held out, "
+        f"{examples.skipped} rows skipped, {examples.near_duplicates} near-duplicates of held-out examples left out"
     )
-    print(f"run: {run.path}{', complete already' if run.complete else ''}")
+    print(f"run: {run.path}{', already complete' if run.complete else ''}")
     print(f"push: {checked.repo or 'nothing will be pushed'}")
     for line in preflight.check_machine(checked):
         print(line)
 
 
-def _prefetch(options: argparse.Namespace, chosen: Settings) -> None:
+def _prefetch(options: argparse.Namespace, settings: Settings) -> None:
     from job import data, quantize
 
-    print(f"data: {len(data.load(chosen.data).train)} examples to train on")
-    print(f"base model: {quantize.resolve_weights(chosen.base)}")
+    print(f"data: {len(data.load(settings.data).train)} examples to train on")
+    print(f"base model: {quantize.resolve_weights(settings.base)}")
 
 
-def _push(options: argparse.Namespace, chosen: Settings) -> None:
+def _retrain(options: argparse.Namespace, settings: Settings) -> None:
+    from job import pipeline
+
+    print(pipeline.retrain(settings))
+
+
+def _evaluate(options: argparse.Namespace, settings: Settings) -> None:
+    from job import data, model_card, pipeline
+    from job.dataset.split import split_digest
+    from job.runs import markup
+
+    held_out = data.load(settings.data).held_out[: settings.eval.limit]
+    tagger = pipeline.load_tagger_as_trained(settings, "BASE", "DATA_SEPARATOR", "DATA_MAX_LENGTH")
+
+    from job.evaluate import evaluate
+
+    scores, _ = evaluate(tagger, held_out)
+    print(f"split: {len(held_out)} held-out examples, {split_digest(held_out)}")
+    print("\n".join(markup.markdown_table(model_card.score_table({"adapter": scores}))))
+
+
+def _push(options: argparse.Namespace, settings: Settings) -> None:
     from job import push
     from job.runs import run_folder
 
-    run = run_folder.find_run(chosen.run)
+    run = run_folder.find_run(settings.run)
     if not run.publishable:
         raise InvalidInputError(
-            f"{run.path} was refused by its gate, or was cut off before it; run the job again with the same settings, "
-            "it goes on from there"
+            f"{run.path} was rejected by its gate, or was interrupted before the gate; run the job again with the "
+            "same settings, it resumes the run"
         )
-    chosen = chosen.with_result_values(run.manifest["settings"])
-    repo = push.prepare_repo(chosen)
+    settings = settings.with_result_values(run.manifest["settings"])
+    repo = push.prepare_repo(settings)
     if repo is None:
         raise InvalidInputError(
             "there is no token to push with, or TAGGER_HUB_PUSH or HF_HUB_OFFLINE forbids it; set HF_TOKEN"
@@ -202,16 +165,10 @@ def _push(options: argparse.Namespace, chosen: Settings) -> None:
     from job.system.device import ComputeSpec
 
     run.lock()
-    print(pipeline.finish(run, chosen, repo, ComputeSpec.resolve(chosen.run.device, chosen.train.precision)))
+    print(pipeline.finish(run, settings, repo, ComputeSpec.resolve(settings.run.device, settings.train.precision)))
 
 
-def _retrain(options: argparse.Namespace, chosen: Settings) -> None:
-    from job import pipeline
-
-    print(pipeline.retrain(chosen))
-
-
-def _promote(options: argparse.Namespace, chosen: Settings) -> None:
+def _promote(options: argparse.Namespace, settings: Settings) -> None:
     from job import promote, push
     from job.hub import access
     from job.hub import client as hub
@@ -220,41 +177,25 @@ def _promote(options: argparse.Namespace, chosen: Settings) -> None:
         raise InvalidInputError(
             "promote changes a repo on the Hub and there is no token; set HF_TOKEN to one with write access"
         )
-    repo = push.repo_name(chosen, access.token_info())
-    with hub.publish_errors(f"{repo} could not be changed", "the same command again tries anew"):
-        published = promote.promote(repo, options.revision, chosen.hub)
+    repo = push.repo_name(settings, access.token_info())
+    with hub.publish_errors(f"{repo} could not be changed", "run the same command again"):
+        published = promote.promote(repo, options.revision, settings.hub)
     print(f"{published.url} is published, as {published.tag}")
 
 
-def _sample(options: argparse.Namespace, chosen: Settings) -> None:
+def _sample(options: argparse.Namespace, settings: Settings) -> None:
     from job import data, pipeline, report
-    from job.config.validators import is_unicode
+    from job.dataset.texts import check_texts
 
-    if any(not text.strip() or not is_unicode(text) for text in options.texts):
-        raise InvalidInputError("a TEXT to tag is empty or not readable text; expected some words")
-    texts = options.texts or data.inference_texts(chosen.sample)
-    report.check_output(chosen.sample.output, chosen.sample.input)
-    report.show_samples(pipeline.tagger(chosen, "BASE", "DATA").tag(texts), chosen.sample.output)
-
-
-def _evaluate(options: argparse.Namespace, chosen: Settings) -> None:
-    from job import data, model_card, pipeline
-    from job.dataset.split import split_digest
-    from job.runs import markup
-
-    held_out = data.load(chosen.data).held_out[: chosen.eval.limit]
-    tagger = pipeline.tagger(chosen, "BASE", "DATA_SEPARATOR", "DATA_MAX_LENGTH")
-
-    from job.evaluate import evaluate
-
-    scores, _ = evaluate(tagger, held_out)
-    print(f"split: {len(held_out)} held-out examples, {split_digest(held_out)}")
-    print("\n".join(markup.markdown_table(model_card.score_table({"adapter": scores}))))
+    texts = check_texts(options.texts, "TEXT") or data.inference_texts(settings.sample)
+    report.check_output(settings.sample.output, settings.sample.input)
+    tagger = pipeline.load_tagger_as_trained(settings, "BASE", "DATA")
+    report.show_samples(tagger.tag(texts), settings.sample.output)
 
 
-def _settings(options: argparse.Namespace, chosen: Settings) -> None:
-    from job import settings
+def _settings(options: argparse.Namespace, settings: Settings) -> None:
     from job.config import environment, recipes, reference
+    from job.settings import to_env
 
     if options.recipes:
         for name in recipes.recipe_names():
@@ -264,10 +205,140 @@ def _settings(options: argparse.Namespace, chosen: Settings) -> None:
         print(reference.env_example() if options.env_example else reference.settings_markdown(), end="")
         return
     sources = environment.sources(options.recipe)
-    for name, value in chosen.values().items():
-        print(f"{name}={settings.to_env(value)}   # {sources.get(name, 'default')}")
+    for name, value in settings.values().items():
+        print(f"{name}={to_env(value)}   # {sources.get(name, 'default')}")
     in_files = environment.third_party_variables(options.recipe)
     for name in ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "CUDA_VISIBLE_DEVICES"):
         if (value := os.environ.get(name)) is not None:
             source = "a file" if in_files.get(name) == value else "environment"
             print(f"{name}={'***' if name == 'HF_TOKEN' else value}   # {source}")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: the function that runs it, and what its --help says."""
+
+    run: Callable[[argparse.Namespace, Settings], None]
+    help: str
+    """One line, for the list of commands."""
+    description: str
+    """What the command does and prints."""
+    exit_codes: tuple[int, ...] = (DONE, CRASHED, INVALID_INPUT, INTERRUPTED)
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """For each argument, the keyword arguments of `ArgumentParser.add_argument`."""
+
+
+COMMANDS = {
+    "run": Command(
+        _run,
+        "do the complete job: train, evaluate, publish, tag the sample texts",
+        "Check everything, fine-tune the base model on the data, evaluate the adapter on held-out examples, publish it "
+        "if there is a token and the gate passes, and tag the sample texts. An interrupted run is resumed; a complete "
+        "one is not repeated. Prints the tagged texts, then where the adapter is. Progress goes to standard error.",
+        tuple(EXIT_CODES),
+    ),
+    "check": Command(
+        _check,
+        "check settings, data, token, device, memory and disk, without training",
+        "Make the checks that `run` makes before it trains, and nothing else; weights are not downloaded. Prints base "
+        "model, data, run, repo, device, longest example and memory, a line for each, or every problem at once.",
+    ),
+    "prefetch": Command(
+        _prefetch,
+        "download base model and data set, for machines without access to the Hub",
+        "Download base model and data set into the Hugging Face cache. Prints the number of training examples and the "
+        "path of the base model.",
+    ),
+    "retrain": Command(
+        _retrain,
+        "run only if something has changed, and publish only what is no worse",
+        "Do nothing if the published adapter was trained with the same base model, data and settings. Otherwise do "
+        "what `run` does, with the gate `published` if TAGGER_EVAL_GATE is off: publish only an adapter that is not "
+        "worse than the published one. Prints what `run` prints, or that there is nothing to do.",
+        tuple(EXIT_CODES),
+    ),
+    "evaluate": Command(
+        _evaluate,
+        "score an adapter on the held-out examples: of TAGGER_HUB_REPO, or of a run",
+        "Evaluate the adapter of TAGGER_HUB_REPO, or if that is not set, of the run TAGGER_RUN_ID or the newest run, "
+        "on the held-out examples of the data. Prints a digest of these examples and a table of scores.",
+    ),
+    "push": Command(
+        _push,
+        "finish publishing a run on disk: TAGGER_RUN_ID, or the newest",
+        "Publish the adapter of the run TAGGER_RUN_ID or the newest run, which was trained but not published. Nothing "
+        "is trained, and nothing is published twice. Prints where the adapter is.",
+        (DONE, CRASHED, INVALID_INPUT, PUBLISH_FAILED, INTERRUPTED),
+    ),
+    "promote": Command(
+        _promote,
+        "publish a revision of TAGGER_HUB_REPO: a candidate, or an earlier version",
+        "Make a revision of TAGGER_HUB_REPO the published one: a candidate that the gate rejected, or an earlier "
+        "version, to roll back. Files are copied on the Hub; nothing is loaded. Prints the new commit and its version.",
+        (DONE, CRASHED, INVALID_INPUT, PUBLISH_FAILED, INTERRUPTED),
+        {"--revision": {"required": True, "metavar": "REV", "help": "a branch, a version such as v1, or a commit"}},
+    ),
+    "sample": Command(
+        _sample,
+        "tag texts with an adapter: of TAGGER_HUB_REPO, or of a run",
+        "Tag texts with the adapter of TAGGER_HUB_REPO, or if that is not set, of the run TAGGER_RUN_ID or the newest "
+        "run. Prints a line for each text, the prompt and its tags. Writes them to TAGGER_SAMPLE_OUTPUT if it is set.",
+        arguments={
+            "texts": {
+                "nargs": "*",
+                "metavar": "TEXT",
+                "help": "a text to tag, instead of TAGGER_SAMPLE_PROMPTS and TAGGER_SAMPLE_INPUT",
+            }
+        },
+    ),
+    "settings": Command(
+        _settings,
+        "print the effective settings and where each comes from",
+        "Print every setting as NAME=value with its source: environment, a file, or default. A token is masked.",
+        arguments={
+            "--recipes": {"action": "store_true", "help": "list the recipes of the package instead, a line for each"},
+            "--env-example": {"action": "store_true", "help": "print .env.example instead"},
+            "--markdown": {"action": "store_true", "help": "print the reference of all settings instead"},
+        },
+    ),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--recipe",
+        metavar="RECIPE",
+        default=argparse.SUPPRESS,
+        help="name of a shipped recipe (see `tagger-job settings --recipes`), or a file with lines NAME=value; "
+        ".env and the environment override it",
+    )
+    parser = argparse.ArgumentParser(
+        prog="tagger-job",
+        description="Fine-tune a small language model into a tagger.\n"
+        "Settings are environment variables named TAGGER_<GROUP>_<NAME>; see `tagger-job settings`.",
+        epilog=_exit_code_help(EXIT_CODES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common],
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.set_defaults(command="run")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", description="default: run")
+    for name, entry in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=entry.help,
+            description=textwrap.fill(entry.description, 80),
+            epilog=_exit_code_help(entry.exit_codes),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[common],
+        )
+        for argument, options in entry.arguments.items():
+            subparser.add_argument(argument, **options)
+        subparser.set_defaults(command=name)
+    return parser
+
+
+def _exit_code_help(codes: Iterable[int]) -> str:
+    lines = [f"  {code:<3}{EXIT_CODES[code].meaning}\n     {EXIT_CODES[code].action}" for code in codes]
+    return "\n".join(["exit codes, and what to do:", *lines])

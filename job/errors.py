@@ -1,6 +1,6 @@
-"""The errors of the job, and the exit codes with what they ask for.
+"""The errors of the job, and the exit codes with what to do on each.
 
-    JobError                  1  a defect or the machine; also the base of the others
+    JobError                  1  a defect or the machine; also the base class of the others
     ├── DivergedError         1  the loss or the weights are not finite
     ├── InvalidInputError     2  settings, data or the machine were refused before training
     ├── GateRejected          3  trained, but not published
@@ -20,15 +20,15 @@ DONE, CRASHED, INVALID_INPUT, GATE_REJECTED, PUBLISH_FAILED, INTERRUPTED = 0, 1,
 
 @dataclass(frozen=True)
 class ExitCode:
-    """What an exit code means."""
+    """The meaning of an exit code, and how to react to it."""
 
     meaning: str
     action: str
-    """What to do."""
+    """What the user does next."""
     run_again: str
-    """Whether the same command helps."""
+    """Whether the same command can succeed."""
     severity: Literal["notice", "warning", "error"]
-    """How CI shows it."""
+    """The kind of annotation that CI shows."""
 
 
 EXIT_CODES = {
@@ -59,7 +59,7 @@ EXIT_CODES = {
 
 
 class JobError(Exception):
-    """An end of the job with a sentence for the user and an exit code of its own."""
+    """Base class of the errors that end the job with a message for the user and an exit code."""
 
     exit_code = CRASHED
 
@@ -67,7 +67,7 @@ class JobError(Exception):
 class InvalidInputError(JobError):
     """Settings, data or machine were refused before anything was spent.
 
-    Holds every problem found, so that the user can fix them all at once.
+    Has every problem that was found, so that the user can fix them all at once.
     """
 
     exit_code = INVALID_INPUT
@@ -78,11 +78,11 @@ class InvalidInputError(JobError):
 
 
 class DivergedError(JobError):
-    """The loss or the weights are not finite: further training is useless."""
+    """The loss or the weights are not finite, so training cannot continue."""
 
 
 class GateRejected(JobError):
-    """Trained and saved, but not good enough to publish."""
+    """Trained and saved, but rejected by the quality gate."""
 
     exit_code = GATE_REJECTED
 
@@ -94,5 +94,5 @@ class PublishError(JobError):
 
 
 def print_error(message: str) -> None:
-    """Print a message to standard error, each line with `error: ` in front."""
+    """Print a message to standard error, with `error: ` before each line."""
     print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
