@@ -1,7 +1,7 @@
-"""The job on Modal: image, GPU, secret, volumes, retries, schedule. What is done with them is in `job`.
+"""The job on Modal: image, GPU, secret, volumes, retries, schedule. The work itself is done in `job`.
 
-The container imports this file too, without the caller's environment: how many secrets and volumes
-there are depends on nothing; their names, GPU and times are only asked of Modal by the caller.
+The container imports this file too, without the caller's environment. So the number of secrets and volumes must not
+depend on settings; their names, the GPU and the times are only sent to Modal by the caller.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent
 
 request = modal_launcher.parse_request(__file__) if modal.is_local() else modal_launcher.Request()
 
-# root, as Modal expects: this file comes to lie in /root, and the volumes are root's
+# root, as Modal expects: this file is copied into /root, and the volumes belong to root
 image = (
     modal.Image.from_dockerfile(ROOT / "Dockerfile", context_dir=ROOT).dockerfile_commands("USER root").entrypoint([])
 )
@@ -36,66 +36,71 @@ on_a_gpu: dict[str, Any] = {
     "volumes": {modal_launcher.RUNS: runs, modal_launcher.CACHE: cache},
     "timeout": round(request.modal.timeout_hours * HOURS),
     "startup_timeout": HOURS // 2,
-    # a preemption is not counted; a retry goes on from the newest checkpoint
+    # a preemption does not count; a retry resumes from the newest checkpoint
     "retries": modal.Retries(max_retries=3, initial_delay=10.0, backoff_coefficient=2.0),
 }
 
 
 @app.function(**on_a_gpu, secrets=[token], single_use_containers=True)
-def perform(command: str, given: dict[str, str]) -> dict[str, Any]:
+def perform(command: str, env: dict[str, str]) -> dict[str, Any]:
+    """Run `run` or `retrain` in a container, with the caller's variables."""
     from job.cloud import modal_worker
 
-    return modal_worker.run_command(command, given, call=_call(), commit=runs.commit)
+    return modal_worker.run_command(command, env, call=_call_id(), commit=runs.commit)
 
 
 @app.function(
     **on_a_gpu,
-    secrets=[token, modal.Secret.from_dict({**request.given})],  # the settings are those of `modal deploy`
+    secrets=[token, modal.Secret.from_dict({**request.env})],  # the settings of `modal deploy`
     schedule=None if request.modal.cron == "never" else modal.Cron(request.modal.cron),
     single_use_containers=True,
 )
 def scheduled() -> dict[str, Any]:
+    """Run `retrain` in a container, with the settings of the deployment."""
     from job.cloud import modal_worker
 
-    outcome = modal_worker.run_command("retrain", environment.explicit_values(), call=_call(), commit=runs.commit)
+    outcome = modal_worker.run_command("retrain", environment.explicit_values(), call=_call_id(), commit=runs.commit)
     if outcome["exit_code"]:
-        raise RuntimeError(outcome["message"])  # there is no caller who would look at the exit code
+        raise RuntimeError(outcome["message"])  # no caller sees the exit code
     return outcome
 
 
-def _call() -> str:
-    """What stays the same over all attempts of a call, and is no other call's."""
-    call = modal.current_function_call_id()
-    assert call is not None, "only called in a container"
-    return call
+def _call_id() -> str:
+    """Return the id of the current call, which all its attempts share."""
+    call_id = modal.current_function_call_id()
+    assert call_id is not None, "only called in a container"
+    return call_id
 
 
 @app.function(**on_a_gpu, secrets=[token], max_containers=10)
-def tag_texts(texts: list[str], given: dict[str, str]) -> dict[str, Any]:
+def tag_texts(texts: list[str], env: dict[str, str]) -> dict[str, Any]:
+    """Tag texts in a container, with the caller's variables."""
     from job.cloud import modal_worker
 
-    return modal_worker.tag(given, texts)
+    return modal_worker.tag(env, texts)
 
 
 @app.local_entrypoint()
 def main(*arguments: str) -> None:
-    """Do what was asked for. The arguments are in `request` already."""
-    given, texts = request.given, request.texts
+    """Run the command of `request`, which has the arguments already."""
+    env, texts = request.env, request.texts
     with modal_launcher.exit_on_job_error():
         match request.command:
             case "main":
-                modal_launcher.wait(perform.spawn("run", given), request, runs)
+                modal_launcher.wait(perform.spawn("run", env), request, runs)
             case "retrain":
-                modal_launcher.wait(perform.spawn("retrain", given), request, runs)
+                modal_launcher.wait(perform.spawn("retrain", env), request, runs)
             case "status":
-                modal_launcher.status(runs, given.get("TAGGER_RUN_ID"))
+                modal_launcher.status(runs, env.get("TAGGER_RUN_ID"))
             case "fetch":
-                print(modal_launcher.fetch(runs, given["TAGGER_RUN_ID"], request.options.to))
+                print(modal_launcher.fetch(runs, env["TAGGER_RUN_ID"], request.options.to))
             case "sample":
-                modal_launcher.show_answers(modal_launcher.collect(texts, [tag_texts.spawn(list(texts), given).get()]))
+                modal_launcher.show_answers(modal_launcher.collect(texts, [tag_texts.spawn(list(texts), env).get()]))
             case "tag":
-                outcomes = tag_texts.map(modal_launcher.shards(texts), kwargs={"given": given})
+                outcomes = tag_texts.map(modal_launcher.shards(texts), kwargs={"env": env})
                 modal_launcher.save_answers(modal_launcher.collect(texts, outcomes), request.options.output)
 
 
-retrain = status = fetch = sample = tag = main  # the commands after `::`; with one entry point none need be named
+retrain = status = fetch = sample = tag = (
+    main  # the commands after `::`; `modal run` needs no name if there is only one
+)

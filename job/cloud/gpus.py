@@ -1,4 +1,4 @@
-"""The GPUs that can be rented, with their limits and prices. This module imports nothing of the job."""
+"""The GPUs that can be rented, with their limits and prices. This module imports nothing from the job."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Gpu:
     max_count: int
     """GPUs of this kind in one container."""
     device_word: str
-    """The word of the name that the driver reports (`NVIDIA A100-SXM4-80GB`) that tells this GPU from others."""
+    """The word that identifies this GPU in the name that its driver reports (`NVIDIA A100-SXM4-80GB`)."""
     dollars_per_second: float
 
 
@@ -39,13 +39,13 @@ GPUS = {
 }
 """Modal's GPUs (modal.com/docs/guide/gpu, November 2026) and list prices in US dollars (modal.com/pricing, May 2026).
 
-`!` asks for exactly this GPU, `+` for this or a newer one; A10G is the former name of A10. The price of an A100 is
-that of the one with 80 GB. CPU, memory and a choice of region cost extra.
+`!` requests exactly this GPU, `+` this or a newer one; A10G is the former name of A10. The price of an A100 is that of
+the one with 80 GB. CPU, memory and a choice of region cost extra.
 """
 
 
 def price_per_second(device: str) -> float | None:
-    """Return the list price in US dollars of a device by the name that its driver reports; None if unknown."""
+    """Return the list price in US dollars of a device, by the name that its driver reports; None if unknown."""
     words = re.split(r"[\s-]+", device)
     return next((gpu.dollars_per_second for gpu in GPUS.values() if gpu.device_word in words), None)
 
@@ -53,7 +53,7 @@ def price_per_second(device: str) -> float | None:
 def parse_gpus(value: str) -> str:
     """Validate a comma-separated list of GPUs with optional counts, such as `H100:2,A100`; return it in upper case.
 
-    Modal accepts any text here and refuses it only after the image is built.
+    This is needed because Modal accepts any text and refuses it only after it has built the image.
     Raises ValueError with what is allowed.
     """
     wanted = [part.strip().upper() for part in value.split(",") if part.strip()]

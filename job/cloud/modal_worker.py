@@ -1,4 +1,4 @@
-"""What a Modal container does with what the caller sent: the job, tagging, and how a run stands."""
+"""The container's side of Modal: run the job, tag texts, and describe a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from job import model_card, pipeline, report
 from job.config import environment
-from job.errors import JobError
+from job.errors import DONE, JobError
 from job.hub import access
 from job.runs import markup
 from job.runs.atomic import atomic_write
@@ -27,106 +27,107 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALL_STATE_DIR = ".calls"
-"""Beside the runs: for each of Modal's calls the run that it is about, and the seconds its attempts have taken."""
+"""Folder next to the runs with a file for each Modal call: its run, and the seconds that its attempts have taken."""
 
 
-def run_command(command: str, given: Mapping[str, str], *, call: str, commit: Callable[[], None]) -> dict[str, Any]:
-    """Do the job's `run` or `retrain` with the variables that the caller was given; returns how it ended, as JSON.
+def run_command(command: str, env: Mapping[str, str], *, call: str, commit: Callable[[], None]) -> dict[str, Any]:
+    """Run `run` or `retrain` with the caller's variables and return the outcome as JSON types.
 
-    An end that has an exit code of its own is returned with it: an exception would be tried again.
-    Preemption (KeyboardInterrupt) and the end of the time (Modal's InputCancellation) go through: when
-    they leave here what is saved is committed, and the next attempt of the same call goes on with the
-    same run, whatever the Hub has by then.
+    A JobError is part of the outcome, with its exit code: Modal would retry an exception. Preemption
+    (KeyboardInterrupt) and the end of the time (Modal's InputCancellation) are raised, after the volume is committed;
+    the next attempt of the same call then resumes the same run, even if the Hub has newer revisions by then.
     """
     logging_setup.configure()
-    environment.replace_environment(given)
+    environment.replace_environment(env)
     try:
-        chosen = environment.load()
-    except JobError as error:  # as it cannot be, for the caller has looked; an exception would be tried again
+        settings = environment.load()
+    except JobError as error:  # not expected: the launcher has loaded the same settings
         return {"exit_code": error.exit_code, "message": str(error), "gpu_seconds": 0.0}
-    attempt = CallAttempt(chosen.run.dir / CALL_STATE_DIR / call, commit)
+    attempt = CallAttempt(settings.run.dir / CALL_STATE_DIR / call, commit)
     try:
         outcome = attempt.run_command(command)
     except BaseException:
         attempt.commit_if_possible()
         raise
-    commit()  # what is not on the volume is not done
+    commit()  # must succeed: what is not on the volume is lost
     return outcome
 
 
 class CallAttempt:
-    """One of the attempts that Modal makes at a call."""
+    """One of the attempts that Modal makes for a call, with the state that the attempts share."""
 
-    def __init__(self, note: Path, commit: Callable[[], None]) -> None:
-        self._note, self._commit, self._started = note, commit, time.monotonic()
-        before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-        self._run_id: str | None = before.get("run_id")
-        self._seconds_before: float = before.get("seconds", 0.0)
+    def __init__(self, state_file: Path, commit: Callable[[], None]) -> None:
+        self._state_file, self._commit, self._started = state_file, commit, time.monotonic()
+        state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
+        self._run_id: str | None = state.get("run_id")
+        self._seconds_before: float = state.get("seconds", 0.0)
 
     def run_command(self, command: str) -> dict[str, Any]:
-        chosen = environment.load()
+        """Run `run` or `retrain` and return the outcome; resume the run of an earlier attempt."""
+        settings = environment.load()
         if self._run_id is not None:
-            chosen = chosen.model_copy(update={"run": chosen.run.model_copy(update={"id": self._run_id})})
+            settings = settings.model_copy(update={"run": settings.run.model_copy(update={"id": self._run_id})})
         try:
-            ended = {"run": pipeline.run, "retrain": pipeline.retrain}[command](chosen, self.notify_saved)
+            result = {"run": pipeline.run, "retrain": pipeline.retrain}[command](settings, self.notify_saved)
         except JobError as error:
             message, code = str(error), error.exit_code
         else:
-            message, code = str(ended), 0
-            self._run_id = ended.folder.name if isinstance(ended, Summary) else self._run_id
-        about = {} if self._run_id is None else describe(chosen.run.dir / self._run_id)
-        return {"exit_code": code, "message": message, "gpu_seconds": round(self._seconds(), 1), **about}
+            message, code = str(result), DONE
+            self._run_id = result.folder.name if isinstance(result, Summary) else self._run_id
+        description = {} if self._run_id is None else describe(settings.run.dir / self._run_id)
+        return {"exit_code": code, "message": message, "gpu_seconds": round(self._seconds(), 1), **description}
 
     def notify_saved(self, run: RunFolder) -> None:
-        """Note which run this is, and let the volume keep what there is of it."""
+        """Record the run and the seconds of this call, and commit the volume."""
         self._run_id = run.path.name
-        atomic_write(self._note, json.dumps({"run_id": self._run_id, "seconds": self._seconds()}))
+        atomic_write(self._state_file, json.dumps({"run_id": self._run_id, "seconds": self._seconds()}))
         self.commit_if_possible()
 
     def commit_if_possible(self) -> None:
-        """Commit the volume; that it cannot be done is said, and costs what an interruption would lose."""
+        """Commit the volume; if that fails, log a warning, because only an interruption would lose progress."""
         try:
             self._commit()
         except Exception as error:
-            log.warning("modal: the volume keeps nothing of this yet (%s)", " ".join(str(error).split()))
+            log.warning("modal: the volume is not committed (%s)", " ".join(str(error).split()))
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
 
 
 def describe(run: Path) -> dict[str, Any]:
-    """What the files of a run say of it, as JSON."""
+    """Return status, timings, scores, verdict and publication of a run, from its files, as JSON types."""
     manifest = read_manifest(run)
-    found = {"run_id": run.name, "status": manifest["status"], "device": manifest.get("device")}
-    found |= {"published": manifest.get("published"), "seconds": manifest["timings"]}
+    description = {"run_id": run.name, "status": manifest["status"], "device": manifest.get("device")}
+    description |= {"published": manifest.get("published"), "seconds": manifest["timings"]}
     if (run / "metrics.json").is_file():
         folder = RunFolder(run, manifest)
         verdict = report.verdict(folder)
         scores = report.scores(folder)
         table = markup.markdown_table(model_card.score_table(scores))
-        found |= {"scores": {name: asdict(score) for name, score in scores.items()}, "table": table}
-        found |= {"gate": None if verdict is None else asdict(verdict)}
-    return found
+        description |= {"scores": {name: asdict(score) for name, score in scores.items()}, "table": table}
+        description |= {"gate": None if verdict is None else asdict(verdict)}
+    return description
 
 
-def tag(given: Mapping[str, str], texts: Sequence[str]) -> dict[str, Any]:
-    """The answers for some texts, in order, as JSON; the model stays loaded for the next call in this container.
+def tag(env: Mapping[str, str], texts: Sequence[str]) -> dict[str, Any]:
+    """Return the outcome with the answers for some texts, in order, as JSON types.
 
-    Until the repo has another adapter.
+    The model stays loaded for the next call in this container, until the repo has another adapter.
     """
     logging_setup.configure()
-    environment.replace_environment(given)
+    environment.replace_environment(env)
     try:
-        chosen = environment.load().hub
-        head = None if chosen.repo is None else access.resolve_revision("model", chosen.repo, chosen.revision).commit
-        answers = _tagger(tuple(sorted(given.items())), head).tag(texts)
+        hub = environment.load().hub
+        head = None if hub.repo is None else access.resolve_revision("model", hub.repo, hub.revision).commit
+        answers = _tagger(tuple(sorted(env.items())), head).tag(texts)
     except JobError as error:
         return {"exit_code": error.exit_code, "message": str(error), "answers": []}
-    return {"exit_code": 0, "message": "", "answers": [asdict(answer) for answer in answers]}
+    return {"exit_code": DONE, "message": "", "answers": [asdict(answer) for answer in answers]}
 
 
 @functools.lru_cache(maxsize=1)
-def _tagger(given: tuple[tuple[str, str], ...], commit: str | None) -> Tagger:
-    chosen = environment.load()
-    at_commit = chosen.hub.model_copy(update={"revision": commit})
-    return pipeline.tagger(chosen.model_copy(update={"hub": at_commit}), "BASE", "DATA")
+def _tagger(env: tuple[tuple[str, str], ...], commit: str | None) -> Tagger:
+    """Load the adapter at a commit of the repo, or that of a run; `env` is only a part of the cache's key."""
+    settings = environment.load()
+    at_commit = settings.hub.model_copy(update={"revision": commit})
+    return pipeline.load_tagger_as_trained(settings.model_copy(update={"hub": at_commit}), "BASE", "DATA")
