@@ -11,6 +11,23 @@ from conftest import SAYINGS
 from hub import WRITE_TOKEN, Hub, Repo
 
 REPO = "ada/tiny-tagger"
+TINY_ON_THE_HUB = {
+    "TAGGER_BASE_MODEL": "tiny/llama",
+    "TAGGER_BASE_QUANTIZE": "none",
+    "TAGGER_DATA_DATASET": "tiny/sayings",
+    "TAGGER_DATA_LIMIT": "100",
+    "TAGGER_DATA_EVAL_SIZE": "30",
+    "TAGGER_DATA_MAX_LENGTH": "128",
+    "TAGGER_TRAIN_MAX_STEPS": "99",
+    "TAGGER_TRAIN_WARMUP_STEPS": "1",
+    "TAGGER_TRAIN_LOGGING_STEPS": "1",
+    "TAGGER_TRAIN_SAVE_STEPS": "2",
+    "TAGGER_SAMPLE_PROMPTS": '["a song about rain"]',
+    "TAGGER_SAMPLE_MAX_NEW_TOKENS": "4",
+    "TAGGER_RUN_DEVICE": "cpu",
+    "TAGGER_HUB_REPO": REPO,
+}
+"""A run for `fill_hub` that is long enough to be interrupted."""
 
 
 def fill_hub(hub: Hub, llama: Path) -> None:
