@@ -1,4 +1,4 @@
-"""What CI runs passes the job's exit code on and says what it means."""
+"""The script that CI runs passes the exit code on, and reports what it means."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from job.errors import EXIT_CODES
+
 ROOT = Path(__file__).parents[1]
 DOCKER = """#!/bin/sh
 echo "$@" > "$SEEN"
@@ -16,15 +18,15 @@ exit $CODE
 """
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 75])
-def test_the_script_of_the_workflows_tells_the_exit_codes_apart_and_shows_no_secret(tmp_path: Path, code: int) -> None:
+@pytest.mark.parametrize("code", EXIT_CODES)
+def test_retrain_explains_each_exit_code_and_prints_no_secret(tmp_path: Path, code: int) -> None:
     docker = tmp_path / "bin" / "docker"
     docker.parent.mkdir()
     docker.write_text(DOCKER)
     docker.chmod(0o755)
     old = tmp_path / "runs" / "old" / "report.md"
     old.parent.mkdir(parents=True)
-    old.write_text("of another run")
+    old.write_text("an earlier run")
     os.utime(old, (1, 1))
     environ = {
         "PATH": f"{docker.parent}:{os.environ['PATH']}",
@@ -41,10 +43,11 @@ def test_the_script_of_the_workflows_tells_the_exit_codes_apart_and_shows_no_sec
     done = subprocess.run([ROOT / ".ci" / "retrain"], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     summary = (tmp_path / "GITHUB_STEP_SUMMARY").read_text()
-    assert summary.startswith(f"**{code}**: ")
+    entry = EXIT_CODES[code]
+    assert summary.startswith(f"**{code}**: {entry.meaning}: {entry.action}\n")
     assert "| adapter | 0.5 |" in summary
-    assert "of another run" not in summary
-    assert f"title=retrain ended with {code}::" in done.stdout
+    assert "an earlier run" not in summary
+    assert f"::{entry.severity} title=retrain ended with {code}::{entry.meaning}: {entry.action}\n" in done.stdout
     assert (tmp_path / "GITHUB_OUTPUT").read_text() == f"code={code}\n"
     seen = (tmp_path / "seen").read_text()
     assert seen.endswith("tagger-job retrain\n")
@@ -62,7 +65,7 @@ esac
 
 
 @pytest.mark.parametrize("code", [0, 2, 3, 75])
-def test_on_modal_the_script_needs_only_modals_client_and_passes_its_exit_code_on(tmp_path: Path, code: int) -> None:
+def test_retrain_on_modal_installs_only_the_client(tmp_path: Path, code: int) -> None:
     python = tmp_path / "bin" / "python3"
     python.parent.mkdir()
     python.write_text(PYTHON)

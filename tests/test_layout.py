@@ -1,4 +1,4 @@
-"""The layers of job/, and what an installed package holds."""
+"""The import order of job/, and the contents of an installed package."""
 
 import ast
 import shutil
@@ -29,13 +29,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("settings",),
     ("types",),
     ("errors",),
-    ("config.validators", "cloud.gpus"),  # tables and plain functions, below the settings that they validate
+    ("config.validators", "cloud.gpus"),  # tables and functions that the settings need to validate
 )
-"""A module imports only from layers below its own, or from its own package."""
-FREE = ("", "config.validators", "cloud.gpus")
+"""From top to bottom. A module imports only from layers below its own, or from its own package."""
 
 
 def modules() -> Iterator[tuple[str, Path]]:
+    """Yield the name of each module, without `job.`, and its file."""
     for path in sorted(JOB.rglob("*.py")):
         name = ".".join(path.relative_to(JOB).with_suffix("").parts)
         yield name.removesuffix("__init__").removesuffix("."), path
@@ -45,7 +45,7 @@ MODULES = dict(modules())
 
 
 def layer(module: str) -> tuple[int, str]:
-    """The layer of a module, and the entry of LAYERS that it belongs to."""
+    """Return the layer of a module, 0 for the top one, and the entry of LAYERS that it belongs to."""
     matches = [
         (number, entry)
         for number, entries in enumerate(LAYERS)
@@ -57,9 +57,12 @@ def layer(module: str) -> tuple[int, str]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules of job that a file imports, also inside functions and for type checkers only."""
+    """Yield the modules of job that a file imports, also inside functions and only for type checkers."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "job":
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path} has a relative import"
+            if node.module.split(".")[0] != "job":
+                continue
             for alias in node.names:
                 module = f"{node.module}.{alias.name}".removeprefix("job").removeprefix(".")
                 yield module if module in MODULES else node.module.removeprefix("job").removeprefix(".")
@@ -67,17 +70,23 @@ def imports(path: Path) -> Iterator[str]:
             yield from (alias.name.removeprefix("job.") for alias in node.names if alias.name.startswith("job."))
 
 
+def test_there_is_something_to_check() -> None:
+    """The other tests would pass if no module or import was found."""
+    assert {"cli", "pipeline", "training.trainer", "hub.client"} <= MODULES.keys()
+    assert {"errors", "preflight", "pipeline", "config.environment", "settings"} <= set(imports(MODULES["cli"]))
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if not MODULES[name].name.startswith("__init__")])
 def test_imports_point_to_lower_layers_only(module: str) -> None:
     own, package = layer(module)
     for imported in imports(MODULES[module]):
-        if imported == "":  # job/__init__.py holds the version and imports nothing
+        if imported == "":  # job/__init__.py has only the version
             continue
         other, its_package = layer(imported)
         assert other > own or (package == its_package and "." in module), f"job.{module} imports job.{imported}"
 
 
-def test_no_module_imports_itself_through_others() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = {name: {i for i in imports(path) if i} for name, path in MODULES.items()}
     done: set[str] = set()
 
@@ -92,13 +101,13 @@ def test_no_module_imports_itself_through_others() -> None:
         visit(name, ())
 
 
-def test_packages_import_nothing_by_themselves() -> None:
+def test_packages_import_nothing() -> None:
     for path in JOB.rglob("__init__.py"):
         body = ast.parse(path.read_text(encoding="utf-8")).body
         assert not [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))], path
 
 
-def test_a_wheel_holds_every_module_and_every_data_file(tmp_path: Path) -> None:
+def test_a_wheel_has_every_module_and_data_file(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "installed"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -114,8 +123,9 @@ def test_a_wheel_holds_every_module_and_every_data_file(tmp_path: Path) -> None:
     files = {path.relative_to(JOB) for path in JOB.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     missing = {str(path) for path in files if not (target / "job" / path).is_file()}
     assert not missing
-    code = "import job, job.cli; print(job.__file__)"
+    code = "import job, job.cli; print(job.__file__); job.cli.main(['settings', '--recipes'])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=target, capture_output=True, text=True, check=True, env={"PYTHONPATH": ""}
     )
-    assert done.stdout.startswith(str(target)), "imported from the wheel alone"
+    assert done.stdout.startswith(str(target)), "the import used another copy"
+    assert "\nbest " in done.stdout, "a recipe of the package"
