@@ -363,5 +363,5 @@ def caller(folder: Path, *words: str, **environ: str) -> subprocess.CompletedPro
     """Run Modal's command line as on a machine where nobody is logged in."""
     here = {"PATH": os.environ["PATH"], "HOME": str(folder), "MODAL_CONFIG_PATH": str(folder / "none.toml")}
     return subprocess.run(
-        [MODAL, *words], env={**here, **environ}, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        [MODAL, *words], env={**here, **environ}, cwd=folder, capture_output=True, text=True, timeout=300, check=False
     )
