@@ -67,7 +67,7 @@ class Modal:
             copy(ROOT / name, self.checkout / name)
         self.requests: list[tuple[str, Any]] = []
         self.functions: dict[str, Any] = {}
-        self.given: dict[str, str] = {}
+        self.app_secret: dict[str, str] = {}
         """The contents of the app's own secret: the settings of a deployed app, nothing secret."""
         self.inputs: list[Input] = []
         self.losses: list[Loss] = []
@@ -96,7 +96,7 @@ class Modal:
         start = ["deploy", app] if command == "deploy" else ["run", f"{app}::{command}" if command else app]
         return caller(self.folder, *start, *words, **{**self.token, **environ})
 
-    def asked(self, name: str) -> list[Any]:
+    def requested(self, name: str) -> list[Any]:
         """Return the requests with this name since the last command."""
         return [request for called, request in self.requests if called == name]
 
@@ -164,7 +164,7 @@ class Modal:
         return Empty()
 
     async def SecretGetOrCreate(self, request: Any) -> Any:
-        self.given = self.given if request.deployment_name else dict(request.env_dict)
+        self.app_secret = self.app_secret if request.deployment_name else dict(request.env_dict)
         return api.SecretGetOrCreateResponse(secret_id=f"st-{request.deployment_name or 'given'}")
 
     async def VolumeGetOrCreate(self, request: Any) -> Any:
@@ -319,7 +319,7 @@ class Modal:
             shutil.rmtree(self._mount(volume), ignore_errors=True)
             shutil.copytree(self.committed(volume), self._mount(volume), symlinks=True)
             environ[variable] = str(self._mount(volume))
-        environ |= self.given if "st-given" in definition.secret_ids else {}
+        environ |= self.app_secret if "st-given" in definition.secret_ids else {}
         objects = [
             api.Object(object_id=each, function_handle_metadata=self._about(each.removeprefix("fu-")))
             for each in self.functions

@@ -107,6 +107,14 @@ def test_packages_import_nothing() -> None:
         assert not [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))], path
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="not a git checkout")
+def test_git_ignores_no_file_of_the_package() -> None:
+    files = [str(path) for path in JOB.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    command = ["git", "check-ignore", "--no-index", "--stdin"]
+    ignored = subprocess.run(command, input="\n".join(files), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ignored.returncode, ignored.stdout) == (1, ""), ignored.stderr
+
+
 def test_a_wheel_has_every_module_and_data_file(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "installed"
     source.mkdir()

@@ -196,7 +196,7 @@ def test_a_file_is_tagged_in_order_though_a_container_dies(world: World) -> None
     assert world.modal.containers[-2][1].wait() == -signal.SIGKILL
     answers = [json.loads(line) for line in (world.home / "tagged.jsonl").read_text().splitlines()]
     assert [answer["text"] for answer in answers] == texts
-    assert set(answers[0]) == {knob.name for knob in fields(TaggedText)}
+    assert set(answers[0]) == {field.name for field in fields(TaggedText)}
 
 
 def test_an_error_in_the_container_is_reported_not_retried(world: World) -> None:
@@ -221,9 +221,9 @@ def test_a_deployed_app_retrains_with_the_settings_of_deployment(world: World) -
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
     schedules = {
         request.function_data.function_name: request.function_data.schedule.cron.cron_string
-        for request in world.modal.asked("FunctionCreate")
+        for request in world.modal.requested("FunctionCreate")
     }
-    assert "TAGGER_RUN_DIR" not in world.modal.given
+    assert "TAGGER_RUN_DIR" not in world.modal.app_secret
     assert schedules == {"perform": "", "tag_texts": "", "scheduled": "5 4 * * 0"}
     outcome = world.modal.trigger("scheduled")
     assert outcome["exit_code"] == 0
@@ -261,14 +261,14 @@ def test_ctrl_c_ends_with_75_and_writes_no_outcome(tmp_path: Path, detach: list[
     words = [MODAL, "run", *detach, str(modal.checkout / "modal_app.py"), "--output", "outcome.json"]
     environ = {**modal.token, "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     with subprocess.Popen(words, env=environ, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        while not modal.asked("FunctionGetOutputs"):
+        while not modal.requested("FunctionGetOutputs"):
             time.sleep(0.05)
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 75
         assert process.stderr is not None
         assert b"the same command resumes from what is on the volume" in process.stderr.read()
-    [app] = modal.asked("AppCreate")
+    [app] = modal.requested("AppCreate")
     assert app.app_state == (api_pb2.APP_STATE_DETACHED if detach else api_pb2.APP_STATE_EPHEMERAL)
     assert not (tmp_path / "outcome.json").exists()
 

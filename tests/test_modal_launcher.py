@@ -82,16 +82,6 @@ def test_the_end_of_the_last_attempt_is_an_interruption(capsys: pytest.CaptureFi
     assert "the time of the last attempt is up; the same command resumes" in capsys.readouterr().err
 
 
-def test_every_command_and_option_is_documented() -> None:
-    pages = "".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
-    own_options = {option for command in modal_launcher.COMMANDS.values() for option in command.options}
-    assert own_options == {"--output", "--to", "--text", "--input"}
-    for command in modal_launcher.COMMANDS:
-        assert ("modal run modal_app.py" if command == "main" else f"modal run modal_app.py::{command}") in pages
-    for option in (*modal_launcher.OVERRIDES, "--recipe", *own_options):
-        assert f"`{option}" in pages or f" {option} " in pages, option
-
-
 @pytest.mark.parametrize("command", modal_launcher.COMMANDS)
 def test_the_help_of_a_command_has_its_purpose(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""Texts to tag: which are accepted, and what is said of the others."""
+"""Texts to tag: which are accepted, and the messages about the others."""
 
 from __future__ import annotations
 
