@@ -253,8 +253,8 @@ COMMANDS = {
         _retrain,
         "run only if something has changed, and publish only what is no worse",
         "Do nothing if the published adapter was trained with the same base model, data and settings. Otherwise do "
-        "what `run` does, with the gate `published` if TAGGER_EVAL_GATE is off: publish only an adapter that is not "
-        "worse than the published one. Prints what `run` prints, or that there is nothing to do.",
+        "what `run` does, with the gate `published` if TAGGER_EVAL_GATE is off: publish only an adapter that is "
+        "shown to be no worse than the published one. Prints what `run` prints, or that there is nothing to do.",
         tuple(EXIT_CODES),
     ),
     "evaluate": Command(

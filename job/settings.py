@@ -108,7 +108,9 @@ class Data(SettingsGroup):
         description="Drop tags that occur in fewer training examples than this (an example keeps its tags if none "
         "would be left).",
     )
-    limit: int | None = Field(None, ge=2, le=10**9, description="Use only this many examples, from the first on.")
+    limit: int | None = Field(
+        None, ge=2, le=10**9, description="Use only the first examples of the data, at most this many."
+    )
     seed: int = Field(
         42, ge=0, lt=2**32, description="Random seed of the held-out split; independent of TAGGER_TRAIN_SEED."
     )
@@ -190,10 +192,10 @@ class Train(SettingsGroup):
         10, gt=0, le=1440, description="Also write a checkpoint when the last one is this many minutes old."
     )
     save_total_limit: int = Field(
-        2, ge=1, le=1000, description="Number of checkpoints to keep; older ones are deleted."
+        2, ge=1, le=1000, description="Number of checkpoints to keep; the oldest ones are deleted."
     )
     seed: int = Field(
-        42, ge=0, lt=2**32, description="Random seed of the adapters' first weights, dropout and example order."
+        42, ge=0, lt=2**32, description="Random seed of the adapters' initial weights, dropout and example order."
     )
 
     @field_validator("micro_batch_tokens", mode="before")
@@ -231,13 +233,14 @@ class Hub(SettingsGroup):
         "followed by -tagger.",
     )
     push: Literal["auto", "always", "never"] = Field(
-        "auto", description="auto: publish if there is a token. always: refuse to run without one. never: do not."
+        "auto",
+        description="auto: publish if there is a token. always: refuse to run without one. never: do not publish.",
     )
     private: bool = Field(True, description="Create the repo as a private one.")
     commit_message: Identifier = Field("basic training", description="First line of the commit message.")
     revision: Identifier | None = Field(None, description="Branch to publish to and to load a published adapter from.")
     retry_minutes: float = Field(
-        10, ge=0, le=1440, description="Minutes in which a push is retried after transient errors of the Hub."
+        10, ge=0, le=1440, description="Keep retrying a push for this many minutes after transient errors of the Hub."
     )
     merge: bool = Field(
         False,
