@@ -1,4 +1,4 @@
-"""`python -m job` is the command line."""
+"""Run the command line as `python -m job`."""
 
 from job.cli import command
 

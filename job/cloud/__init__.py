@@ -1,1 +1,1 @@
-"""Modal: the caller, the worker, and the GPUs there are."""
+"""Modal: the launcher, the worker, and the table of GPUs."""
