@@ -322,7 +322,7 @@ def test_altered_or_deleted_results_are_recreated(
     original = [file.read_bytes() for file in (weights, losses)]
     weights.write_bytes(original[0][:-1] + b"?")
     assert main([]) == 0
-    assert "adapter_model.safetensors is not as it was written" in caplog.text
+    assert "adapter_model.safetensors has changed since it was written; it is recreated" in caplog.text
     losses.unlink()
     assert main([]) == 0
     assert [file.read_bytes() for file in (weights, losses)] == original
