@@ -1,4 +1,4 @@
-"""The base model and its tokenizer: found, read from safetensors or GGUF, quantized."""
+"""Load the base model and its tokenizer from safetensors or GGUF, and quantize the model."""
 
 from __future__ import annotations
 
@@ -15,27 +15,31 @@ from job.errors import InvalidInputError
 from job.hub import client as hub
 from job.runs.atomic import atomic_directory
 from job.settings import Base
+from job.system import model_files
 from job.system.paths import WEIGHT_SUFFIXES, hub_snapshot, is_local, local_path
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from job.system.device import ComputeSpec
 
 log = logging.getLogger(__name__)
 
-LOAD_ERRORS = (
-    *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError),
-    *(SafetensorError, StrictDataclassError),
-)
-"""What transformers raises for files that are damaged, or that are no model."""
+LOAD_ERRORS = (OSError, ValueError, SafetensorError, StrictDataclassError)
+"""Errors that damaged, foreign or missing files raise once `model_files` has checked them.
+
+TypeError, KeyError and the like are not among them: those are defects, and end the job with a traceback.
+"""
 DOWNLOAD_SECONDS = 600.0
-"""How long a download keeps trying; what has arrived is kept between tries."""
+"""Seconds during which a failed download is retried; each retry keeps what has been downloaded."""
 
 
 def check_local(model: str) -> Path:
-    """The folder or file of a local model; raises InvalidInputError unless it holds weights this job reads."""
+    """Return the folder or file of a local model.
+
+    Raises InvalidInputError unless it is a GGUF file, or a folder with config.json and safetensors.
+    """
     path = local_path(model, "TAGGER_BASE_MODEL")
     if path.is_file():
         with path.open("rb") as file:
@@ -58,17 +62,19 @@ def check_local(model: str) -> Path:
 
 
 def load_tokenizer(settings: Base) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, with a pad token.
+    """Load the base model's tokenizer and make sure that it has a pad token.
 
-    A tokenizer without one pads with its end-of-sequence token; the attention mask and the labels,
-    not the token, say what is padding.
+    A tokenizer without a pad token pads with its end-of-sequence token. Padding is recognised by the
+    attention mask and the labels, never by the token. Raises InvalidInputError when the files cannot be
+    read or there is no end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            resolve_weights(settings, weights=False), trust_remote_code=False
-        )
+        folder = resolve_weights(settings, weights=False)
+        model_files.check_config(folder)
+        model_files.check_tokenizer(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise _load_error("tokenizer", settings, error) from error
     if tokenizer.eos_token_id is None:
@@ -81,12 +87,15 @@ def load_tokenizer(settings: Base) -> PreTrainedTokenizerBase:
 
 
 def meta_model(settings: Base) -> PreTrainedModel:
-    """The base model's shape: its modules on the meta device, without weights or memory."""
+    """Build the base model on the meta device: modules and shapes, without weights or memory.
+
+    Raises InvalidInputError when config.json cannot be read.
+    """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(resolve_weights(settings, weights=False), trust_remote_code=False)
+        config = _load_config(resolve_weights(settings, weights=False))
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except LOAD_ERRORS as error:
@@ -94,36 +103,61 @@ def meta_model(settings: Base) -> PreTrainedModel:
     return model
 
 
-def load_model(settings: Base, machine: ComputeSpec) -> PreTrainedModel:
-    """The base model on the machine's device: linear layers quantized as set; the rest, the head too, in its dtype."""
-    import torch
+def _load_config(folder: Path) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    model_files.check_config(folder)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model_files.check_architecture(config)
+    return config
+
+
+def load_model(settings: Base, compute: ComputeSpec) -> PreTrainedModel:
+    """Load the base model onto the device of `compute`.
+
+    Linear layers are quantized as configured; all other weights, the output head included, have the dtype of
+    `compute`. Raises InvalidInputError when the files cannot be read, or the weights do not fit config.json.
+    """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     try:
+        folder = resolve_weights(settings)
+        _load_config(folder)
+        model_files.check_weights_index(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            resolve_weights(settings),
-            dtype=machine.dtype,
-            quantization_config=_quantization_config(settings.quantize, machine.dtype),
-            device_map={"": machine.device},
+            folder,
+            dtype=compute.dtype,
+            quantization_config=_quantization_config(settings.quantize, compute.dtype),
+            device_map={"": compute.device},
+            generation_config=GenerationConfig(),  # the base model's own is not used, so it is not read
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # and refused below: transformers raises a RuntimeError for them
             output_loading_info=True,
         )
-    except torch.OutOfMemoryError:
-        raise
+        model: PreTrainedModel = loaded[0]
+        _check_complete(loaded[1])
     except LOAD_ERRORS as error:
         raise _load_error("model", settings, error) from error
-    model: PreTrainedModel = loaded[0]
-    if missing := sorted(loaded[1]["missing_keys"]):
-        raise InvalidInputError(
-            f"the weights of {settings.model} lack {len(missing)} tensors that its config.json asks for, such as "
-            f"{missing[0]}; expected all of them. Name a model whose files belong together"
-        )
-    # generation is as the settings say, whatever penalties or sampling the base model ships with
+    # only the settings decide how tags are generated, not the base model's penalties or sampling
     model.generation_config = GenerationConfig()
-    if settings.quantize == "nf4" and machine.device.type == "cpu":
-        _keep_gradients_of_nf4(model)
+    if settings.quantize == "nf4" and compute.device.type == "cpu":
+        _keep_nf4_gradients(model)
     return model
+
+
+def _check_complete(loading_info: dict[str, Any]) -> None:
+    """Raise ValueError when transformers filled in random values for weights that are missing or do not fit."""
+    if missing := sorted(loading_info["missing_keys"]):
+        raise ValueError(
+            f"the weights lack {len(missing)} tensors that the model's config asks for, such as {missing[0]}"
+        )
+    if mismatched := sorted(loading_info["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise ValueError(
+            f"{len(mismatched)} tensors do not have the shape that the model's config asks for, such as {name} with "
+            f"{list(found)} instead of {list(expected)}"
+        )
 
 
 def _quantization_config(quantize: str, dtype: torch.dtype) -> Any:
@@ -136,11 +170,11 @@ def _quantization_config(quantize: str, dtype: torch.dtype) -> Any:
     return None
 
 
-def _keep_gradients_of_nf4(model: PreTrainedModel) -> None:
+def _keep_nf4_gradients(model: PreTrainedModel) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU with AVX512-BF16.
 
-    The kernel for the repacked layout has no backward pass, and is used in training too once it was
-    used in evaluation: gradients would be lost with no more than a warning (bitsandbytes 0.50).
+    The kernel for the repacked layout has no backward pass. Once an evaluation has repacked the weights,
+    training uses it too, and gradients are lost with only a warning (bitsandbytes 0.50).
     """
     from bitsandbytes.nn.modules import Linear4bit
 
@@ -150,7 +184,10 @@ def _keep_gradients_of_nf4(model: PreTrainedModel) -> None:
 
 
 def hub_identity(settings: Base) -> tuple[str, str | None]:
-    """The name and revision by which others find the base model: those on the Hub, wherever it was read from."""
+    """Return the base model's name and revision on the Hub, also for a local folder of the Hub's cache.
+
+    A model that is not from the Hub keeps the name and revision of the settings.
+    """
     if settings.model.startswith((".", "/", "~")) and (
         origin := hub_snapshot(local_path(settings.model, "TAGGER_BASE_MODEL"))
     ):
@@ -159,11 +196,11 @@ def hub_identity(settings: Base) -> tuple[str, str | None]:
 
 
 def resolve_weights(settings: Base, *, weights: bool = True) -> Path:
-    """The folder that the base model is loaded from, downloaded or converted if it must be.
+    """Return the folder of the base model; download it, or convert a GGUF file, if necessary.
 
-    Without `weights` config and tokenizer are enough: a check downloads no gigabytes. Only safetensors
-    are downloaded, never pickles or code. Loading from a folder also keeps every later step from
-    asking the Hub for what is here already.
+    Without `weights`, only config and tokenizer are downloaded, so that a check takes seconds. Of the weights
+    only safetensors are downloaded, never pickles or code. Later steps load from this folder and send no
+    further requests to the Hub. Raises InvalidInputError when the model cannot be found or read.
     """
     if is_local(settings.model, WEIGHT_SUFFIXES):
         path = check_local(settings.model)
@@ -195,39 +232,52 @@ def resolve_weights(settings: Base, *, weights: bool = True) -> Path:
 
 
 def cached_gguf_conversion(gguf: Path) -> Path:
-    """The folder with a GGUF file's model in half precision, made at the first call and then reused."""
+    """Return a folder with the model of a GGUF file in fp16; convert it at the first call.
+
+    Raises ValueError, OSError or struct.error when the file is damaged.
+    """
     from huggingface_hub.constants import HF_HOME
 
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     folder = Path(HF_HOME, "tagger-job", f"{gguf.stem}-{digest}")
     if not folder.is_dir():
-        log.info("converting %s, once, to %s", gguf.name, folder)
+        log.info("converting %s to %s; later runs reuse the folder", gguf.name, folder)
         with atomic_directory(folder, keep_existing=True) as converted:
-            _convert(gguf, converted)
+            _convert_gguf(gguf, converted)
     return folder
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    model_files.check_gguf(gguf)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # a model read from GGUF refuses to be saved: its config still says how it was quantized
-    config = read.config.to_dict()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # and refused below: transformers raises a RuntimeError for them
+        output_loading_info=True,
+    )
+    dequantized, loading_info = loaded
+    _check_complete(loading_info)
+    # transformers refuses to save a model whose config still describes the quantization of the GGUF file
+    config = dequantized.config.to_dict()
     config.pop("quantization_config", None)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(type(read.config).from_dict(config))
-    model.load_state_dict(read.state_dict(), assign=True)
+        model = AutoModelForCausalLM.from_config(type(dequantized.config).from_dict(config))
+    model.load_state_dict(dequantized.state_dict(), assign=True)
     model.tie_weights()
     model.to(torch.float16).save_pretrained(folder)
 
 
 def _load_error(what: str, settings: Base, error: Exception) -> InvalidInputError:
     at = f" at revision {settings.revision}" if settings.revision else ""
-    reason = " ".join(str(error).split())
-    return InvalidInputError(
-        f"the {what} of {settings.model}{at} cannot be read: {reason} "
-        "Check TAGGER_BASE_MODEL and TAGGER_BASE_REVISION, the network, and that HF_TOKEN may read it"
-    )
+    reason = " ".join(str(error).split()).removesuffix(".")
+    if is_local(settings.model, WEIGHT_SUFFIXES):
+        advice = "Set TAGGER_BASE_MODEL to a model whose files are complete and belong together"
+    else:
+        advice = "Check TAGGER_BASE_MODEL and TAGGER_BASE_REVISION, the network, and that HF_TOKEN may read it"
+    return InvalidInputError(f"the {what} of {settings.model}{at} cannot be read: {reason}. {advice}")

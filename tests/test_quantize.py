@@ -85,7 +85,7 @@ def test_damaged_files_are_refused_and_weights_never_made_up(llama: Path, tmp_pa
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     with pytest.raises(
-        InvalidInputError, match="lack .* tensors that its config.json asks for, such as model.layers.2"
+        InvalidInputError, match="lack .* tensors that the model.s config asks for, such as model.layers.2"
     ):
         load(folder, "none")
     (folder / "config.json").write_text(json.dumps(config))
