@@ -1,27 +1,24 @@
-"""Load the data set: read rows, keep the usable ones, split them."""
+"""Load the data set: read its rows, drop unusable ones, and split the examples."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from job.config.validators import is_unicode
+from job.dataset.readers import read_rows
+from job.dataset.split import split
+from job.dataset.tags import parse_tags_value
 from job.errors import InvalidInputError
 from job.settings import Data, Sample
 from job.types import Example, SplitData
 
-if TYPE_CHECKING:
-    pass
-from job.dataset.readers import read_rows
-from job.dataset.split import split
-from job.dataset.tags import parse_tags_value
-
 
 def load(settings: Data) -> SplitData:
-    """Read the data set, leave out rows without text or tags, hold examples out.
+    """Read the data set, skip rows without text or tags, and hold out examples for evaluation.
 
-    Raises InvalidInputError when it cannot be read, lacks a column, or has too few usable rows.
+    Raises InvalidInputError when the data set cannot be read, lacks a column, or has too few usable rows.
     """
     rows = read_rows(settings)
     examples: list[Example] = []
@@ -57,7 +54,10 @@ def _example(row: dict[str, Any], settings: Data) -> Example | None:
 
 
 def inference_texts(settings: Sample) -> list[str]:
-    """The prompts and the lines of the input file; raises InvalidInputError when that cannot be read."""
+    """Return the texts to tag: the prompts, then the lines of the input file.
+
+    Raises InvalidInputError when the file cannot be read.
+    """
     texts = list(settings.prompts)
     if settings.input is not None:
         try:
@@ -65,7 +65,7 @@ def inference_texts(settings: Sample) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidInputError(
                 f"TAGGER_SAMPLE_INPUT={settings.input} cannot be read ({error}); "
-                "expected a UTF-8 file with one text a line"
+                "expected a UTF-8 file with one text per line"
             ) from error
         texts += [line.strip() for line in lines if line.strip()]
     return texts

@@ -1,4 +1,4 @@
-"""How much memory and disk a run will need, from the shapes alone."""
+"""Estimate the memory and disk that a run needs from the model's shapes alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,16 +19,19 @@ from job.training.memory_budget import CUDA_OVERHEAD, GIB, LOGIT_BYTES, activati
 from job.types import EncodedExample
 
 CPU_PARAMETERS = 250_000_000
-"""The largest base model that `auto` trains on a CPU. On two cores a step of SmolLM2-135M takes about 5 s and the
-recipe a quarter of an hour, which grows with the size: beyond this, a GPU was meant to be there more often than not."""
+"""Largest base model, in parameters, that device `auto` trains on a CPU.
+
+On two cores, a step of SmolLM2-135M takes about 5 s and the default recipe a quarter of an hour, and both grow with
+the size of the model. For a larger model, a missing GPU is more likely a mistake than intended.
+"""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that training takes at its largest micro-batch, and those that a run leaves on disk."""
+    """Bytes of memory at the largest micro-batch, and bytes that a run writes to disk."""
 
     parameters: int
-    """Of the base model."""
+    """Number of parameters of the base model."""
     weights: float
     adapters: float
     activations: float
@@ -36,7 +40,7 @@ class MemoryEstimate:
 
     @property
     def memory(self) -> float:
-        """Bytes on the device."""
+        """Bytes of memory on the device."""
         return self.weights + self.adapters + self.activations + self.logits
 
     def __str__(self) -> str:
@@ -44,14 +48,37 @@ class MemoryEstimate:
         return f"{self.memory / GIB:.1f} GiB: " + ", ".join(f"{name} {size:.2f}" for name, size in parts.items())
 
 
-def estimate(settings: Settings, machine: ComputeSpec, longest: Sequence[EncodedExample]) -> MemoryEstimate:
-    """What a run with these settings needs, `longest` being its largest micro-batch.
+def estimate(settings: Settings, compute: ComputeSpec, micro_batch: Sequence[EncodedExample]) -> MemoryEstimate:
+    """Estimate what a run with these settings needs, where `micro_batch` is the largest one.
 
-    With recomputation, which `auto` falls back to, the layers' inputs alone are kept. An adapter parameter takes 16
-    bytes (itself, its gradient, two moments of Adam), and four more if its mean is kept too.
+    With gradient checkpointing, which `auto` falls back to, only the inputs of the layers are kept. An adapter
+    parameter takes 16 bytes (itself, its gradient, two moments of Adam), and 4 more if weights are averaged.
+    Raises InvalidInputError when the base model's config.json cannot be read.
+    """
+    linear, other, trainable, config = _count_parameters(settings)
+    averaging = settings.train.weight_averaging > 0
+    itemsize = compute.dtype.itemsize
+    # nf4: half a byte, and an fp32 scale for each block of 64 weights
+    linear_bytes = {"int8": 1.0, "nf4": 0.5625, "none": float(itemsize)}[settings.base.quantize]
+    width = max(len(example.input_ids) for example in micro_batch)
+    token_bytes = activation_bytes(config, width, itemsize, recompute=settings.train.gradient_checkpointing != "off")
+    return MemoryEstimate(
+        parameters=linear + other,
+        weights=linear * linear_bytes + other * itemsize,
+        adapters=(16.0 + 4.0 * averaging) * trainable,
+        activations=len(micro_batch) * width * token_bytes,
+        logits=LOGIT_BYTES * num_label_tokens(micro_batch) * config.vocab_size,
+        # the adapter, two checkpoints with Adam's moments and the averaged weights, and 64 MiB for all other files
+        disk=4.0 * trainable * (1 + 2 * (3 + averaging)) + 64 * 2**20,
+    )
+
+
+def _count_parameters(settings: Settings) -> tuple[int, int, int, Any]:
+    """Count the parameters of the linear layers without the head, all others, and the adapters' trainable ones.
+
+    The fourth value is the config of the (text) model.
     """
     model = quantize.meta_model(settings.base)
-    config = model.config.get_text_config()
     with torch.device("meta"):
         head = model.get_output_embeddings()
         linear = sum(
@@ -59,58 +86,44 @@ def estimate(settings: Settings, machine: ComputeSpec, longest: Sequence[Encoded
             for module in model.modules()
             if isinstance(module, torch.nn.Linear) and module is not head
         )
-        rest = sum(parameter.numel() for parameter in model.parameters()) - linear
+        total = sum(parameter.numel() for parameter in model.parameters())
         trainable = count_parameters(add_adapters(model, settings.lora, seed=0)).trainable
-    averaged = settings.train.weight_averaging > 0
-    itemsize = machine.dtype.itemsize
-    quantized = {"int8": 1.0, "nf4": 0.5625, "none": float(itemsize)}[settings.base.quantize]  # nf4: and its scales
-    width = max(len(example.input_ids) for example in longest)
-    tokens = len(longest) * width
-    return MemoryEstimate(
-        parameters=linear + rest,
-        weights=linear * quantized + rest * itemsize,
-        adapters=(16.0 + 4.0 * averaged) * trainable,
-        activations=tokens
-        * activation_bytes(config, width, itemsize, recompute=settings.train.gradient_checkpointing != "off"),
-        logits=LOGIT_BYTES * num_label_tokens(longest) * config.vocab_size,
-        # an adapter, two checkpoints with Adam's moments and the mean; the rest
-        disk=4.0 * trainable * (1 + 2 * (3 + averaged)) + 64 * 2**20,
-    )
+    return linear, total - linear, trainable, model.config.get_text_config()
 
 
-def cpu_problems(need: MemoryEstimate, settings: Settings, machine: ComputeSpec) -> list[str]:
-    """What is wrong if the model is one for a GPU and there is none, unless the CPU was asked for."""
-    if settings.run.device != "auto" or machine.device.type != "cpu" or need.parameters <= CPU_PARAMETERS:
+def cpu_problems(need: MemoryEstimate, settings: Settings, compute: ComputeSpec) -> list[str]:
+    """Report a base model that is too large for a CPU when there is no GPU, unless the settings choose the CPU."""
+    if settings.run.device != "auto" or compute.device.type != "cpu" or need.parameters <= CPU_PARAMETERS:
         return []
     return [
         f"{settings.base.model} has {need.parameters / 1e6:.0f} million parameters, TAGGER_RUN_DEVICE=auto trains "
         f"at most {CPU_PARAMETERS / 1e6:.0f} million on a CPU, and {gpu_unavailable_reason()}, "
-        "or set TAGGER_RUN_DEVICE=cpu to train on the CPU all the same"
+        "or set TAGGER_RUN_DEVICE=cpu to train on the CPU anyway"
     ]
 
 
-def memory_problems(need: MemoryEstimate, machine: ComputeSpec) -> list[str]:
-    """What is wrong if the run does not fit into the GPU's free memory. Not asked of a CPU, which can swap."""
-    if machine.device.type != "cuda":
+def memory_problems(need: MemoryEstimate, compute: ComputeSpec) -> list[str]:
+    """Report a run that does not fit into the free memory of the GPU. A CPU is not checked, because it can swap."""
+    if compute.device.type != "cuda":
         return []
-    free, total = torch.cuda.mem_get_info(machine.device)
+    free, total = torch.cuda.mem_get_info(compute.device)
     if need.memory + CUDA_OVERHEAD <= free:
         return []
     return [
-        f"one example at a time needs {need} and the GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free; lower "
-        "TAGGER_DATA_MAX_LENGTH, leave TAGGER_TRAIN_GRADIENT_CHECKPOINTING at auto, or take a larger GPU"
+        f"a micro-batch of one example needs {need} and the GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free; "
+        "lower TAGGER_DATA_MAX_LENGTH, set TAGGER_TRAIN_GRADIENT_CHECKPOINTING=auto, or use a larger GPU"
     ]
 
 
 def disk_problems(need: MemoryEstimate, folder: Path) -> list[str]:
-    """What is wrong if the run's files do not fit on the disk."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    """Report a run whose files do not fit on the disk of `folder`, which need not exist yet."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if need.disk <= free:
         return []
     return [
-        f"the run leaves about {need.disk / GIB:.2f} GiB in {folder} and the disk has {free / GIB:.2f} GiB free; "
-        "make room, or set TAGGER_RUN_DIR to another disk"
+        f"the run writes about {need.disk / GIB:.2f} GiB to {folder} and the disk has {free / GIB:.2f} GiB free; "
+        "free some space, or set TAGGER_RUN_DIR to a folder on another disk"
     ]

@@ -1,4 +1,4 @@
-"""Freeze the base model, and make it ready for adapters to be trained on it."""
+"""Freeze the base model and prepare it for the training of adapters."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 
 def freeze(model: PreTrainedModel) -> None:
-    """Freeze every parameter, hold the 1-D ones in fp32, and let the logits leave in fp32.
+    """Freeze every parameter, convert the 1-D ones (norms, biases) to fp32, and make the logits fp32.
 
-    LLM.int8 (Dettmers et al., 2022) keeps norms out of its matrix products, and norms and biases in
-    half precision lose what little gradient flows to the adapters. The 2-D parameters stay as they
-    are: peft's own preparation would double the embedding of a 250,880-token vocabulary.
+    LLM.int8 (Dettmers et al., 2022) keeps norms out of the quantized matmuls; in fp16, norms and biases lose
+    precision in the gradients that reach the adapters. 2-D parameters keep their dtype: peft's
+    `prepare_model_for_kbit_training` would double the size of a 250,880-token embedding.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.ndim == 1:
             parameter.data = parameter.data.to(torch.float32)
-    # a hook and not a wrapping module, which would rename the head and attract an adapter
+    # a hook instead of a wrapping module, which would rename the head and could become a LoRA target
     model.get_output_embeddings().register_forward_hook(_to_fp32)
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters: put on the frozen model, counted, saved."""
+"""Add LoRA adapters to the frozen model, count their parameters, and save them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ ALL_LINEAR = "all-linear"
 
 
 def add_adapters(model: PreTrainedModel, settings: Lora, *, seed: int) -> peft.PeftModel:
-    """Put LoRA adapters (Hu et al., 2021) on the target modules; they are fp32 and the only trainable parameters.
+    """Add LoRA adapters (Hu et al., 2021) to the target modules.
 
-    Raises InvalidInputError when the model has no module of a given name, or no known default targets.
+    The adapters are fp32 and the only trainable parameters. Raises InvalidInputError when the model has no
+    module of a configured name, or peft knows no default targets for its architecture.
     """
     config = peft.LoraConfig(
         r=settings.r,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft multiplies by alpha / r; whole numbers are custom
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft only computes alpha / r; it declares an integer by convention
         lora_dropout=settings.dropout,
-        target_modules=_targets(model, settings),
+        target_modules=_target_modules(model, settings),
         bias="none",
         task_type=peft.TaskType.CAUSAL_LM,
     )
@@ -45,7 +46,7 @@ def add_adapters(model: PreTrainedModel, settings: Lora, *, seed: int) -> peft.P
     return adapted
 
 
-def _targets(model: PreTrainedModel, settings: Lora) -> list[str] | str:
+def _target_modules(model: PreTrainedModel, settings: Lora) -> list[str] | str:
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
     if settings.targets == (ALL_LINEAR,):
         return ALL_LINEAR
@@ -60,30 +61,31 @@ def _targets(model: PreTrainedModel, settings: Lora) -> list[str] | str:
     architecture = model.config.model_type
     if architecture not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
         raise InvalidInputError(
-            f"no default LoRA targets are known for the architecture {architecture!r}; set TAGGER_LORA_TARGETS "
+            f"peft knows no default LoRA targets for the architecture {architecture!r}; set TAGGER_LORA_TARGETS "
             f"to all-linear or to some of {', '.join(sorted(names))}"
         )
     return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[architecture])
 
 
 def count_parameters(model: peft.PeftModel) -> ParameterCount:
-    """Trainable and all parameters, as peft counts them: a 4-bit weight as the values it stands for."""
+    """Count trainable and all parameters as peft does, which counts each value of a packed 4-bit weight."""
     return ParameterCount(*model.get_nb_trainable_parameters())
 
 
 def digest(model: peft.PeftModel) -> str:
-    """SHA-256 over the adapters' weights."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of the adapters' weights."""
+    sha256 = hashlib.sha256()
     for parameter in model.parameters():
         if parameter.requires_grad:
-            found.update(parameter.detach().cpu().numpy().tobytes())
-    return found.hexdigest()
+            sha256.update(parameter.detach().cpu().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def save_adapter(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base: Base) -> None:
-    """Write adapter and tokenizer into `folder`, naming the base model so that others find it.
+    """Save adapter and tokenizer into `folder`, with the base model's name and revision on the Hub.
 
-    The embedding is never trained, so it is never saved; asking peft to find out would ask the Hub.
+    The embedding is never trained, so it is not saved. To find that out by itself, peft would send a request
+    to the Hub.
     """
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = hub_identity(base)

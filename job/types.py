@@ -1,4 +1,4 @@
-"""What passes between chapters: frozen dataclasses."""
+"""Define the frozen dataclasses that chapters pass to each other."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 MIN_PROBABILITY = 0.01
-"""Tags less probable than this are never reported; thresholds are searched in steps of this size."""
+"""Tags with a lower probability are never reported. Thresholds are multiples of this value."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One text and its tags, in the order the data gives them."""
+    """One text and its tags, in the order of the data set."""
 
     text: str
     tags: tuple[str, ...]
@@ -20,36 +20,37 @@ class Example:
 
 @dataclass(frozen=True)
 class SplitData:
-    """The data, split: no text of `held_out`, nor a near-duplicate of one, is in `train`."""
+    """A split data set: `train` has no text of `held_out` and no near-duplicate of one."""
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
     skipped: int
-    """Rows left out because they had no text or no tags."""
+    """Number of rows that were skipped because they have no text or no tags."""
     fingerprint: str
-    """SHA-256 over texts and tags of both parts, in order."""
+    """SHA-256 of the texts and tags of `train` and `held_out`, in order."""
     calibration: tuple[Example, ...] = ()
-    """Set aside from `train`, to choose the threshold with."""
+    """Examples that the threshold is chosen on; none of them is in `train`."""
     near_duplicates: int = 0
-    """Examples in neither part, because they are near-duplicates of a held-out one."""
+    """Number of examples in no part, because they are near-duplicates of a held-out one."""
 
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """One training example as token ids; a label of -100 carries no loss."""
+    """One training example as token ids; positions with label -100 have no loss."""
 
     input_ids: list[int]
     labels: list[int]
     permutations: tuple[EncodedExample, ...] = ()
-    """The same with its tags in other orders: what the epochs after the first see, one after the other."""
+    """The same example with its tags in other orders, one for each epoch after the first."""
 
     def for_epoch(self, epoch: int) -> EncodedExample:
+        """Return the order of tags for an epoch, counted from 0; after the last order, the first follows again."""
         return (self, *self.permutations)[epoch % (1 + len(self.permutations))]
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of an adapted model, quantized weights counted at their unpacked size."""
+    """Number of parameters of an adapted model; each value of a packed quantized weight counts."""
 
     trainable: int
     total: int
@@ -63,7 +64,7 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What the train chapter did; losses are the mean over label tokens since the log before."""
+    """Outcome of the training; losses are means over the label tokens since the previous log line."""
 
     steps: int
     first_loss: float
@@ -73,30 +74,31 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class TaggedText:
-    """The answer for one text."""
+    """The tags of one text, and the answer that they were read from."""
 
     text: str
     prompt: str
     raw: str
-    """The list as it was written, with what the threshold leaves out, and with a tag that was not whole by its end.
+    """The generated list, with tags below the threshold and an incomplete last tag included.
 
-    Of `likely` the likeliest list, as far as it was followed.
+    With marginal decoding, the most probable list as far as it was expanded.
     """
     tags: tuple[str, ...]
     well_formed: bool
-    """Whether the list came to its end."""
+    """Whether the answer is a complete list."""
     confidences: tuple[float, ...] = field(compare=False)
-    """For each tag the probability that it is written, as the model gives it; of `likely` see marginals.likely_tags."""
+    """The model's probability of each tag: of generating it at its position, or its marginal probability, as computed
+    by `marginals.tag_marginals`."""
 
     def __str__(self) -> str:
-        """Return the line that is shown: the prompt, the tags, and the raw answer if it is not a complete list."""
+        """Return one line: the prompt, the tags, and the raw answer if it is not a complete list."""
         malformed = "" if self.well_formed else f"   (not a complete list: {self.raw!r})"
         return f"{self.prompt} {list(self.tags)}{malformed}"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Quality on `n` held-out examples, each figure between 0 and 1 (see evaluate.score)."""
+    """Quality on `n` held-out examples; each figure is between 0 and 1. `metrics.scores` computes them."""
 
     n: int
     precision: float
@@ -109,7 +111,7 @@ class Scores:
     exact_match: float
     well_formed: float
     intervals: dict[str, list[float]]
-    """For each figure its 95% bootstrap interval: lower and upper end."""
+    """95% bootstrap interval of each figure: lower and upper end."""
 
     def __str__(self) -> str:
         low, high = self.intervals["f1"]
@@ -122,13 +124,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class TagScores:
-    """A line of tags.jsonl: how well one tag is found."""
+    """A line of tags.jsonl: the quality of one tag."""
 
     tag: str
     gold: int
-    """Examples that have it."""
+    """Number of examples that have the tag."""
     predicted: int
-    """Examples that were given it."""
+    """Number of examples for which the model predicted the tag."""
     precision: float
     recall: float
     f1: float
@@ -137,7 +139,7 @@ class TagScores:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A line of predictions.jsonl: a held-out text, its tags, those the model gave, and what it wrote."""
+    """A line of predictions.jsonl: a held-out text, its tags, the predicted tags, and the raw answer."""
 
     text: str
     gold: tuple[str, ...]
@@ -147,7 +149,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says of an adapter, with the numbers that it says it by."""
+    """Decision of the quality gate on an adapter, with the numbers that it is based on."""
 
     gate: str
     verdict: Literal["pass", "fail", "insufficient evidence"]
@@ -156,32 +158,34 @@ class Verdict:
     min_f1: float
     tolerance: float
     parent: str | None = None
-    """The commit at the head of the repo's branch then: what was compared with, and what a promotion stands on."""
+    """Commit at the head of the repo's branch: the adapter compared with, and the parent commit of a promotion."""
     published_f1: float | None = None
     difference: float | None = None
-    """The adapter's micro-F1 less that of the published one, with its 95% interval by a paired bootstrap."""
+    """Micro-F1 of the adapter minus that of the published one."""
     interval: list[float] | None = None
+    """95% interval of `difference` by a paired bootstrap: lower and upper end."""
 
     @property
     def passed(self) -> bool:
+        """Whether the adapter may be published."""
         return self.verdict == "pass"
 
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """Who a token is on the Hub, and what it may do."""
+    """Owner and permissions of a token on the Hub."""
 
     user: str
     organizations: tuple[str, ...]
     role: str
     """`read`, `write` or `fineGrained`."""
     writable: frozenset[str]
-    """Namespaces and repos that a fine-grained token may write to."""
+    """Namespaces and repos that a fine-grained token can write to."""
 
 
 @dataclass(frozen=True)
 class HubRevision:
-    """What a name on the Hub stands for now."""
+    """The commit that a revision of a repo resolves to, and the licence of the repo."""
 
     commit: str
     licence: str | None
@@ -189,7 +193,7 @@ class HubRevision:
 
 @dataclass(frozen=True)
 class Published:
-    """Where an adapter was published."""
+    """Location of a published adapter."""
 
     repo: str
     revision: str
@@ -199,11 +203,11 @@ class Published:
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended."""
+    """Outcome of a run."""
 
     folder: Path
     adapter: str
-    """Where the adapter is: the URL of its commit, or its folder."""
+    """URL of the adapter's commit, or its folder."""
     pushed: bool
 
     def __str__(self) -> str:

@@ -97,6 +97,6 @@ def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_said_to_be(tmp_path: Path) -> None:
     need = MemoryEstimate(parameters=0, weights=0, adapters=0, activations=0, logits=0, disk=2.0**60)
     [problem] = disk_problems(need, tmp_path / "runs" / "one")
-    assert "GiB free; make room, or set TAGGER_RUN_DIR" in problem
+    assert "GiB free; free some space, or set TAGGER_RUN_DIR" in problem
     assert disk_problems(dataclasses.replace(need, disk=1.0), tmp_path) == []
     assert memory_problems(need, CPU) == []

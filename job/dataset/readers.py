@@ -1,4 +1,4 @@
-"""Read the rows of a data set: JSON lines, CSV, Parquet, or the Hub."""
+"""Read the rows of a data set from JSON lines, CSV, Parquet, or the Hub."""
 
 from __future__ import annotations
 
@@ -6,34 +6,23 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from job.errors import InvalidInputError
 from job.hub import client as hub
 from job.settings import Data
 from job.system.paths import DATA_SUFFIXES, is_local, local_path
 
-if TYPE_CHECKING:
-    pass
-
 
 def read_rows(settings: Data) -> Iterator[dict[str, Any]]:
-    """The data set's rows. Columns are checked before the first one is handed out."""
-    if not is_local(settings.dataset, DATA_SUFFIXES):
-        rows = _hub_rows(settings)
+    """Read all rows of the data set, as dicts from column to value.
+
+    Raises InvalidInputError when the data set cannot be read, or lacks the column of texts or of tags.
+    """
+    if is_local(settings.dataset, DATA_SUFFIXES):
+        rows = _file_rows(local_path(settings.dataset, "TAGGER_DATA_DATASET"))
     else:
-        path = local_path(settings.dataset, "TAGGER_DATA_DATASET")
-        readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-        if path.suffix.lower() not in readers or not path.is_file():
-            raise InvalidInputError(f"{path} is not a data file; expected one that ends in {', '.join(DATA_SUFFIXES)}")
-        try:
-            rows = readers[path.suffix.lower()](path)
-        except UnicodeDecodeError as error:
-            raise InvalidInputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-        except OSError as error:
-            raise InvalidInputError(
-                f"{path} cannot be read: {error.strerror or error}; expected a readable file"
-            ) from error
+        rows = _hub_rows(settings)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     for variable, column in (("TEXT", settings.text_column), ("TAGS", settings.tags_column)):
         if rows and column not in columns:
@@ -42,6 +31,20 @@ def read_rows(settings: Data) -> Iterator[dict[str, Any]]:
                 f"Set TAGGER_DATA_{variable}_COLUMN"
             )
     return iter(rows)
+
+
+def _file_rows(path: Path) -> list[dict[str, Any]]:
+    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    if path.suffix.lower() not in readers or not path.is_file():
+        raise InvalidInputError(f"{path} is not a data file; expected one that ends in {', '.join(DATA_SUFFIXES)}")
+    try:
+        return readers[path.suffix.lower()](path)
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise InvalidInputError(
+            f"{path} cannot be read: {error.strerror or error}; expected a readable file"
+        ) from error
 
 
 def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
@@ -54,7 +57,7 @@ def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise InvalidInputError(
-                    f"{path} line {number} is not JSON ({error}); expected one object a line. Repair or remove the line"
+                    f"{path} line {number} is not JSON ({error}); expected one object per line. Fix or remove the line"
                 ) from error
             if not isinstance(row, dict):
                 raise InvalidInputError(
@@ -66,23 +69,23 @@ def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    csv.field_size_limit(2**31 - 1)  # a long text is no mistake
+    csv.field_size_limit(2**31 - 1)  # the default limit of 128 KiB refuses long texts
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, strict=True)
         try:
             columns = next(reader, [])
             if len(set(columns)) < len(columns):
-                raise InvalidInputError(f"{path} names a column twice: {', '.join(columns)}; give each its own name")
+                raise InvalidInputError(f"{path} has two columns of the same name: {', '.join(columns)}; rename one")
             rows = []
             for row in reader:
                 if row and len(row) != len(columns):
                     raise InvalidInputError(
-                        f"{path} line {reader.line_num} has {len(row)} fields and the first line {len(columns)}; "
-                        "put quotes around a field that holds a comma"
+                        f"{path} line {reader.line_num} has {len(row)} fields and the first line has {len(columns)}; "
+                        "put quotes around a field that contains a comma"
                     )
                 rows += [dict(zip(columns, row, strict=True))] if row else []
         except csv.Error as error:
-            raise InvalidInputError(f"{path} line {reader.line_num} is not CSV ({error}); repair the line") from error
+            raise InvalidInputError(f"{path} line {reader.line_num} is not CSV ({error}); fix the line") from error
     return rows
 
 
@@ -93,7 +96,7 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:
-        raise InvalidInputError(f"{path} is not Parquet ({error}); write it again") from error
+        raise InvalidInputError(f"{path} is not a Parquet file ({error}); write the file again") from error
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Tags: parse a cell, normalise for comparison, drop rare ones."""
+"""Parse tags, normalise them for comparison, and drop rare ones."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from job.errors import InvalidInputError
 from job.types import Example
 
-if TYPE_CHECKING:
-    pass
-
 
 def normalise_tag(tag: str) -> str:
-    """The form in which tags are compared: lower case, white space and hyphens alike as one hyphen."""
+    """Return the form in which tags are compared.
+
+    It is in lower case, and each run of white space, hyphens and underscores is one hyphen.
+    """
     return "-".join(tag.casefold().replace("-", " ").replace("_", " ").split()) or tag.strip()
 
 
 def parse_tags_value(value: object) -> tuple[str, ...]:
-    """The tags in a column's value, in order, each once.
+    """Return the tags in the value of a column, in order and without repetitions.
 
-    Takes a list, a Python or JSON list in a string, or comma-separated words; anything else has no tags.
+    The value may be a list, a string with a Python or JSON list, or a string of comma-separated tags. Any
+    other value has no tags.
     """
     if isinstance(value, str):
         value = parse_list(value) or value.strip().removeprefix("[").removesuffix("]").split(",")
@@ -36,10 +37,10 @@ def parse_tags_value(value: object) -> tuple[str, ...]:
 
 
 def parse_list(text: str) -> list[Any] | None:
-    """The list that a text is, in Python's or JSON's notation; None when it is none."""
+    """Parse a list in Python or JSON notation; return None for any other text."""
     for parse in (json.loads, ast.literal_eval):
         try:
-            with warnings.catch_warnings(action="ignore"):  # a stray backslash
+            with warnings.catch_warnings(action="ignore"):  # for a stray backslash
                 value = parse(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
@@ -48,22 +49,22 @@ def parse_list(text: str) -> list[Any] | None:
     return None
 
 
-def drop_rare_tags(examples: Sequence[Example], least: int) -> list[Example]:
-    """The examples without the tags that fewer than `least` of them have, where that leaves a tag.
+def drop_rare_tags(examples: Sequence[Example], min_count: int) -> list[Example]:
+    """Drop tags that occur in fewer than `min_count` examples; an example keeps its tags if none would be left.
 
-    Spellings that are compared as one tag count as one. Raises InvalidInputError when all tags are rare.
+    Spellings with the same normalised form count as one tag. Raises InvalidInputError when all tags are rare.
     """
     counts = Counter(tag for example in examples for tag in set(map(normalise_tag, example.tags)))
-    most = max(counts.values(), default=0)
-    if most < least:
+    highest = max(counts.values(), default=0)
+    if highest < min_count:
         raise InvalidInputError(
-            f"TAGGER_DATA_MIN_TAG_COUNT={least} makes every tag rare: the most frequent one is on {most} of "
+            f"TAGGER_DATA_MIN_TAG_COUNT={min_count} makes every tag rare: the most frequent one is on {highest} of "
             f"{len(examples)} training examples; lower it"
         )
-    return drop_tags(examples, lambda tag: counts[normalise_tag(tag)] < least)
+    return drop_tags(examples, lambda tag: counts[normalise_tag(tag)] < min_count)
 
 
 def drop_tags(examples: Sequence[Example], unwanted: Callable[[str], bool]) -> list[Example]:
-    """The examples without such tags; one that has no others keeps them."""
-    left = [tuple(tag for tag in example.tags if not unwanted(tag)) for example in examples]
-    return [replace(example, tags=tags or example.tags) for example, tags in zip(examples, left, strict=True)]
+    """Drop the tags for which `unwanted` is true; an example keeps its tags if none would be left."""
+    kept = [tuple(tag for tag in example.tags if not unwanted(tag)) for example in examples]
+    return [replace(example, tags=tags or example.tags) for example, tags in zip(examples, kept, strict=True)]

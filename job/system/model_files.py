@@ -180,11 +180,11 @@ def check_gguf(path: Path) -> None:
 
     try:
         fields = GGUFReader(path).fields
-        prefix = "tokenizer.ggml."
-        found = {name.removeprefix(prefix): fields[name].contents() for name in fields if name.startswith(prefix)}
+        names = {name: f"tokenizer.ggml.{name}" for name in _GGUFTokenizer.model_fields}
+        metadata = {name: fields[key].contents() for name, key in names.items() if key in fields}
     except (LookupError, OverflowError) as error:  # the reader does not check that the file is long enough
         raise ValueError(f"the file is damaged or incomplete ({error})") from error
-    tokenizer = _validate(path.name, _GGUFTokenizer, found)
+    tokenizer = _validate(path.name, _GGUFTokenizer, metadata)
     for name in ("bos_token_id", "eos_token_id", "unknown_token_id"):
         number = getattr(tokenizer, name)
         if number is not None and not 0 <= number < len(tokenizer.tokens):
