@@ -87,8 +87,7 @@ class TaggedText:
     well_formed: bool
     """Whether the answer is a complete list."""
     confidences: tuple[float, ...] = field(compare=False)
-    """The model's probability of each tag: of generating it at its position, or its marginal probability, as computed
-    by `marginals.tag_marginals`."""
+    """Probability of each tag: at its position in the list, or with marginal decoding anywhere in the list."""
 
     def __str__(self) -> str:
         """Return one line: the prompt, the tags, and the raw answer if it is not a complete list."""

@@ -1,4 +1,4 @@
-"""Tiny models of the real architectures, and an environment without anyone's settings."""
+"""Tiny models of the real architectures, and an environment without settings, logins or the real Hub."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import hub
 
-# before huggingface_hub is imported, for it reads these then: the Hub is ours, the cache empty, no login is read
+# huggingface_hub reads these variables when it is imported: a loopback server, an empty cache, and no login
 SERVER = hub.Server()
 HF_HOME = tempfile.mkdtemp(prefix="tagger-tests-")
 atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
@@ -20,6 +21,8 @@ os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", TQDM_DIS
 for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(name, None)
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,7 +34,7 @@ from job.system.device import ComputeSpec
 
 SAYINGS = Path(__file__).parents[1] / "job" / "dataset" / "sayings.jsonl"
 CPU = ComputeSpec(torch.device("cpu"), "fp32")
-torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings, above all on a busy machine
+torch.set_num_threads(1)  # with tiny models, a second thread costs more time than it saves
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +67,7 @@ def _tokenizer(splits: list[pre_tokenizers.PreTokenizer], texts: list[str], **sp
 
 @pytest.fixture(scope="session")
 def bloom_tokenizer(rows: list[dict[str, object]]) -> PreTrainedTokenizerFast:
-    """Few tokens, but split by BLOOM's own rule: the real one's vocabulary is not on this machine."""
+    """Return a small tokenizer with the splitting rule of BLOOM, whose own vocabulary would have to be downloaded."""
     rule = pre_tokenizers.Split(Regex(r" ?[^(\s|[.,!?…。，、।۔،])]+"), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     texts = [f"{row['quote']} ->: {row['tags']}" for row in rows]
@@ -75,7 +78,7 @@ def bloom_tokenizer(rows: list[dict[str, object]]) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def llama_tokenizer(rows: list[dict[str, object]]) -> PreTrainedTokenizerFast:
-    """Split as SmolLM2's: digits apart, then GPT-2's rule. It has no pad token."""
+    """Return a small tokenizer with the splitting rule of SmolLM2 (single digits, then GPT-2's) and no pad token."""
     return make_llama_tokenizer(rows)
 
 
@@ -121,23 +124,82 @@ def make_llama(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+@pytest.fixture(scope="session")
+def gguf_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(path)
+    return path
+
+
+def write_gguf(path: Path, *, metadata: dict[str, Any] | None = None, drop: str | None = None) -> None:
+    """Write a Llama of one layer with byte-level BPE; row i of its embedding holds the number i.
+
+    `metadata` overrides fields, and `drop` names a field or tensor to leave out.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, "ab", "<|end|>"]
+    fields: dict[str, Any] = {
+        "llama.block_count": 1,
+        "llama.context_length": 128,
+        "llama.embedding_length": 64,
+        "llama.feed_forward_length": 96,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.vocab_size": len(tokens),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * (len(tokens) - 1) + [3],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.eos_token_id": len(tokens) - 1,
+        **(metadata or {}),
+    }
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in fields.items():
+        if name == drop:
+            continue
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        else:
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(name, value)
+    shapes = {
+        **{f"blk.0.{name}.weight": (64,) for name in ("attn_norm", "ffn_norm")},
+        **{f"blk.0.{name}.weight": (64, 64) for name in ("attn_q", "attn_output")},
+        **{f"blk.0.{name}.weight": (32, 64) for name in ("attn_k", "attn_v")},
+        **{f"blk.0.{name}.weight": (96, 64) for name in ("ffn_gate", "ffn_up")},
+        "blk.0.ffn_down.weight": (64, 96),
+        "output_norm.weight": (64,),
+    }
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    tensors["token_embd.weight"] = np.repeat(np.arange(len(tokens), dtype=np.float32)[:, None], 64, axis=1)
+    for name, tensor in tensors.items():
+        if name != drop:
+            writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 @pytest.fixture
 def settings(llama: Path, tmp_path: Path) -> Settings:
-    """A run that takes a second: the tiny Llama on 60 sayings."""
+    """Return the settings of a run that takes a second: the tiny Llama on 60 sayings."""
     return make_settings(llama, tmp_path)
 
 
 def make_settings(model: Path, tmp_path: Path, **groups: dict[str, object]) -> Settings:
-    wanted: dict[str, dict[str, object]] = {
+    values: dict[str, dict[str, object]] = {
         "base": {"model": str(model), "quantize": "none"},
         "data": {"dataset": str(SAYINGS), "limit": 60, "eval_size": 10, "max_length": 128},
         "train": {"max_steps": 4, "warmup_steps": 1, "logging_steps": 1, "save_steps": 2},
         "sample": {"prompts": ("a song about rain",), "max_new_tokens": 12},
         "run": {"dir": tmp_path / "runs", "device": "cpu"},
     }
-    for group, knobs in groups.items():
-        wanted[group] = {**wanted.get(group, {}), **knobs}
-    return Settings.model_validate(wanted)
+    for group, overrides in groups.items():
+        values[group] = {**values.get(group, {}), **overrides}
+    return Settings.model_validate(values)
 
 
 @pytest.fixture

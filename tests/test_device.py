@@ -119,7 +119,7 @@ def test_auto_trains_only_small_models_on_a_cpu(
     assert bool(problems) == refused
     if refused:
         assert problems[0].startswith("a/base has 559 million parameters, TAGGER_RUN_DEVICE=auto trains at most 250 ")
-        assert problems[0].endswith("set TAGGER_RUN_DEVICE=cpu to train on the CPU anyway")
+        assert problems[0].endswith("set TAGGER_RUN_DEVICE=cpu to train on the CPU all the same")
     assert cpu_problems(need, settings, ComputeSpec(torch.device("cuda"), "bf16")) == []
 
 

@@ -1,4 +1,4 @@
-"""The estimate of memory and disk follows from the shapes."""
+"""Memory and disk are estimated from the shapes of the model and of the largest micro-batch."""
 
 from __future__ import annotations
 
@@ -24,30 +24,31 @@ LONGEST = [EncodedExample([7] * 40, [-100] * 30 + [7] * 10), EncodedExample([7] 
 
 @pytest.mark.parametrize("quantize", ["int8", "none"])
 @pytest.mark.parametrize("architecture", ["bloom", "llama"])
-def test_weights_and_adapters_are_what_a_loaded_model_holds(
+def test_weights_and_adapters_match_a_loaded_model(
     request: pytest.FixtureRequest, tmp_path: Path, architecture: str, quantize: str
 ) -> None:
     settings = make_settings(request.getfixturevalue(architecture), tmp_path, base={"quantize": quantize})
     model = load_model(settings.base, CPU)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     adapted = add_adapters(model, Lora(), seed=1)
     trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     need = estimate(settings, CPU, LONGEST)
-    assert need.weights == held
+    assert need.weights == weight_bytes
     assert need.parameters == parameters
     assert need.adapters == 16 * trainable
     averaged = estimate(make_settings(settings.base.model, tmp_path, train={"weight_averaging": 0.5}), CPU, LONGEST)
     assert averaged.adapters - need.adapters == 4 * trainable
-    assert averaged.disk - need.disk == 8 * trainable, "a mean in each of two checkpoints"
+    assert averaged.disk - need.disk == 8 * trainable, "averaged weights in each of two checkpoints"
 
 
-def test_logits_count_only_the_labelled_positions_and_recomputation_saves_activations(
-    llama: Path, tmp_path: Path
-) -> None:
+def test_logits_are_estimated_for_labelled_positions_only(llama: Path, tmp_path: Path) -> None:
+    assert estimate(make_settings(llama, tmp_path), CPU, LONGEST).logits == 8 * 15 * 600
+
+
+def test_gradient_checkpointing_reduces_activations_alone(llama: Path, tmp_path: Path) -> None:
     off = estimate(make_settings(llama, tmp_path, train={"gradient_checkpointing": "off"}), CPU, LONGEST)
     on = estimate(make_settings(llama, tmp_path, train={"gradient_checkpointing": "on"}), CPU, LONGEST)
-    assert off.logits == 8 * 15 * 600
     assert on.activations < off.activations
     assert dataclasses.replace(on, activations=0) == dataclasses.replace(off, activations=0)
 
@@ -83,7 +84,7 @@ def test_micro_batches_fit_and_activations_are_recomputed_only_if_the_longest_ex
     assert dataclasses.astuple(plan_batches(config, LONGEST, settings, machine, max_tokens=256)) == expected
 
 
-def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
+def test_free_memory_respects_the_control_group(tmp_path: Path) -> None:
     assert 0 < CPU.free_memory() <= psutil.virtual_memory().total
     assert _cgroup_memory_left(tmp_path) == math.inf
     (tmp_path / "memory.max").write_text("max\n")
@@ -94,7 +95,7 @@ def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
     assert _cgroup_memory_left(tmp_path) == 600
 
 
-def test_a_disk_that_is_too_small_is_said_to_be(tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_is_reported(tmp_path: Path) -> None:
     need = MemoryEstimate(parameters=0, weights=0, adapters=0, activations=0, logits=0, disk=2.0**60)
     [problem] = disk_problems(need, tmp_path / "runs" / "one")
     assert "GiB free; free some space, or set TAGGER_RUN_DIR" in problem

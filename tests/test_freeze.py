@@ -1,4 +1,4 @@
-"""Freezing leaves nothing trainable, the small parameters in fp32, and the head where it was."""
+"""Freezing leaves nothing trainable, converts 1-D parameters to fp32, and changes no names."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from job.settings import Base
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "llama"])
-def test_everything_is_frozen_and_only_1d_parameters_become_fp32(
-    request: pytest.FixtureRequest, architecture: str
-) -> None:
+def test_all_parameters_are_frozen_and_the_1d_ones_fp32(request: pytest.FixtureRequest, architecture: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(architecture), dtype=torch.bfloat16)
     names = [name for name, _ in model.named_parameters()]
     modules = [name for name, _ in model.named_modules()]
@@ -36,7 +34,7 @@ def test_int8_weights_stay_int8(bloom: Path) -> None:
     assert model.transformer.h[0].mlp.dense_h_to_4h.bias.dtype == torch.float32
 
 
-def test_logits_leave_in_fp32(llama: Path) -> None:
+def test_logits_are_fp32(llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
     freeze(model)
     with torch.autocast("cpu", torch.bfloat16):

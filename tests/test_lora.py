@@ -1,4 +1,4 @@
-"""Only adapters train, in fp32, on the right modules, and exactly as many as the recipe says."""
+"""Only adapters are trainable, in fp32 and on the right modules, and a saved adapter can be loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 from job.errors import InvalidInputError
 from job.freeze import freeze
-from job.lora import add_adapters, count_parameters, save_adapter
+from job.lora import add_adapters, count_parameters, digest, save_adapter
 from job.quantize import load_model, load_tokenizer
 from job.settings import Base, Lora
 
@@ -25,7 +25,7 @@ def base(folder: Path, quantize: str = "none") -> PreTrainedModel:
     return model
 
 
-def test_bloomz_560m_has_the_recipe_s_number_of_parameters() -> None:
+def test_bloomz_560m_has_the_number_of_parameters_of_the_recipe() -> None:
     # bigscience/bloomz-560m's config.json; on the meta device the real shape takes no memory
     config = BloomConfig(vocab_size=250_880, hidden_size=1024, n_layer=24, n_head=16)
     with torch.device("meta"):
@@ -37,7 +37,7 @@ def test_bloomz_560m_has_the_recipe_s_number_of_parameters() -> None:
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4", "none"])
-def test_only_adapters_train_and_they_are_fp32(bloom: Path, quantize: str) -> None:
+def test_only_adapters_are_trainable_and_they_are_fp32(bloom: Path, quantize: str) -> None:
     model = add_adapters(base(bloom, quantize), Lora(), seed=42)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trainable
@@ -55,7 +55,7 @@ def test_only_adapters_train_and_they_are_fp32(bloom: Path, quantize: str) -> No
         ("bloom", ("all-linear",), {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
     ],
 )
-def test_the_adapters_are_on_the_target_modules_and_never_on_the_head(
+def test_adapters_are_on_the_target_modules_only(
     request: pytest.FixtureRequest, architecture: str, targets: tuple[str, ...] | None, adapted: set[str]
 ) -> None:
     model = add_adapters(base(request.getfixturevalue(architecture)), Lora(targets=targets), seed=42)
@@ -63,21 +63,21 @@ def test_the_adapters_are_on_the_target_modules_and_never_on_the_head(
     assert names == adapted
 
 
-def test_unknown_targets_are_refused_with_those_there_are(llama: Path) -> None:
+def test_unknown_targets_are_refused_and_the_known_ones_named(llama: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"no module named query_key_value; it has .*q_proj.*v_proj"):
         add_adapters(base(llama), Lora(targets=("query_key_value",)), seed=42)
 
 
-def test_the_seed_decides_the_adapters(llama: Path) -> None:
-    def first(seed: int) -> torch.Tensor:
+def test_the_seed_determines_the_initial_adapters(llama: Path) -> None:
+    def initial_weight(seed: int) -> torch.Tensor:
         model = add_adapters(base(llama), Lora(), seed=seed)
         return next(p for name, p in model.named_parameters() if "lora_A" in name)
 
-    assert torch.equal(first(1), first(1))
-    assert not torch.equal(first(1), first(2))
+    assert torch.equal(initial_weight(1), initial_weight(1))
+    assert not torch.equal(initial_weight(1), initial_weight(2))
 
 
-def test_a_folder_of_the_hub_s_cache_is_named_as_the_hub_names_it(llama: Path, tmp_path: Path) -> None:
+def test_a_base_model_from_the_hub_cache_is_saved_with_its_hub_name(llama: Path, tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = tmp_path / "hub" / "models--tiny--llama" / "snapshots" / commit
     shutil.copytree(llama, snapshot)
@@ -87,16 +87,42 @@ def test_a_folder_of_the_hub_s_cache_is_named_as_the_hub_names_it(llama: Path, t
     assert (config["base_model_name_or_path"], config["revision"]) == ("tiny/llama", commit)
 
 
-def test_what_is_saved_loads_anew_and_names_the_base_as_the_settings_do(llama: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_saved_with_its_tokenizer_and_base_model(llama: Path, tmp_path: Path) -> None:
+    model, tokenizer = add_adapters(base(llama), Lora(), seed=42), load_tokenizer(Base(model=str(llama)))
+    save_adapter(model, tokenizer, tmp_path / "adapter", Base(model="owner/name", revision="abc"))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "abc")
+    assert (tmp_path / "adapter" / "tokenizer.json").is_file()
+
+
+def test_the_digest_depends_on_the_adapters_alone(llama: Path) -> None:
+    model = add_adapters(base(llama), Lora(), seed=42)
+    before = digest(model)
+    assert digest(add_adapters(base(llama), Lora(), seed=42)) == before
+    frozen, trainable = (
+        next(parameter for parameter in model.parameters() if parameter.requires_grad == trained)
+        for trained in (False, True)
+    )
+    frozen.data += 1
+    assert digest(model) == before
+    trainable.data += 1
+    assert digest(model) != before
+
+
+def test_an_architecture_without_default_targets_needs_the_setting(llama: Path) -> None:
+    model = base(llama)
+    model.config.model_type = "unknown"
+    with pytest.raises(InvalidInputError, match=r"no default LoRA targets for .*'unknown'; set TAGGER_LORA_TARGETS to"):
+        add_adapters(model, Lora(), seed=42)
+
+
+def test_a_reloaded_adapter_gives_the_same_logits(llama: Path, tmp_path: Path) -> None:
     model = add_adapters(base(llama), Lora(), seed=42)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data)
-    settings = Base(model="owner/name", revision="abc")
-    save_adapter(model, load_tokenizer(Base(model=str(llama))), tmp_path / "adapter", settings)
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "abc")
-    assert (tmp_path / "adapter" / "tokenizer.json").is_file()
-    again = peft.PeftModel.from_pretrained(base(llama), str(tmp_path / "adapter"))
+    settings = Base(model=str(llama))
+    save_adapter(model, load_tokenizer(settings), tmp_path / "adapter", settings)
+    reloaded = peft.PeftModel.from_pretrained(base(llama), str(tmp_path / "adapter"))
     ids = torch.tensor([[5, 6, 7, 8]])
-    assert torch.equal(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    assert torch.equal(reloaded.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
