@@ -116,7 +116,7 @@ class Scores:
         low, high = self.intervals["f1"]
         return (
             f"micro-F1 {self.f1:.3f} ({low:.3f} to {high:.3f}; precision {self.precision:.3f}, recall "
-            f"{self.recall:.3f}), macro-F1 {self.macro_f1:.3f}, Jaccard {self.jaccard:.3f}, parsed "
+            f"{self.recall:.3f}), macro-F1 {self.macro_f1:.3f}, Jaccard {self.jaccard:.3f}, well-formed "
             f"{self.well_formed:.0%} of {self.n}"
         )
 

@@ -54,7 +54,7 @@ def test_gradient_checkpointing_reduces_activations_alone(llama: Path, tmp_path:
 
 
 class Small(ComputeSpec):
-    """A CPU with so many bytes free."""
+    """A CPU with `free` bytes of free memory."""
 
     free = 0.0
 
@@ -74,7 +74,7 @@ class Small(ComputeSpec):
         (0, "auto", None, (1, True)),
     ],
 )
-def test_micro_batches_fit_and_activations_are_recomputed_only_if_the_longest_example_does_not(
+def test_micro_batches_fit_into_free_memory(
     llama: Path, free: float, checkpointing: str, micro_batch_tokens: int | None, expected: tuple[int, bool]
 ) -> None:
     machine = Small(torch.device("cpu"), "fp32")
