@@ -2,7 +2,7 @@
 
 For a file that is valid JSON or GGUF but not what it expects, transformers 5.23 raises KeyError, TypeError,
 AttributeError or a bare Exception. To catch those would blame the user's files for defects of this job, so the
-checks here raise ValueError first. They refuse only what transformers cannot read either.
+checks here raise ValueError first. They cover the values that made transformers fail in that way, and no others.
 """
 
 from __future__ import annotations
