@@ -1,1 +1,1 @@
-"""How fast the adapters are trained, beside what else could train them. No part of the job, and not installed."""
+"""Measurements of speed, memory and quality. They are not part of the installed package."""

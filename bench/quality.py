@@ -340,7 +340,7 @@ def _trained(
     run = RunFolder(folder, {})
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     encoded = tokenization.encode(tokenizer, train, settings)
-    trained = train_adapters(new, encoded, settings.train, tokenizer=tokenizer, machine=compute, run=run)
+    trained = train_adapters(new, encoded, settings.train, tokenizer=tokenizer, compute=compute, run=run)
     with run.folder("adapter") as into:
         save_adapter(new, tokenizer, into, settings.base)
     run.write("trained.json", json.dumps({"seconds": trained.seconds, "losses": trained.last_loss}))

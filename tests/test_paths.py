@@ -41,7 +41,10 @@ def test_a_package_file_is_found() -> None:
             "TAGGER_DATA_DATASET=./absent.csv does not exist; expected a local file or folder",
         ),
         ("~nobody_here/x.csv", "does not exist"),
-        ("package:absent/x.csv", "the Python package 'absent' is not installed; install it, or name another file"),
+        (
+            "package:absent/x.csv",
+            "the Python package 'absent' is not installed; install it, or set TAGGER_DATA_DATASET to another file or a Hub id",
+        ),
         ("package:job/x.csv", "the Python package 'job' has no file 'x.csv'"),
     ],
 )
