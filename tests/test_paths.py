@@ -43,7 +43,7 @@ def test_a_package_file_is_found() -> None:
         ("~nobody_here/x.csv", "does not exist"),
         (
             "package:absent/x.csv",
-            "the Python package 'absent' is not installed; install it, or set TAGGER_DATA_DATASET to another file or a Hub id",
+            "the Python package 'absent' is not installed; install it, or set TAGGER_DATA_DATASET to another file",
         ),
         ("package:job/x.csv", "the Python package 'job' has no file 'x.csv'"),
     ],
