@@ -179,7 +179,9 @@ def test_a_run_on_the_hub_pins_revisions_and_publishes(
     downloaded = max(i for i, request in enumerate(requests) if "/tiny/llama/resolve/" in request)
     first_of_push = next(i for i, request in enumerate(requests) if f"GET /api/models/{REPO}/commits/main" in request)
     assert requests[downloaded + 1 : first_of_push] == [], "no request between check and push"
-    assert f"GET /{REPO}/resolve/{head.oid}/adapter_model.safetensors" in requests[first_of_push:]
+    # HEAD alone if another test has downloaded the same weights: blobs are cached by their content
+    loaded_back = f"/{REPO}/resolve/{head.oid}/adapter_model.safetensors"
+    assert any(request.endswith(loaded_back) for request in requests[first_of_push:])
     for file in run.rglob("*"):
         assert not file.is_file() or WRITE_TOKEN.encode() not in file.read_bytes(), file
 
