@@ -39,7 +39,7 @@ hadolint: install  ## check the Dockerfile with hadolint and ShellCheck
 workflows-check: install  ## check the files for CI: their schemas, and zizmor for security
 	$(SCHEMA) --builtin-schema vendor.github-workflows .github/workflows/ci.yml .github/workflows/retrain.yml
 	$(SCHEMA) --builtin-schema vendor.gitlab-ci --data-transform gitlab-ci deploy/gitlab-ci.yml
-	$(SCHEMA) --check-metaschema job/runs/report.schema.json
+	$(SCHEMA) --check-metaschema job/runs/report.schema.json job/runs/check.schema.json
 	$(SCHEMA) --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(TOOL) zizmor==1.32.0 zizmor --offline --no-progress .github
 

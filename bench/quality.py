@@ -22,9 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from bench.bases import SMOLLM2, model_setting
 from job import data
-from job.dataset import near_duplicates, tokenization
+from job.dataset import tokenization
+from job.dataset.near_duplicates import near_duplicates
 from job.dataset.split import split, split_calibration
 from job.dataset.tags import drop_rare_tags, drop_tags, parse_list
 from job.settings import Data, Settings
@@ -200,14 +203,15 @@ def folds(dataset: str, fold: int | str) -> tuple[tuple[Example, ...], tuple[Exa
 def _second_test(dataset: str, examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Return training and test examples; no test example has a near-duplicate in another split or in training."""
     scored = {example.text for other in (TEST, *FOLDS) for example in folds(dataset, other)[1]}
-    groups = dict(
-        zip(examples, near_duplicates.near_duplicate_groups([example.text for example in examples]), strict=True)
-    )
-    known = {group for example, group in groups.items() if example.text in scored}
-    unseen = [example for example, group in groups.items() if group not in known]
+    texts = [example.text for example in examples]
+    is_scored = np.array([text in scored for text in texts])
+    known = is_scored | near_duplicates(texts, is_scored)
+    unseen = [example for example, is_known in zip(examples, known, strict=True) if not is_known]
     _, held_out = split(unseen, Data(eval_size=SECOND_SHARE, seed=TEST_SEED + 1))
-    held_out_groups = {groups[example] for example in held_out}
-    return tuple(example for example, group in groups.items() if group not in held_out_groups), tuple(held_out)
+    held_texts = {example.text for example in held_out}
+    is_held = np.array([text in held_texts for text in texts])
+    left_out = is_held | near_duplicates(texts, is_held)
+    return tuple(e for e, out in zip(examples, left_out, strict=True) if not out), tuple(held_out)
 
 
 def _settings(options: argparse.Namespace, variant: Variant) -> Settings:

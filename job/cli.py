@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import signal
 import sys
@@ -101,18 +102,19 @@ def _run(options: argparse.Namespace, settings: Settings) -> None:
 
 def _check(options: argparse.Namespace, settings: Settings) -> None:
     from job import preflight
+    from job.dataset.summary import describe, summarise
 
     checked = preflight.check(settings)
-    examples, run = checked.examples, checked.run
+    machine = preflight.check_machine(checked)
+    if options.json:
+        print(json.dumps(preflight.report_as_json(checked, machine), indent=2, ensure_ascii=False))
+        return
     print(f"base model: {checked.settings.base.model} at {checked.settings.base.revision or 'this machine'}")
-    calibration = f"{len(examples.calibration)} set aside for the threshold, " if examples.calibration else ""
-    print(
-        f"data: {len(examples.train)} examples to train on, {calibration}{len(examples.held_out)} held out, "
-        f"{examples.skipped} rows skipped, {examples.near_duplicates} near-duplicates of held-out examples left out"
-    )
-    print(f"run: {run.path}{', already complete' if run.complete else ''}")
+    for line in describe(summarise(checked.examples, checked.settings.data)):
+        print(line)
+    print(f"run: {checked.run.path}{', already complete' if checked.run.complete else ''}")
     print(f"push: {checked.repo or 'nothing will be pushed'}")
-    for line in preflight.check_machine(checked):
+    for line in machine.describe():
         print(line)
 
 
@@ -241,7 +243,8 @@ COMMANDS = {
         _check,
         "check settings, data, token, device, memory and disk, without training",
         "Make the checks that `run` makes before it trains, and nothing else; weights are not downloaded. Prints base "
-        "model, data, run, repo, device, longest example and memory, a line for each, or every problem at once.",
+        "model, data with tags and warnings, run, repo, device, longest example and memory, or every problem at once.",
+        arguments={"--json": {"action": "store_true", "help": "print everything as JSON (job/runs/check.schema.json)"}},
     ),
     "prefetch": Command(
         _prefetch,

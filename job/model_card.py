@@ -12,7 +12,7 @@ from job import quantize
 from job.dataset import prompts
 from job.runs.markup import Table, markdown_table
 from job.settings import Settings, to_env
-from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local
+from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local, is_on_hub
 from job.types import Scores
 
 
@@ -75,7 +75,7 @@ def _metadata(
         "tags": ["lora", "tagger", "text-classification"],
         **({"license": licence} if licence else {}),
         **({"base_model": hub_base} if hub_base else {}),
-        **({"datasets": [dataset]} if not is_local(dataset, DATA_SUFFIXES) else {}),
+        **({"datasets": [dataset]} if is_on_hub(dataset, DATA_SUFFIXES) else {}),
         "model-index": [model_index],
     }
 

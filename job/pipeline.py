@@ -81,6 +81,7 @@ def run_checked(checked: PreflightResult, on_saved: Callable[[RunFolder], None] 
 def fine_tune(checked: PreflightResult, compute: ComputeSpec) -> None:
     """Load, quantize, freeze, add adapters, train, evaluate, and save the adapter with its evaluation."""
     from job.data import inference_texts
+    from job.dataset.summary import describe, summarise
     from job.dataset.tags import drop_rare_tags
     from job.dataset.tokenization import encode
     from job.decoding.config import initial_config
@@ -91,13 +92,13 @@ def fine_tune(checked: PreflightResult, compute: ComputeSpec) -> None:
     from job.train import train
 
     settings, examples, run = checked.settings, checked.examples, checked.run
-    device, *_ = preflight.check_machine(checked)
-    log.info(device)
+    machine = preflight.check_machine(checked)
+    for line in (machine.describe()[0], *describe(summarise(examples, settings.data))):
+        log.info(line)
     with run.chapter("load"):
         tokenizer = load_tokenizer(settings.base)
         train_examples = drop_rare_tags(examples.train, settings.data.min_tag_count)
         encoded = encode(tokenizer, train_examples, settings)
-        log.info("data: %d examples to train on, %d held out", len(encoded), len(examples.held_out))
         log.info("quantize: %s as %s on %s", settings.base.model, settings.base.quantize, compute)
         base = load_model(settings.base, compute)
         freeze(base)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from job import data, gate, push, quantize, report
 from job.dataset import tokenization
+from job.dataset.prompts import target
 from job.dataset.split import split_calibration
+from job.dataset.summary import summarise
 from job.dataset.tags import drop_rare_tags
 from job.decoding import config as decoding
 from job.errors import GateRejected, InvalidInputError
@@ -18,9 +20,16 @@ from job.hub import client as hub
 from job.runs import run_folder
 from job.runs.run_folder import RunFolder
 from job.settings import Base, Data, Settings
-from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local
-from job.types import HubRevision, SplitData
+from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local, is_on_hub
+from job.types import Example, HubRevision, SplitData
 
+if TYPE_CHECKING:
+    from job.estimate import MemoryEstimate
+
+SPECIAL_TOKENS = 8
+"""Tokens kept free for those that a tokenizer adds by itself."""
+MOST_RISKY = 1000
+"""Examples that are tokenized at most to find one whose tags do not fit."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -72,7 +81,7 @@ def check(settings: Settings) -> PreflightResult:
     problems.collect(data.inference_texts, settings.sample)
     vocabulary = problems.collect(decoding.read_vocabulary_file, settings.sample)
     problems.collect(report.check_output, settings.sample.output, settings.sample.input, settings.data.dataset)
-    if not is_local(settings.data.dataset, DATA_SUFFIXES):
+    if is_on_hub(settings.data.dataset, DATA_SUFFIXES):
         problems.raise_if_any()  # before a data set is downloaded
 
     settings = settings.with_revisions(base=base.commit if base else None, data=dataset.commit if dataset else None)
@@ -103,7 +112,7 @@ def _check_base_model(settings: Base) -> HubRevision | None:
 
 def _resolve_dataset(settings: Data) -> HubRevision | None:
     """Return the commit of a data set on the Hub; None if it is local or the Hub is offline."""
-    if is_local(settings.dataset, DATA_SUFFIXES) or hub.is_offline():
+    if not is_on_hub(settings.dataset, DATA_SUFFIXES) or hub.is_offline():
         return None
     return access.resolve_revision("dataset", settings.dataset, settings.revision)
 
@@ -155,8 +164,28 @@ def same_inputs(checked: PreflightResult, revision: str | None) -> bool:
     )
 
 
-def check_machine(checked: PreflightResult) -> list[str]:
-    """Check device, precision, memory, disk and the longest training example; return a line to print for each.
+@dataclass(frozen=True)
+class MachineReport:
+    """What the checks of device, memory and the largest examples found."""
+
+    device: str
+    fallback: str | None
+    """Why `auto` chose the CPU; None if a GPU is used or the CPU was set."""
+    longest_example: int
+    """Tokens of the longest training example."""
+    memory: MemoryEstimate
+
+    def describe(self) -> list[str]:
+        """Return a line to print for each finding."""
+        return [
+            f"device: {self.device}{f', because {self.fallback}' if self.fallback else ''}",
+            f"longest example: {self.longest_example} tokens",
+            f"memory: at least {self.memory}",
+        ]
+
+
+def check_machine(checked: PreflightResult) -> MachineReport:
+    """Check device, precision, memory, disk and the largest training examples.
 
     Raises InvalidInputError with every problem found. Imports torch and transformers, and downloads config and
     tokenizer of the base model if they are not cached.
@@ -169,11 +198,10 @@ def check_machine(checked: PreflightResult) -> list[str]:
     tokenizer = quantize.load_tokenizer(settings.base)
     train_examples = drop_rare_tags(examples.train, settings.data.min_tag_count)
     # a micro-batch holds at least one example, so the longest one decides whether training fits
-    longest = sorted(train_examples, key=lambda e: len(e.text), reverse=True)[:1]
-    encoded = tokenization.encode(tokenizer, longest, settings)
-    for example in encoded:
-        assert example.labels[-1] == tokenizer.eos_token_id, "the last label must be the end of sequence"
-    memory = estimate.estimate(settings, compute, encoded)
+    encoded = tokenization.encode(tokenizer, _largest(train_examples, settings.data), settings)
+    longest = max(encoded, key=lambda example: len(example.input_ids))
+    assert longest.labels[-1] == tokenizer.eos_token_id, "the last label must be the end of sequence"
+    memory = estimate.estimate(settings, compute, [longest])
     problems = [
         *estimate.cpu_problems(memory, settings, compute),
         *estimate.memory_problems(memory, compute),
@@ -181,9 +209,37 @@ def check_machine(checked: PreflightResult) -> list[str]:
     ]
     if problems:
         raise InvalidInputError(*problems)
-    fallback = settings.run.device == "auto" and compute.device.type == "cpu"
-    return [
-        f"device: {compute}{f', because {gpu_unavailable_reason()}' if fallback else ''}",
-        f"longest example: {len(encoded[0].input_ids)} tokens",
-        f"memory: at least {memory}",
-    ]
+    fallback = gpu_unavailable_reason() if settings.run.device == "auto" and compute.device.type == "cpu" else None
+    return MachineReport(str(compute), fallback, len(longest.input_ids), memory)
+
+
+def _largest(examples: Sequence[Example], settings: Data) -> list[Example]:
+    """Return the examples with the longest text and the most tags, and those whose tags may not fit.
+
+    A token is at least one byte, so tags of fewer bytes than the limit has tokens always fit.
+    """
+    answers = {example: len(target(example.tags, settings.separator).encode()) for example in examples}
+    room = settings.max_length - len(settings.separator.encode()) - SPECIAL_TOKENS
+    risky = sorted((e for e in answers if answers[e] >= room), key=answers.__getitem__, reverse=True)
+    extremes = (
+        max(examples, key=lambda example: len(example.text)),
+        max(answers, key=answers.__getitem__),
+        max(examples, key=lambda example: len(example.tags)),
+    )
+    return list(dict.fromkeys([*extremes, *risky[:MOST_RISKY]]))
+
+
+def report_as_json(checked: PreflightResult, machine: MachineReport) -> dict[str, Any]:
+    """Return what `check --json` prints; its schema is job/runs/check.schema.json."""
+    settings, run = checked.settings, checked.run
+    base = {"model": settings.base.model, "revision": settings.base.revision, "quantize": settings.base.quantize}
+    return {
+        "schema_version": 1,
+        "data": summarise(checked.examples, settings.data),
+        "base": {**base, "licence": checked.licence},
+        "device": machine.device,
+        "longest_example": machine.longest_example,
+        "memory": {"bytes": round(machine.memory.memory), "disk_bytes": round(machine.memory.disk)},
+        "run": {"path": str(run.path), "complete": run.complete},
+        "repo": checked.repo,
+    }

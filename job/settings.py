@@ -64,15 +64,53 @@ class Data(SettingsGroup):
 
     dataset: Identifier = Field(
         "Abirate/english_quotes",
-        description="Data set: a Hub id, or a .jsonl, .csv or .parquet file "
-        "(package:NAME/FILE for a file in an installed Python package).",
+        description="Data set: a Hub id; a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file, also with .gz or .zst "
+        "(package:NAME/FILE for a file in an installed Python package); a folder, a glob, or several files separated "
+        "by commas; an s3://, gs://, az:// or hf:// URL; or a folder that save_to_disk wrote.",
     )
+    config: Identifier | None = Field(None, description="Configuration (subset) of a data set on the Hub.")
     revision: Identifier | None = Field(None, description="Branch, tag or commit of the data set on the Hub.")
-    split: Identifier = Field("train", description="Split of a Hub data set to read.")
-    text_column: Identifier = Field("quote", description="Column with the text.")
+    split: Identifier | None = Field(
+        None, description="Split of a data set on the Hub, or of a folder that save_to_disk wrote; empty: train."
+    )
+    eval_dataset: Identifier | None = Field(
+        None,
+        description="Data set of the held-out examples, named like TAGGER_DATA_DATASET. Its texts and their "
+        "near-duplicates are left out of training.",
+    )
+    eval_split: Identifier | None = Field(
+        None,
+        description="Split of the held-out examples, in TAGGER_DATA_EVAL_DATASET if that is set, otherwise in "
+        "TAGGER_DATA_DATASET.",
+    )
+    text_column: Identifier = Field(
+        "quote",
+        description="Column with the text. Several columns, separated by commas, are joined by line feeds; a.b is the "
+        "field b of the records in column a.",
+    )
     tags_column: Identifier = Field(
         "tags",
-        description="Column with the tags: a list, a Python or JSON list in a string, or a comma-separated string.",
+        description="Column with the tags: lists, mappings of tags to true or false, strings with a list in the "
+        "notation of JSON, Python or numpy, or strings with TAGGER_DATA_TAG_DELIMITER between the tags; a.b is the "
+        "field b of the records in column a.",
+    )
+    tag_columns: NameList | None = Field(
+        None,
+        min_length=1,
+        description="One-hot columns instead of TAGGER_DATA_TAGS_COLUMN, separated by commas: each is a tag, and its "
+        "values say which texts have it.",
+    )
+    tag_delimiter: str = Field(
+        ",",
+        min_length=1,
+        max_length=8,
+        description=r"Text between the tags of a cell, such as ; or | or ><; \n: a line feed, \t: a tab, \s: a space.",
+    )
+    max_skipped: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Largest fraction of the rows that may be skipped because they have no text or no tags.",
     )
     separator: Separator = Field(
         " ->: ",

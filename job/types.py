@@ -19,19 +19,45 @@ class Example:
 
 
 @dataclass(frozen=True)
+class SkippedRows:
+    """Rows that were left out for one reason."""
+
+    reason: str
+    rows: int
+    first: str
+    """Where the first one is."""
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows of a data set."""
+
+    rows: int = 0
+    """Rows read."""
+    skipped: tuple[SkippedRows, ...] = ()
+    merged: int = 0
+    """Rows whose text an earlier row has: their tags were added to its."""
+    near_duplicates: int = 0
+    """Examples in no part, because they are near-duplicates of a held-out one."""
+    respelled: tuple[tuple[str, str], ...] = ()
+    """Spellings that are compared as one with a more frequent one, and the one that they are written by."""
+
+    @property
+    def skipped_rows(self) -> int:
+        return sum(entry.rows for entry in self.skipped)
+
+
+@dataclass(frozen=True)
 class SplitData:
     """A split data set: `train` has no text of `held_out` and no near-duplicate of one."""
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
-    skipped: int
-    """Number of rows that were skipped because they have no text or no tags."""
     fingerprint: str
     """SHA-256 of the texts and tags of `train` and `held_out`, in order."""
     calibration: tuple[Example, ...] = ()
     """Examples that the threshold is chosen on; none of them is in `train`."""
-    near_duplicates: int = 0
-    """Number of examples in no part, because they are near-duplicates of a held-out one."""
+    report: DataReport = DataReport()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import SAYINGS
 from hub import READ_TOKEN, WRITE_TOKEN, Fault, Hub, Repo
+from json_schema import violations
 from test_atomic import largest_file
 from tiny_run import REPO, move_to_hub, set_tiny_environment
 
@@ -77,7 +78,7 @@ def test_a_full_disk_ends_with_1_and_the_run_can_be_resumed(
         ({"TAGGER_LORA_RANK": "8"}, ["TAGGER_LORA_RANK is not a setting"]),
         ({"TAGGER_DATA_DATASET": "absent.jsonl"}, ["absent.jsonl does not exist"]),
         ({"TAGGER_DATA_DATASET": "empty.jsonl"}, ["empty.jsonl has no rows"]),
-        ({"TAGGER_DATA_TEXT_COLUMN": "text"}, ["no column 'text'; it has quote, tags"]),
+        ({"TAGGER_DATA_TEXT_COLUMN": "text"}, ["no column 'text'; it has 'quote', 'tags'"]),
         ({"TAGGER_DATA_EVAL_SIZE": "59.0", "TAGGER_DATA_LIMIT": "59"}, ["holds out all of TAGGER_DATA_LIMIT=59"]),
         ({"TAGGER_DATA_SEPARATOR": "  "}, ["only white space"]),
         (
@@ -199,15 +200,37 @@ def test_check_prints_its_findings_and_trains_nothing(
     out = capsys.readouterr().out
     base = published.models["tiny/llama"].branches["main"][-1].oid
     assert f"base model: tiny/llama at {base}" in out
-    assert (
-        "data: 52 examples to train on, 8 held out, 0 rows skipped, 0 near-duplicates of held-out examples left out"
-        in out
-    )
+    assert "data: 60 rows read, 60 used; 52 examples to train on, 8 held out" in out
+    assert "tags: 30 different" in out
+    assert "example: " in out
     assert f"push: {REPO}" in out
     assert "longest example: " in out
     assert "memory: at least" in out
     assert not (tmp_path / "runs").exists()
     assert not [request for request in published.requests if "safetensors" in request], "a check downloads no weights"
+
+
+def test_check_as_json_follows_its_schema(
+    tiny: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"quote": f"song number {n}", "tags": ["music", "Music" if n % 2 else f"tag {n}"]} for n in range(40)]
+    lines = "".join(json.dumps(row) + "\n" for row in [*rows, rows[0], {"quote": "", "tags": ["x"]}])
+    (tmp_path / "songs.jsonl").write_text(lines)
+    tiny.setenv("TAGGER_DATA_DATASET", str(tmp_path / "songs.jsonl"))
+    assert main(["check", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    schema = json.loads((ROOT / "job" / "runs" / "check.schema.json").read_text())
+    assert list(violations(found, schema, schema)) == []
+    data = found["data"]
+    assert (data["rows"], data["used"], data["merged"]) == (42, 41, 1)
+    assert data["skipped"] == {"no text": {"rows": 1, "first": f"{tmp_path / 'songs.jsonl'} line 42"}}
+    assert data["tags"]["most_common"][0] == ["music", data["train"] + data["held_out"]]
+    assert data["tags"]["respelled"] == {"Music": "music"}
+    assert data["example"]["rendered"].startswith("song number ")
+    assert data["warnings"] == [
+        f"the tag 'music' is on {data['train'] + data['held_out']} of "
+        f"{data['train'] + data['held_out']} texts, so it says little"
+    ]
 
 
 def test_check_measures_the_longest_example_without_its_rare_tags(

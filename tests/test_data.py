@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from job import data
 from job.errors import InvalidInputError
 from job.settings import Data, Sample
+from job.types import Example
 
 ROWS: list[dict[str, Any]] = [
     {"quote": f"{word} is a thing of its own, said number {i}", "tags": [word, "thing"]}
@@ -27,29 +29,93 @@ def load(path: Path, **settings: Any) -> Any:
     return data.load(Data.model_validate({"dataset": str(path), "eval_size": 2, **settings}))
 
 
-def test_rows_without_text_or_tags_are_skipped_and_counted(tmp_path: Path) -> None:
+def test_skipped_rows_are_counted_by_reason_with_the_first(tmp_path: Path) -> None:
     bad = [
         {"quote": "", "tags": ["x"]},
         {"quote": "no tags", "tags": []},
         {"quote": None, "tags": ["x"]},
         {"quote": "y"},
     ]
-    examples = load(write_jsonl(tmp_path / "a.jsonl", ROWS + bad))
-    assert examples.skipped == 4
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS + bad)
+    examples = load(path, max_skipped=0.3)
+    assert [(entry.reason, entry.rows, entry.first) for entry in examples.report.skipped] == [
+        ("no text", 2, f"{path} line 11"),
+        ("no tags", 2, f"{path} line 12"),
+    ]
+    assert examples.report.rows == 14
     assert len(examples.train) + len(examples.held_out) == len(ROWS)
-    with pytest.raises(InvalidInputError, match=r"4 of 7 rows have no usable text"):
-        load(write_jsonl(tmp_path / "b.jsonl", ROWS[:3] + bad), eval_size=1)
+    with pytest.raises(InvalidInputError, match=r"4 of 14 rows of .* 2 with no text, first .* line 11; 2 with no tags"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"quote": 5, "tags": ["x"]}, "line 11: 'quote' is a number, '5'; expected a text"),
+        ({"quote": ["a"], "tags": ["x"]}, "line 11: 'quote' is a list"),
+        ({"quote": "a", "tags": {"choices": ["x"]}}, "line 11: 'tags' is a record with the fields choices"),
+        ({"quote": "a", "tags": "['x' 'y' ... 'z']"}, "line 11: 'tags' was shortened with ..."),
+    ],
+)
+def test_a_cell_of_a_wrong_kind_is_refused_with_its_place(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=re.escape(message)):
+        load(write_jsonl(tmp_path / "a.jsonl", [*ROWS, row]), max_skipped=1)
+
+
+def test_rows_of_equal_text_are_one_example_with_all_tags(tmp_path: Path) -> None:
+    rows = [{"quote": row["quote"], "tags": tag} for row in ROWS for tag in row["tags"]]
+    examples = load(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert examples.report.merged == len(ROWS)
+    assert sorted((e.text, e.tags) for e in examples.train + examples.held_out) == sorted(
+        (row["quote"], tuple(row["tags"])) for row in ROWS
+    )
+
+
+def test_spellings_of_one_tag_are_written_alike(tmp_path: Path) -> None:
+    rows = [*ROWS, {"quote": "another thing", "tags": ["Thing", "THING", "rain"]}]
+    examples = load(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert {tag for e in examples.train + examples.held_out for tag in e.tags if tag.lower() == "thing"} == {"thing"}
+    assert dict(examples.report.respelled) == {"Thing": "thing", "THING": "thing"}
+
+
+def test_several_columns_records_and_one_hot_columns_are_read(tmp_path: Path) -> None:
+    rows = [
+        {
+            "title": f"t{i}",
+            "data": {"text": f"the text {i}"},
+            "tags": [{"name": "a"}, {"name": f"b{i}"}],
+            "x": i % 2,
+            "y": "1",
+        }
+        for i in range(6)
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    named = load(path, text_column="title,data.text", tags_column="tags.name")
+    assert Example("t1\nthe text 1", ("a", "b1")) in named.train + named.held_out
+    one_hot = load(path, text_column="title", tag_columns=("x", "y"))
+    assert {e.text: e.tags for e in one_hot.train + one_hot.held_out} == {
+        f"t{i}": ("x", "y") if i % 2 else ("y",) for i in range(6)
+    }
+
+
+def test_evaluation_data_of_its_own_is_held_out(tmp_path: Path) -> None:
+    own = write_jsonl(tmp_path / "own.jsonl", [ROWS[0], {"quote": "something else", "tags": ["new"]}])
+    examples = load(write_jsonl(tmp_path / "a.jsonl", ROWS), eval_dataset=str(own))
+    assert [e.text for e in examples.held_out] == [ROWS[0]["quote"], "something else"]
+    assert [e.text for e in examples.train] == [row["quote"] for row in ROWS[1:]]
+    assert examples.report.near_duplicates == 1
 
 
 def test_limit_takes_the_first_usable_rows(tmp_path: Path) -> None:
-    examples = load(write_jsonl(tmp_path / "a.jsonl", [{"quote": "", "tags": ["x"]}, *ROWS]), limit=5)
+    examples = load(write_jsonl(tmp_path / "a.jsonl", [{"quote": "", "tags": ["x"]}, *ROWS]), limit=5, max_skipped=0.2)
     assert sorted(e.text for e in examples.train + examples.held_out) == sorted(row["quote"] for row in ROWS[:5])
 
 
 def test_a_row_with_half_a_surrogate_pair_is_skipped(tmp_path: Path) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in ROWS) + '{"quote": "half \\ud800", "tags": ["x"]}\n'
     (tmp_path / "a.jsonl").write_text(lines)
-    assert load(tmp_path / "a.jsonl").skipped == 1
+    [skipped] = load(tmp_path / "a.jsonl", max_skipped=0.1).report.skipped
+    assert (skipped.reason, skipped.rows) == ("text that is not valid Unicode", 1)
 
 
 def test_the_input_file_adds_one_text_per_line(tmp_path: Path) -> None:

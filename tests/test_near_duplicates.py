@@ -1,44 +1,108 @@
-"""Near-duplicates are found, and different texts are not taken for them."""
+"""Near-duplicates of held-out texts are found, and nothing else is taken for one."""
 
-from __future__ import annotations
-
+import random
 from collections.abc import Callable
-from typing import Any
+from itertools import pairwise
 
+import numpy as np
 import pytest
 
-from job.dataset.near_duplicates import near_duplicate_groups
+from job.dataset.near_duplicates import near_duplicates
 
 
-def copies_of_a_long_text(number: int) -> list[str]:
+def left_out(texts: list[str], *held_out: int) -> list[int]:
+    mask = np.zeros(len(texts), bool)
+    mask[list(held_out)] = True
+    return np.flatnonzero(near_duplicates(texts, mask)).tolist()
+
+
+CHANGES: list[Callable[[str], str]] = [
+    lambda text: text.upper() + "!",
+    lambda text: text.replace(",", " ,").replace(".", " ..."),
+    lambda text: f"{text} And so it goes.",
+    lambda text: " ".join(["Well,", *text.split()[1:]]),
+    lambda text: text.replace(" the ", " a "),
+]
+
+
+def test_small_changes_make_near_duplicates(rows: list[dict[str, str]]) -> None:
+    texts = [row["quote"] for row in rows if len(row["quote"].split()) > 8][:100]
+    for number, change in enumerate(CHANGES):
+        changed = [change(text) for text in texts]
+        assert left_out([*texts, *changed], *range(100)) == list(range(100, 200)), number
+
+
+def test_different_texts_are_not_duplicates(rows: list[dict[str, str]]) -> None:
+    assert left_out([row["quote"] for row in rows], *range(0, 600, 2)) == []
+
+
+def test_a_long_text_takes_no_short_ones_out(rows: list[dict[str, str]]) -> None:
+    texts = [row["quote"] for row in rows[:400]]
+    everything = " ".join(texts[:300])
+    assert left_out([*texts, everything], 400) == []
+    assert left_out([*texts, everything], *range(100)) == []
+
+
+def test_there_are_no_chains_of_texts() -> None:
+    words = [f"word{i}" for i in range(40)]
+    chain = [" ".join(words[i : i + 12]) for i in range(0, 28, 3)]
+    others = [f"other{i} thing{i} text{i} of its own{i}" for i in range(50)]
+    assert left_out([*chain, *others], 0) == [1]
+
+
+def test_a_template_makes_no_duplicates() -> None:
+    texts = [f"user {i} logged in from host {i * 7} at {i} o'clock and left again" for i in range(300)]
+    assert left_out(texts, *range(0, 300, 10)) == []
+
+
+@pytest.mark.parametrize("copies", [3, 12, 60, 200])
+def test_copies_of_a_long_text_are_duplicates(rows: list[dict[str, str]], copies: int) -> None:
     beginning = "the harbour master counted every lantern twice before he allowed himself to believe the boats were"
-    return [f"{beginning} {word}" for word in [*map(str, range(number - 2)), "home", "late"]]
+    variants = [f"{beginning} {i}" for i in range(copies)]
+    texts = [*variants, *(row["quote"] for row in rows[: 2 * copies])]
+    assert left_out(texts, 0) == list(range(1, copies))
+    assert left_out(texts, *range(copies // 2)) == list(range(copies // 2, copies))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda text: text.upper() + "!",
-        lambda text: text.replace(",", " ,").replace(".", " ..."),
-        lambda text: f"{text} And so it goes.",
-        lambda text: " ".join(["Well,", *text.split()[1:]]),
-    ],
-    ids=["case", "punctuation", "appended", "first word"],
-)
-def test_a_slightly_changed_text_is_a_near_duplicate(rows: list[dict[str, Any]], change: Callable[[str], str]) -> None:
-    texts = [str(row["quote"]) for row in rows[:150] if len(str(row["quote"])) > 40]
-    groups = near_duplicate_groups([*texts, *map(change, texts)])
-    for i, text in enumerate(texts):
-        assert groups[i] == groups[len(texts) + i], text
+def test_texts_without_spaces_between_words_are_compared() -> None:
+    texts = [
+        "今天天气很好我们去公园散步",
+        "今天天气很好我们去公园散步吧",
+        "明天可能会下雨所以带伞",
+        "ฉันรักการอ่านหนังสือมาก",
+        "ฉันรักการอ่านหนังสือมากๆ",
+    ]
+    assert left_out(texts, 0, 3) == [1, 4]
 
 
-@pytest.mark.parametrize("copies", [3, 12, 60])
-def test_many_copies_of_a_long_text_are_one_group(rows: list[dict[str, Any]], copies: int) -> None:
-    groups = near_duplicate_groups([*copies_of_a_long_text(copies), *(row["quote"] for row in rows[: 4 * copies])])
-    assert len(set(groups[:copies])) == 1
-    assert len(set(groups)) == 1 + len(groups) - copies
+def test_texts_without_words_are_left_alone() -> None:
+    assert left_out(["!!!", "???", "a text"], 0) == []
+    assert left_out(["one text", "another"], 0) == []
 
 
-def test_different_texts_are_not_near_duplicates(rows: list[dict[str, Any]]) -> None:
-    groups = near_duplicate_groups([row["quote"] for row in rows])
-    assert len(set(groups)) == len(rows)
+def similarity(left: str, right: str, texts: list[str]) -> float:
+    """The definition, computed directly."""
+
+    def features(text: str) -> set[object]:
+        words = text.split()
+        return {*words, *pairwise(words)}
+
+    sets = [features(text) for text in texts]
+    weight = {f: np.log((len(texts) + 1) / sum(f in other for other in sets)) for f in features(left) | features(right)}
+    both, either = features(left) & features(right), features(left) | features(right)
+    return sum(map(weight.__getitem__, both)) / sum(map(weight.__getitem__, either))
+
+
+def test_the_index_finds_all_that_the_definition_says() -> None:
+    rng = random.Random(1)
+    words = [f"w{i}" for i in range(60)]
+    texts = [" ".join(rng.choices(words, k=rng.randint(3, 9))) for _ in range(120)]
+    texts += [" ".join(text.split()[1:]) for text in texts[:40] if len(text.split()) > 4]
+    held = set(range(0, len(texts), 3))
+    expected = [
+        i
+        for i, text in enumerate(texts)
+        if i not in held and max(similarity(text, texts[h], texts) for h in held) >= 0.5
+    ]
+    assert expected
+    assert left_out(texts, *held) == expected

@@ -6,12 +6,12 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hub import WRITE_TOKEN, Commit, Fault, Hub, Repo
+from json_schema import violations
 
 from job import data
 from job.cli import main
@@ -63,23 +63,6 @@ def lines(rows: list[dict[str, Any]]) -> bytes:
 
 def verdict(commit: Commit) -> dict[str, Any]:
     return dict(json.loads(commit.files["metrics.json"])["gate"])
-
-
-def violations(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> Iterator[str]:
-    """Yield what in a value violates the JSON schema; knows only the keywords that report.schema.json uses."""
-    if "$ref" in schema:
-        schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
-    kinds = {"object": dict, "array": list, "string": str, "number": (int, float), "integer": int, "null": type(None)}
-    wanted = schema.get("type", [])
-    if wanted and not any(isinstance(value, kinds[kind]) for kind in ([wanted] if isinstance(wanted, str) else wanted)):
-        yield f"{value!r} is not of type {wanted}"
-    if value != schema.get("const", value) or value not in schema.get("enum", [value]):
-        yield f"{value!r} is not allowed"
-    if isinstance(value, dict):
-        yield from (f"{name} is missing" for name in schema.get("required", []) if name not in value)
-        for name, inner in value.items():
-            rule = schema.get("properties", {}).get(name, schema.get("additionalProperties", {}))
-            yield from violations(inner, rule, root) if rule is not False else [f"{name} is unknown"]
 
 
 def candidates(repo: Repo) -> list[str]:

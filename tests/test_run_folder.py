@@ -14,10 +14,11 @@ import pytest
 from job.errors import InvalidInputError
 from job.runs.run_folder import RunFolder, find_run, with_recorded_revisions
 from job.settings import Settings
-from job.types import Example, SplitData
+from job.types import DataReport, Example, SkippedRows, SplitData
 
-EXAMPLES = SplitData((Example("a", ("x",)),), (Example("b", ("y",)),), skipped=1, fingerprint="f1")
-CHANGED = SplitData(EXAMPLES.train, EXAMPLES.held_out, skipped=1, fingerprint="f2")
+REPORT = DataReport(3, (SkippedRows("no tags", 1, "line 3"),))
+EXAMPLES = SplitData((Example("a", ("x",)),), (Example("b", ("y",)),), "f1", report=REPORT)
+CHANGED = SplitData(EXAMPLES.train, EXAMPLES.held_out, "f2", report=REPORT)
 
 
 def settings(path: Path, **train: object) -> Settings:
@@ -36,7 +37,15 @@ def test_nothing_is_written_before_the_run_begins(tmp_path: Path) -> None:
     run.begin("cpu")
     manifest = json.loads((run.path / "manifest.json").read_text())
     assert (manifest["schema_version"], manifest["status"], manifest["seed"]) == (1, "running", 42)
-    data = {"fingerprint": "f1", "train": 1, "calibration": 0, "held_out": 1, "near_duplicates": 0, "skipped": 1}
+    data = {
+        "fingerprint": "f1",
+        "train": 1,
+        "calibration": 0,
+        "held_out": 1,
+        "near_duplicates": 0,
+        "merged": 0,
+        "skipped": 1,
+    }
     assert manifest["dataset"] == data
     assert {"settings", "versions", "timings", "device", "started"} <= manifest.keys()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import SAYINGS
-from test_near_duplicates import copies_of_a_long_text
 
 from job import data
-from job.dataset.near_duplicates import near_duplicate_groups
-from job.dataset.split import split, split_calibration, split_digest
+from job.dataset.near_duplicates import near_duplicates
+from job.dataset.split import split, split_calibration, split_digest, split_from
 from job.errors import InvalidInputError
 from job.settings import Data
 from job.types import Example
@@ -45,12 +45,14 @@ def test_near_duplicates_are_never_on_both_sides(rows: list[dict[str, Any]]) -> 
         assert train
         assert held_out
         for variant, text in changed.items():
-            assert (variant in train) == (text in train), (variant, text)
+            assert not (variant in train and text in held_out), (variant, text)
+            assert not (variant in held_out and text in train), (variant, text)
 
 
 @pytest.mark.parametrize("copies", [3, 12, 60])
 def test_many_copies_of_a_long_text_stay_together(rows: list[dict[str, Any]], copies: int) -> None:
-    variants = copies_of_a_long_text(copies)
+    beginning = "the harbour master counted every lantern twice before he allowed himself to believe the boats were"
+    variants = [f"{beginning} {i}" for i in range(copies)]
     for seed in range(5):
         train, held_out = split_texts(
             [*variants, *(row["quote"] for row in rows[: 4 * copies])], eval_size=0.3, seed=seed
@@ -81,8 +83,9 @@ def test_new_near_duplicates_move_no_example(rows: list[dict[str, Any]]) -> None
     more_train, more_held_out = split_texts([*texts, *variants], eval_size=0.2)
     assert held_out == more_held_out & set(texts)
     assert more_train & set(texts) <= train  # near-duplicates of a new held-out text are left out
-    groups = dict(zip([*texts, *variants], near_duplicate_groups([*texts, *variants]), strict=True))
-    assert not {groups[text] for text in more_train} & {groups[text] for text in more_held_out}
+    everything = [*texts, *variants]
+    near = near_duplicates(everything, np.array([text in more_held_out for text in everything]))
+    assert more_train.isdisjoint(text for text, is_near in zip(everything, near, strict=True) if is_near)
 
 
 def test_the_split_digest_depends_on_the_set_of_texts_alone(rows: list[dict[str, Any]]) -> None:
@@ -108,3 +111,13 @@ def test_calibration_examples_come_from_the_training_examples() -> None:
     assert 0.1 < ratio < 0.4, "texts are hashed with another seed than for the held-out part"
     with pytest.raises(InvalidInputError, match="TAGGER_DATA_CALIBRATION_SIZE=9999 holds out everything"):
         split_calibration(before, settings.model_copy(update={"calibration_size": 9999}))
+
+
+def test_a_text_that_is_held_out_elsewhere_leaves_the_training_data() -> None:
+    examples = [Example(f"{word} is a thing of its own", ("x",)) for word in ("rain", "bread", "iron", "salt")]
+    other = [Example("Rain is a thing of its own!", ("y",)), Example("something else altogether", ("y",))]
+    train, held_out = split_from(examples, other)
+    assert held_out == other
+    assert train == examples[1:]
+    with pytest.raises(InvalidInputError, match="hold all texts of the training data"):
+        split_from(examples[:1], other)

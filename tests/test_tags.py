@@ -1,34 +1,25 @@
-"""Tags are parsed from every usual notation, and rare ones are dropped."""
+"""Tags are compared and written by one spelling, and rare ones are dropped."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
-from job.dataset.tags import drop_rare_tags, parse_tags_value
+from job.dataset.tags import common_spellings, drop_rare_tags, normalise_tag
 from job.errors import InvalidInputError
 from job.types import Example
 
 
-@pytest.mark.parametrize(
-    ("value", "tags"),
-    [
-        (["life", " love "], ("life", "love")),
-        ("['life', \"don't\"]", ("life", "don't")),
-        ('["life", "love"]', ("life", "love")),
-        ("life, love,,life", ("life", "love")),
-        ("[life, love]", ("life", "love")),
-        (["life", None, ""], ("life",)),
-        ([["nested"], {"name": "tag"}, "life"], ("life",)),
-        ([1, 2], ("1", "2")),
-        (r"['back\dash']", (r"back\dash",)),
-        ("", ()),
-        (None, ()),
-        (float("nan"), ()),
-        ([], ()),
-    ],
-)
-def test_every_usual_notation_of_tags_is_parsed(value: object, tags: tuple[str, ...]) -> None:
-    assert parse_tags_value(value) == tags
+def test_case_hyphens_and_unicode_form_do_not_make_another_tag() -> None:
+    assert normalise_tag("Science Fiction") == normalise_tag("science-fiction") == normalise_tag("science_fiction")
+    assert normalise_tag("cafe\u0301") == normalise_tag("caf\u00e9")
+    assert normalise_tag("-") == "-"
+
+
+def test_the_most_frequent_spelling_is_written() -> None:
+    counts = Counter({"Sci-Fi": 2, "sci fi": 3, "SCI-FI": 1, "love": 1})
+    assert common_spellings(counts) == {"Sci-Fi": "sci fi", "sci fi": "sci fi", "SCI-FI": "sci fi", "love": "love"}
 
 
 def test_rare_tags_are_dropped_unless_none_would_be_left() -> None:

@@ -1,118 +1,266 @@
-"""Read the rows of a data set from JSON lines, CSV, Parquet, or the Hub."""
+"""Read the rows of data files: JSON, CSV and Parquet."""
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import IO, Any
 
+from job.dataset.cells import Number
+from job.dataset.sources import SourceFile
 from job.errors import InvalidInputError
-from job.hub import client as hub
-from job.settings import Data
-from job.system.paths import DATA_SUFFIXES, is_local, local_path
+
+DELIMITERS = (",", ";", "\t", "|")
+SAMPLE_LINES = 20
+"""Lines that the delimiter of a CSV file is guessed from."""
 
 
-def read_rows(settings: Data) -> Iterator[dict[str, Any]]:
-    """Read all rows of the data set, as dicts from column to value.
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a data set."""
 
-    Raises InvalidInputError when the data set cannot be read, or lacks the column of texts or of tags.
+    place: str
+    """Where it is, as messages show it: `quotes.csv line 3`."""
+    values: Mapping[str, Any]
+
+
+def read_file(file: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
+    """Yield the rows of a file, reading no other than these columns where the format allows it.
+
+    Raises InvalidInputError for a file that is damaged, is something else than its name says, or has a table's header
+    without the columns.
     """
-    if is_local(settings.dataset, DATA_SUFFIXES):
-        rows = _file_rows(local_path(settings.dataset, "TAGGER_DATA_DATASET"))
-    else:
-        rows = _hub_rows(settings)
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    for variable, column in (("TEXT", settings.text_column), ("TAGS", settings.tags_column)):
-        if rows and column not in columns:
-            raise InvalidInputError(
-                f"{settings.dataset} has no column {column!r}; it has {', '.join(map(str, columns))}. "
-                f"Set TAGGER_DATA_{variable}_COLUMN"
-            )
-    return iter(rows)
-
-
-def _file_rows(path: Path) -> list[dict[str, Any]]:
-    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    if path.suffix.lower() not in readers or not path.is_file():
-        raise InvalidInputError(f"{path} is not a data file; expected one that ends in {', '.join(DATA_SUFFIXES)}")
+    readers: dict[str, Callable[[SourceFile, Sequence[str]], Iterator[Row]]] = {
+        ".csv": _csv_rows,
+        ".tsv": _csv_rows,
+        ".parquet": _parquet_rows,
+    }
     try:
-        return readers[path.suffix.lower()](path)
+        yield from readers.get(file.format, _json_rows)(file, columns)
     except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
         raise InvalidInputError(
-            f"{path} cannot be read: {error.strerror or error}; expected a readable file"
+            f"{file.name} is not UTF-8 text ({error.reason} at byte {error.start} of what was read); save it as UTF-8, "
+            "or as UTF-16 with a byte order mark"
         ) from error
 
 
-def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InvalidInputError(
-                    f"{path} line {number} is not JSON ({error}); expected one object per line. Fix or remove the line"
-                ) from error
-            if not isinstance(row, dict):
-                raise InvalidInputError(
-                    f"{path} line {number} is a JSON {type(row).__name__}; expected an object such as "
-                    '{"quote": "...", "tags": ["..."]}'
-                )
-            rows.append(row)
-    return rows
+def check_columns(name: str, columns: Iterable[object], wanted: Sequence[str]) -> None:
+    """Raise InvalidInputError that names every wanted column that is absent, and those that there are.
+
+    A column `a.b` is the field `b` of records in the column `a`.
+    """
+    present = [str(column) for column in columns]
+    heads = [column if column in present else column.partition(".")[0] for column in wanted]
+    missing = [column for column, head in zip(wanted, heads, strict=True) if head not in present]
+    if not missing:
+        return
+    near = [
+        f"{column!r} may be {other!r}"
+        for column in missing
+        for other in present
+        if other != column and other.strip().casefold() == column.strip().casefold()
+    ]
+    hint = f" ({'; '.join(near)}: names must match exactly)" if near else ""
+    plural = "s" if len(missing) > 1 else ""
+    raise InvalidInputError(
+        f"{name} has no column{plural} {' and '.join(map(repr, missing))}; it has {', '.join(map(repr, present[:30]))}"
+        f"{hint}. Set TAGGER_DATA_TEXT_COLUMN and TAGGER_DATA_TAGS_COLUMN"
+    )
 
 
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    csv.field_size_limit(2**31 - 1)  # the default limit of 128 KiB refuses long texts
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
+def _text_lines(stream: IO[bytes]) -> io.TextIOWrapper:
+    """Decode a binary stream: UTF-8, with or without a mark, or UTF-16 with one. Line ends stay as they are."""
+    raw: Any = stream
+    buffered = io.BufferedReader(raw)
+    start = buffered.peek(2)[:2]
+    utf16 = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return io.TextIOWrapper(buffered, encoding="utf-16" if utf16 else "utf-8-sig", newline="")
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON, keeping the spelling of numbers."""
+    return json.loads(text, parse_float=Number, parse_int=Number)
+
+
+def _json_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
+    """Yield the rows of a JSON array, or of one object a line, told apart by the first character."""
+    with file.open() as stream, _text_lines(stream) as lines:
+        first = ""
+        for number, line in enumerate(_lines(lines), 1):
+            if not first and line.strip():
+                first = line.lstrip()[0]
+                if first == "[":
+                    yield from _json_array(file, line + lines.read())
+                    return
+            if line.strip():
+                yield Row(f"{file.name} line {number}", _json_object(file, line, number))
+
+
+def _lines(stream: Iterable[str]) -> Iterator[str]:
+    """Yield lines that end at line feeds; a carriage return or another separator inside of a text ends none."""
+    rest = ""
+    for piece in stream:
+        rest += piece
+        if piece.endswith("\n"):
+            yield rest
+            rest = ""
+    if rest:
+        yield rest
+
+
+def _json_array(file: SourceFile, text: str) -> Iterator[Row]:
+    try:
+        rows = parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"{file.name} is not JSON ({error}); expected an array of objects") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise InvalidInputError(f"{file.name} row {number} is a JSON {_json_type(row)}; expected {_EXAMPLE}")
+        yield Row(f"{file.name} row {number}", row)
+
+
+_EXAMPLE = 'an object such as {"quote": "...", "tags": ["..."]}'
+
+
+def _json_object(file: SourceFile, line: str, number: int) -> Mapping[str, Any]:
+    try:
+        row = parse_json(line)
+    except (ValueError, RecursionError) as error:
+        hint = "expected one object a line, or one array of objects. Repair or remove the line"
+        raise InvalidInputError(f"{file.name} line {number} is not JSON ({error}); {hint}") from error
+    if not isinstance(row, dict):
+        raise InvalidInputError(f"{file.name} line {number} is a JSON {_json_type(row)}; expected {_EXAMPLE}")
+    return row
+
+
+def _json_type(value: object) -> str:
+    names = {list: "array", Number: "number", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _csv_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # a long text is no mistake
+    with file.open() as stream, _text_lines(stream) as lines:
+        head, delimiter, skipped = _csv_dialect(file, lines, columns)
+        reader = csv.reader(chain(head, lines), delimiter=delimiter, strict=True, skipinitialspace=True)
         try:
-            columns = next(reader, [])
-            if len(set(columns)) < len(columns):
-                raise InvalidInputError(f"{path} has two columns of the same name: {', '.join(columns)}; rename one")
-            rows = []
+            header = [name.strip() for name in next(reader, [])]
+            if not header:
+                return
+            places = _used_columns(file, header, columns)
             for row in reader:
-                if row and len(row) != len(columns):
+                line = reader.line_num + skipped
+                if not row or (len(row) == 1 and not row[0].strip() and len(header) > 1):
+                    continue
+                if (len(row) > len(header) and any(map(str.strip, row[len(header) :]))) or len(row) < _named(header):
                     raise InvalidInputError(
-                        f"{path} line {reader.line_num} has {len(row)} fields and the first line has {len(columns)}; "
-                        "put quotes around a field that contains a comma"
+                        f"{file.name} line {line} has {len(row)} fields and the header {len(header)} (delimiter "
+                        f"{delimiter!r}); put quotes around a field that holds the delimiter"
                     )
-                rows += [dict(zip(columns, row, strict=True))] if row else []
+                yield Row(f"{file.name} line {line}", {name: row[place] for name, place in places.items()})
         except csv.Error as error:
-            raise InvalidInputError(f"{path} line {reader.line_num} is not CSV ({error}); fix the line") from error
-    return rows
+            line = reader.line_num + skipped
+            raise InvalidInputError(f"{file.name} line {line} is not CSV ({error}); repair the line") from error
 
 
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+def _named(header: Sequence[str]) -> int:
+    """Return the number of columns up to the last one that has a name."""
+    return max((number for number, name in enumerate(header, 1) if name), default=0)
+
+
+def _used_columns(file: SourceFile, header: Sequence[str], columns: Sequence[str]) -> dict[str, int]:
+    """Return the position of each used column; only those that are used have to be unique."""
+    if header and header[0].startswith("#") and len(list(filter(None, header))) == 1:
+        raise InvalidInputError(
+            f"{file.name} begins with a comment ({header[0][:60]!r}); expected the names of the columns in the first "
+            "line. Remove the comment"
+        )
+    check_columns(file.name, filter(None, header), columns)
+    heads = [column if column in header else column.partition(".")[0] for column in columns]
+    for head in heads:
+        if header.count(head) > 1:
+            raise InvalidInputError(
+                f"{file.name} has {header.count(head)} columns named {head!r}; give each its own name"
+            )
+    return {head: header.index(head) for head in heads}
+
+
+def _csv_dialect(file: SourceFile, lines: Iterable[str], columns: Sequence[str]) -> tuple[list[str], str, int]:
+    """Return the first lines, the delimiter, and the number of lines before the header.
+
+    The delimiter is that of a line `sep=`, the tab of a .tsv, or the one with which the header has the wanted columns,
+    else the one that splits it most.
+    """
+    head = list(islice(lines, SAMPLE_LINES))
+    if head and (mark := head[0].strip().lower()).startswith("sep=") and len(mark) == 5:
+        return head[1:], mark[4], 1
+    if head and head[0].strip("\r\n").lower() == "sep=\t":
+        return head[1:], "\t", 1
+    wanted = {column.partition(".")[0] for column in columns} | set(columns)
+
+    def fields(delimiter: str) -> list[str]:
+        try:
+            return [name.strip() for name in next(csv.reader(head, delimiter=delimiter, skipinitialspace=True), [])]
+        except csv.Error:
+            return []
+
+    candidates = ("\t", *DELIMITERS) if file.format == ".tsv" else DELIMITERS
+    best = max(candidates, key=lambda delimiter: (len(wanted & set(fields(delimiter))), len(fields(delimiter))))
+    return head, best, 0
+
+
+def _parquet_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
-    try:
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise InvalidInputError(f"{path} is not a Parquet file ({error}); write the file again") from error
-    return rows
+    with file.open() as stream:
+        try:
+            source = parquet.ParquetFile(stream)
+            names = source.schema_arrow.names
+            check_columns(file.name, names, columns)
+            heads = list(dict.fromkeys(c if c in names else c.partition(".")[0] for c in columns))
+            if twice := [head for head in heads if names.count(head) > 1]:
+                raise InvalidInputError(f"{file.name} has several columns named {twice[0]!r}; give each its own name")
+            labels = class_labels((source.schema_arrow.metadata or {}).get(b"huggingface"))
+            number = 0
+            for batch in source.iter_batches(columns=heads):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{file.name} row {number}", with_label_names(values, labels))
+        except (pyarrow.ArrowException, ValueError) as error:
+            if isinstance(error, InvalidInputError):
+                raise
+            detail = " ".join(str(error).split())[:200]
+            raise InvalidInputError(f"{file.name} is not Parquet ({detail}); write it again") from error
 
 
-def _hub_rows(settings: Data) -> list[dict[str, Any]]:
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
+def class_labels(metadata: bytes | None) -> dict[str, list[str]]:
+    """Return the names of ClassLabel columns, or lists of ClassLabel, from the metadata that `datasets` writes."""
+    if metadata is None:
+        return {}
+    features = json.loads(metadata).get("info", {}).get("features", {})
+    found = {}
+    for column, feature in features.items():
+        while isinstance(feature, dict) and "names" not in feature and isinstance(feature.get("feature"), dict):
+            feature = feature["feature"]
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            found[column] = list(feature["names"])
+    return found
 
-    try:
-        loaded = datasets.load_dataset(
-            settings.dataset, split=settings.split, revision=settings.revision, token=hub.token() or False
-        )
-    except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        at = f" at revision {settings.revision}" if settings.revision else ""
-        raise InvalidInputError(
-            f"data set {settings.dataset}{at}, split {settings.split}, cannot be read from the Hub: {error} "
-            "Check TAGGER_DATA_DATASET, _REVISION and _SPLIT, the network, and that HF_TOKEN may read it"
-        ) from error
-    rows: list[dict[str, Any]] = loaded.to_list()
-    return rows
+
+def with_label_names(values: Mapping[str, Any], labels: Mapping[str, Sequence[str]]) -> Mapping[str, Any]:
+    """Replace the ids of ClassLabel columns by their names; -1 is no label."""
+    if not labels:
+        return values
+
+    def named(value: Any, names: Sequence[str]) -> Any:
+        if isinstance(value, list):
+            return [named(item, names) for item in value]
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+
+    return {column: named(value, labels[column]) if column in labels else value for column, value in values.items()}

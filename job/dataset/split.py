@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from job.dataset.near_duplicates import near_duplicate_groups, normalise_text
+from job.dataset.near_duplicates import near_duplicates
 from job.errors import InvalidInputError
 from job.settings import Data
 from job.types import Example, Prediction, SplitData
@@ -22,29 +23,48 @@ def split(examples: Sequence[Example], settings: Data) -> tuple[list[Example], l
     out, and new data may displace them. Examples that are not held out but are near-duplicates of a
     held-out one are in neither part. Raises InvalidInputError when a part would be empty.
     """
-    if settings.eval_size >= len(examples):
+    import numpy as np
+
+    size = settings.eval_size
+    if size >= len(examples):
         raise InvalidInputError(
-            f"TAGGER_DATA_EVAL_SIZE={settings.eval_size:g} holds out everything: the data has {len(examples)} "
+            f"TAGGER_DATA_EVAL_SIZE={size:g} holds out everything: the data has {len(examples)} "
             f"examples. Set it below {len(examples)}, or to a fraction such as 0.1"
         )
-    held_out = _held_out_indices(examples, settings)
-    groups = near_duplicate_groups([example.text for example in examples])
-    leaking_groups = {groups[i] for i in held_out}
-    train = [example for example, group in zip(examples, groups, strict=True) if group not in leaking_groups]
-    if not held_out or not train:
+    hashes = np.array([hash_to_unit_interval(settings.seed, example.text) for example in examples])
+    held_out = hashes < size
+    if size >= 1:
+        held_out = np.zeros(len(examples), bool)
+        held_out[np.argsort(hashes, kind="stable")[: int(size)]] = True
+    left_out = held_out | near_duplicates([example.text for example in examples], held_out)
+    train = [example for example, out in zip(examples, left_out, strict=True) if not out]
+    if not held_out.any() or not train:
         raise InvalidInputError(
-            f"TAGGER_DATA_EVAL_SIZE={settings.eval_size:g} leaves {len(held_out)} of {len(examples)} examples for "
+            f"TAGGER_DATA_EVAL_SIZE={size:g} leaves {held_out.sum()} of {len(examples)} examples for "
             f"evaluation and {len(train)} for training, without near-duplicates; expected some of each. Change it, "
             "or add more data"
         )
-    return train, [example for i, example in enumerate(examples) if i in held_out]
+    return train, [example for example, held in zip(examples, held_out, strict=True) if held]
 
 
-def _held_out_indices(examples: Sequence[Example], settings: Data) -> set[int]:
-    hashes = [hash_to_unit_interval(settings.seed, example.text) for example in examples]
-    if settings.eval_size < 1:
-        return {i for i, value in enumerate(hashes) if value < settings.eval_size}
-    return set(sorted(range(len(examples)), key=lambda i: hashes[i])[: int(settings.eval_size)])
+def split_from(examples: Sequence[Example], held_out: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Leave given held-out texts and their near-duplicates out of the training examples; return both parts.
+
+    Raises InvalidInputError when no training example is left.
+    """
+    import numpy as np
+
+    texts = [example.text for example in (*examples, *held_out)]
+    is_held = np.arange(len(texts)) >= len(examples)
+    out = near_duplicates(texts, is_held)
+    known = {normalise_text(example.text) for example in held_out}
+    train = [e for e, near in zip(examples, out, strict=False) if not near and normalise_text(e.text) not in known]
+    if not train:
+        raise InvalidInputError(
+            "TAGGER_DATA_EVAL_DATASET and TAGGER_DATA_EVAL_SPLIT hold all texts of the training data, or "
+            "near-duplicates of them; expected other texts"
+        )
+    return train, list(held_out)
 
 
 def split_calibration(examples: SplitData, settings: Data) -> SplitData:
@@ -71,3 +91,8 @@ def hash_to_unit_interval(seed: int, text: str) -> float:
     """Hash a text to a number in [0, 1), regardless of case and punctuation."""
     digest = hashlib.sha256(f"{seed}:{normalise_text(text)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def normalise_text(text: str) -> str:
+    """Return the words of a text in lower case, separated by single spaces."""
+    return " ".join(re.findall(r"\w+", text.casefold()))

