@@ -28,7 +28,7 @@ def load(settings: Data) -> SplitData:
     read = _Reading(settings)
     examples = read.examples(read_rows(settings))
     own = _evaluation_settings(settings)
-    evaluation = [] if own is None else read.examples(read_rows(own))
+    evaluation = [] if own is None else _evaluation_examples(read, own)
     spelling = common_spellings(Counter(tag for example in (*examples, *evaluation) for tag in example.tags))
     respelled = tuple((tag, common) for tag, common in spelling.items() if tag != common)
     if respelled:
@@ -48,6 +48,18 @@ def _evaluation_settings(settings: Data) -> Data | None:
     if settings.eval_dataset is not None:
         update |= {"config": None, "revision": None}
     return settings.model_copy(update=update)
+
+
+def _evaluation_examples(read: _Reading, own: Data) -> list[Example]:
+    """Read the evaluation data; errors name the settings that they come from."""
+    read.settings = own
+    try:
+        return read.examples(read_rows(own))
+    except InvalidInputError as error:
+        message = str(error)
+        for name in ("DATASET", "SPLIT"):
+            message = message.replace(f"TAGGER_DATA_{name}", f"TAGGER_DATA_EVAL_{name}")
+        raise InvalidInputError(message) from None
 
 
 @dataclass

@@ -104,6 +104,10 @@ def test_evaluation_data_of_its_own_is_held_out(tmp_path: Path) -> None:
     assert [e.text for e in examples.held_out] == [ROWS[0]["quote"], "something else"]
     assert [e.text for e in examples.train] == [row["quote"] for row in ROWS[1:]]
     assert examples.report.near_duplicates == 1
+    with pytest.raises(InvalidInputError, match="TAGGER_DATA_EVAL_SPLIT=dev: files have none"):
+        load(tmp_path / "a.jsonl", eval_split="dev")
+    with pytest.raises(InvalidInputError, match="TAGGER_DATA_EVAL_DATASET=.*absent.csv does not exist"):
+        load(tmp_path / "a.jsonl", eval_dataset=str(tmp_path / "absent.csv"))
 
 
 def test_limit_takes_the_first_usable_rows(tmp_path: Path) -> None:

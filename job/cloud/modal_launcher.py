@@ -183,6 +183,7 @@ def _local_vocabulary(settings: Settings) -> Iterable[str]:
 def local_only_inputs(settings: Settings) -> list[str]:
     """Return a problem for each file of this machine, or of a Python package, that the container does not have."""
     inputs = {"TAGGER_BASE_MODEL": settings.base.model, "TAGGER_DATA_DATASET": settings.data.dataset}
+    inputs |= {"TAGGER_DATA_EVAL_DATASET": settings.data.eval_dataset} if settings.data.eval_dataset else {}
     problems = [
         f"{variable}={name} is not in Modal's container; set it to a Hub id{_hub_id_hint(name)}, a file of the job's "
         f"own package (package:job/...), or a path on a volume ({RUNS}/..., {CACHE}/...)"

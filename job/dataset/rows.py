@@ -100,10 +100,7 @@ def _hub_error(settings: Data, split: str, error: Exception) -> InvalidInputErro
         detail = detail.partition(" Example of usage")[0]
         return InvalidInputError(f"the data set {name} has several configs ({detail}); set TAGGER_DATA_CONFIG to one")
     if "Unknown split" in detail:
-        return InvalidInputError(
-            f"the data set {name} has no split {split!r} ({detail}); set TAGGER_DATA_SPLIT, or for the held-out "
-            "examples TAGGER_DATA_EVAL_SPLIT"
-        )
+        return InvalidInputError(f"the data set {name} has no split {split!r} ({detail}); set TAGGER_DATA_SPLIT")
     at = f" at revision {settings.revision}" if settings.revision else ""
     return InvalidInputError(
         f"data set {name}{at}, split {split}, cannot be read from the Hub: {detail} Check TAGGER_DATA_DATASET, "
