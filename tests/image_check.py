@@ -307,7 +307,8 @@ def main() -> None:
         work.chmod(0o755)
         make_base(work)
         context = work / "context"
-        shutil.copytree(ROOT, context, ignore=shutil.ignore_patterns(".*", "runs", "build", "__pycache__"))
+        shutil.copytree(ROOT, context, ignore=shutil.ignore_patterns(".*", "build", "__pycache__"))
+        shutil.rmtree(context / "runs", ignore_errors=True)
         shutil.copy2(ROOT / ".dockerignore", context)
         try:
             image = check_builds(context, work)

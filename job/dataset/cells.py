@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
@@ -22,8 +22,18 @@ ITEM = re.compile(
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "/": "/"}
 ESCAPES |= {character: character for character in "'\"\\"}
 ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|(.))", re.DOTALL)
-MISSING = {"none", "nan", "null", "<na>", "nat"}
-"""Unquoted items of a list that stand for no value."""
+MISSING = {"none", "nan", "null", "<na>", "nat", "pd.na", r"\n"}
+"""Unquoted items of a list, and cells, that stand for no value; `\\N` is that of MySQL and PostgreSQL."""
+FLAGS = {"0", "1", "0.0", "1.0", "0.", "1.", "true", "false", "t", "f"}
+EMPTY = {"set()", "frozenset()", "()"}
+CONSTRUCTOR = re.compile(
+    r"""[A-Za-z][\w.]*\(\s*[\[{("']|(?:WrappedArray|ArraySeq|List|Set|Vector|Stream)\(|<\w+>\s*\[|b['"]"""
+)
+"""How a value of another type begins when it was written as text: `deque([...`, `Index([...`, `b'...'`."""
+NESTED = re.compile(r"""[\[{]\s*(?:'.*'|".*")\s*[\]}]$""", re.DOTALL)
+"""A list that was written as text and then taken for one tag."""
+NO_TAG = re.compile(r"(?:^|\s)\.\.\.(?:\s|$)|\w\(['\"\d]|:\s*(?:true|false|null|0|1)$", re.IGNORECASE)
+"""What an item without quotes holds that is no tag: numpy's `...`, a call, or a flag."""
 
 
 class CellError(ValueError):
@@ -55,22 +65,18 @@ def parse_tags(value: object, delimiter: str = ",") -> tuple[str, ...]:
         items: Iterable[object] = _parse_text(value.strip(), delimiter)
     elif isinstance(value, Mapping):
         items = _of_mapping(value)
-    elif isinstance(value, (list, tuple, set, frozenset)) or hasattr(value, "tolist"):
+    else:
         plain: Any = value.tolist() if hasattr(value, "tolist") else value
         items = _of_list(plain if isinstance(plain, (list, tuple, set, frozenset)) else [plain])
-    else:
-        items = _of_list([value])
-    return tuple(dict.fromkeys(text for item in items if (text := str(item).strip())))
+    tags = tuple(dict.fromkeys(text for item in items if (text := str(item).strip())))
+    if nested := [tag for tag in tags if NESTED.match(tag)]:
+        raise CellError(f"holds the list {_short(nested[0])} in place of a tag; expected texts")
+    return tags
 
 
 def _of_list(items: Iterable[object]) -> list[object]:
     items = list(items)
-    if len(items) > 1 and all(str(item) in ("0", "1", "0.0", "1.0") for item in items):
-        raise CellError(
-            "is a vector of 0 and 1 without names; name the columns of a one-hot table in TAGGER_DATA_TAG_COLUMNS, or "
-            "write the tags themselves",
-            wrong_type=True,
-        )
+    _refuse_vector(items)
     for item in items:
         if isinstance(item, (list, tuple, set, Mapping)):
             what = "a record" if isinstance(item, Mapping) else "a list"
@@ -80,30 +86,69 @@ def _of_list(items: Iterable[object]) -> list[object]:
                 "TAGGER_DATA_TAGS_COLUMN=column.field",
                 wrong_type=True,
             )
+        if isinstance(item, (bytes, bytearray)):
+            raise CellError(f"holds bytes, {_short(repr(item))}; expected texts", wrong_type=True)
     return [item for item in items if item is not None and not (isinstance(item, float) and math.isnan(item))]
 
 
-def _of_mapping(value: Mapping[Any, object]) -> list[object]:
-    if not all(
-        flag is None or flag in (0, 1) for flag in value.values() if not isinstance(flag, (list, Mapping))
-    ) or any(isinstance(flag, (list, Mapping)) for flag in value.values()):
+def _refuse_vector(items: Sequence[object]) -> None:
+    if len(items) > 1 and all(str(item).strip().casefold() in FLAGS for item in items):
         raise CellError(
-            f"is a record with the fields {', '.join(map(str, value))}; expected a list of tags, or tags with true or "
-            "false. For a field of it set TAGGER_DATA_TAGS_COLUMN=column.field",
+            "is a vector of 0 and 1 without names; name the columns of a one-hot table in TAGGER_DATA_TAG_COLUMNS, or "
+            "write the tags themselves",
             wrong_type=True,
         )
-    return [tag for tag, flag in value.items() if flag]
+
+
+def _of_mapping(value: Mapping[Any, object]) -> list[object]:
+    flags = {tag: _flag(flag) for tag, flag in value.items()}
+    if None in flags.values():
+        names = ", ".join(map(str, list(value)[:10]))
+        raise CellError(
+            f"is a record with the fields {names}; expected a list of tags, or tags with true or false. For a field of "
+            "it set TAGGER_DATA_TAGS_COLUMN=column.field",
+            wrong_type=True,
+        )
+    return [tag for tag, flag in flags.items() if flag]
+
+
+def _flag(value: object) -> bool | None:
+    """Return whether a tag is set; None for a value that is no flag."""
+    if value is None:
+        return False
+    text = str(value).casefold() if isinstance(value, (bool, int, float, Number)) else ""
+    return text in ("1", "1.0", "true") if text in ("0", "1", "0.0", "1.0", "true", "false") else None
 
 
 def _parse_text(text: str, delimiter: str) -> Iterable[object]:
-    array = re.fullmatch(r"(?:np\.|numpy\.)?array\((\[.*\])(?:, dtype=[^)]*)?\)", text, re.DOTALL)
+    if text.casefold() in MISSING or text in EMPTY:
+        return []
+    array = re.fullmatch(r"(?:np\.|numpy\.)?array\((\[.*\])(?:,\s*dtype=[^)]*)?\)", text, re.DOTALL)
     text = array[1] if array else text
     text = text.removeprefix("frozenset(").removesuffix(")") if text.startswith("frozenset({") else text
+    if text.startswith('"') and (inner := _json_string(text)) is not None and inner[:1] in ("[", "{"):
+        text = inner.strip()  # a list that was quoted twice
     if text[:1] in ("[", "{"):
         return _parse_bracketed(text)
-    if re.match(r"\(\s*['\"]", text) and text.endswith(")"):
+    if re.match(r"\(\s*(?:['\"]|-?\d+\s*,)", text) and text.endswith(")"):
         return _of_list(_items(text))
-    return _split(text, delimiter)
+    if CONSTRUCTOR.match(text) or re.match(r'"(?:[^"\\]|\\.)*"\s*=>', text):
+        raise CellError(f"is a value of another type, {_short(text)}; expected a list such as ['a', 'b']")
+    parts = [part for part in _split(text, delimiter) if part.strip().casefold() not in MISSING]
+    _refuse_vector(parts)
+    if pieces := [part for part in parts if part.count("[") != part.count("]") or part.count("{") != part.count("}")]:
+        raise CellError(f"holds {_short(pieces[0])}, a piece of a list, in {_short(text)}; expected ['a', 'b'] or a, b")
+    if len(parts) > 1 and all(re.fullmatch(r"\s*'[^']*'\s*", part) for part in parts):
+        raise CellError(f"is a list without its brackets: {_short(text)}; expected ['a', 'b'] or a, b")
+    return parts
+
+
+def _json_string(text: str) -> str | None:
+    try:
+        inner = json.loads(text)
+    except ValueError:
+        inner = text[1:-1].replace('""', '"') if text.endswith('"') and len(text) > 1 else None
+    return inner if isinstance(inner, str) else None
 
 
 def _parse_bracketed(text: str) -> list[object]:
@@ -113,7 +158,7 @@ def _parse_bracketed(text: str) -> list[object]:
     except (ValueError, RecursionError):
         pass
     else:
-        return _of_mapping(_flags(parsed)) if isinstance(parsed, dict) else _of_list(parsed)
+        return _of_mapping(parsed) if isinstance(parsed, dict) else _of_list(parsed)
     if text[0] == "{" and (mapping := _python_mapping(text)) is not None:
         return _of_mapping(mapping)
     closing = {"[": "]", "{": "}"}[text[0]]
@@ -124,20 +169,16 @@ def _parse_bracketed(text: str) -> list[object]:
     return _of_list(_items(text))
 
 
-def _flags(parsed: dict[str, object]) -> dict[str, object]:
-    return {tag: int(flag) if isinstance(flag, Number) and flag in ("0", "1") else flag for tag, flag in parsed.items()}
-
-
 def _python_mapping(text: str) -> dict[str, object] | None:
     """Return the mapping of tags to flags that a text in Python's notation is; None if it is another thing."""
-    pair = r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)')\s*:\s*(True|False|0|1|None)\s*"""
+    pair = r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)')\s*:\s*(True|False|0|1|0\.0|1\.0|None)\s*"""
     if not re.fullmatch(rf"\{{{pair}(?:,{pair})*,?\s*\}}", text):
         if re.match(r"""\{\s*(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|\w+)\s*:""", text):
             raise CellError(
                 f"is a record: {_short(text)}; expected a list of tags, or tags with true or false", wrong_type=True
             )
         return None
-    return {_unescape(a or b): flag in ("True", "1") for a, b, flag in re.findall(pair, text)}
+    return {_unescape(a or b): flag in ("True", "1", "1.0") for a, b, flag in re.findall(pair, text)}
 
 
 def _items(text: str) -> list[object]:
@@ -179,12 +220,17 @@ def _item(found: re.Match[str]) -> Iterator[object]:
         yield _unescape(found["quoted"][1:-1])
         return
     word = (found["scalar"] or found["bare"]).strip()
+    if found["bare"] and (
+        re.search(r"(?:^|\s)\.\.\.(?:\s|$)", word) or re.search(r"\w\(|:\s*(?:true|false|null|0|1)$", word, re.I)
+    ):
+        raise CellError(f"holds {_short(word)}, which is no tag; expected a list such as ['a', 'b']")
     if word.casefold() not in MISSING:
         if found["bare"] and re.search(r"['\"]", word):
             raise CellError(
                 f"has a quote inside of an item without quotes: {word[:40]!r}; expected a list such as ['a', 'b']"
             )
-        yield from word.split() if re.fullmatch(rf"(?:{NUMBER}\s+)+{NUMBER}", word) else [word]
+        numbers = re.fullmatch(rf"(?:(?:{NUMBER}|True|False)\s+)+(?:{NUMBER}|True|False)", word)
+        yield from word.split() if numbers else [word]
 
 
 def _unescape(text: str) -> str:
@@ -197,16 +243,17 @@ def _unescape(text: str) -> str:
 
 def _split(text: str, delimiter: str) -> list[str]:
     """Cut a text at the delimiter; a part in double quotes may hold it."""
-    if delimiter.strip() == "" and delimiter not in ("\n", "\t"):
-        return text.split()
+    if delimiter == "><":
+        if text.startswith("&lt;"):
+            raise CellError(f"has HTML's &lt; in place of <: {_short(text)}; expected <a><b>. Decode the file first")
+        return re.split(r">\s*<", text.removeprefix("<").removesuffix(">"))
     if len(delimiter) > 1:
-        if delimiter == "><":
-            text = text.removeprefix("<").removesuffix(">")
         return text.split(delimiter)
-    if delimiter == "\n":
-        return text.splitlines()
     if '"' not in text:
-        return text.split(delimiter)
+        return text.splitlines() if delimiter == "\n" else text.split(None if delimiter == " " else delimiter)
+    if delimiter in (" ", "\n"):
+        space = r"\s" if delimiter == " " else r"\n"
+        return [a or b for a, b in re.findall(rf'"([^"]*)"|([^{space}]+)', text)]
     return next(csv.reader([text.replace("\n", " ")], delimiter=delimiter, skipinitialspace=True), [])
 
 
