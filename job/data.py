@@ -28,14 +28,15 @@ def load(settings: Data) -> SplitData:
     read = _Reading(settings)
     examples = read.examples(read_rows(settings))
     own = _evaluation_settings(settings)
-    evaluation = [] if own is None else _evaluation_examples(read, own)
+    read_too, evaluation = _evaluation_examples(own) if own else (_Reading(settings), [])
     spelling = common_spellings(Counter(tag for example in (*examples, *evaluation) for tag in example.tags))
     respelled = tuple((tag, common) for tag, common in spelling.items() if tag != common)
     if respelled:
         examples, evaluation = (_with_common_spellings(part, spelling) for part in (examples, evaluation))
-    train, held_out = split(examples, settings) if own is None else split_from(examples, evaluation)
-    left_out = len(examples) - len(train) - (len(held_out) if own is None else 0)
-    report = DataReport(read.rows, tuple(read.skipped.values()), read.merged, left_out, respelled)
+    train, held_out = split_from(examples, evaluation) if own else split(examples, settings)
+    left_out = len(examples) - len(train) - (0 if own else len(held_out))
+    skipped = (*read.skipped.values(), *read_too.skipped.values())
+    report = DataReport(read.rows + read_too.rows, skipped, read.merged + read_too.merged, left_out, respelled)
     return SplitData(tuple(train), tuple(held_out), _fingerprint(train, held_out), report=report)
 
 
@@ -50,11 +51,11 @@ def _evaluation_settings(settings: Data) -> Data | None:
     return settings.model_copy(update=update)
 
 
-def _evaluation_examples(read: _Reading, own: Data) -> list[Example]:
+def _evaluation_examples(own: Data) -> tuple[_Reading, list[Example]]:
     """Read the evaluation data; errors name the settings that they come from."""
-    read.settings = own
+    read = _Reading(own)
     try:
-        return read.examples(read_rows(own))
+        return read, read.examples(read_rows(own))
     except InvalidInputError as error:
         message = str(error)
         for name in ("DATASET", "SPLIT"):
@@ -75,7 +76,7 @@ class _Reading:
 
     def examples(self, rows: Iterable[Row]) -> list[Example]:
         """Return one example for each different text, with the tags of all its rows."""
-        settings, before, used = self.settings, self.rows, 0
+        settings, used = self.settings, 0
         found: dict[str, tuple[str, ...]] = {}
         for row in rows:
             self.rows += 1
@@ -90,15 +91,17 @@ class _Reading:
             used += 1
             if used == settings.limit:
                 break
-        if self.rows == before:
+        if self.rows == 0:
             raise InvalidInputError(f"{settings.dataset} has no rows; expected at least two examples")
         check_columns(settings.dataset, self.columns, used_columns(settings))
         self._check_skipped()
+        if not found:
+            raise InvalidInputError(f"{settings.dataset} has no row with a text and tags; expected some")
         return [Example(text, tags) for text, tags in found.items()]
 
     def _check_skipped(self) -> None:
         skipped = sum(entry.rows for entry in self.skipped.values())
-        if skipped > self.settings.max_skipped * self.rows:
+        if skipped / self.rows > self.settings.max_skipped:
             reasons = "; ".join(
                 f"{entry.rows} with {entry.reason}, first {entry.first}" for entry in self.skipped.values()
             )

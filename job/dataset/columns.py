@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ast
+from collections.abc import Mapping
 from typing import Any
 
 from job.dataset.cells import CellError, Number, parse_tags
-from job.dataset.readers import Row
+from job.dataset.readers import Row, parse_json
 from job.errors import InvalidInputError
 from job.settings import Data
 
@@ -26,14 +27,45 @@ def text_columns(settings: Data) -> list[str]:
 
 
 def select(values: Mapping[str, Any], column: str) -> Any:
-    """Return the value of a column; `a.b` is the field b of the record, or of each record of a list, in column a."""
+    """Return the value of a column; `a.b` is the field b of the record, or of each record of a list, in column a.
+
+    Lists met on the way are flattened, and a record may be written as JSON or Python in a text.
+    Raises CellError when a record does not have the field.
+    """
     if column in values:
         return values[column]
     head, _, rest = column.partition(".")
-    value = values.get(head) if rest else None
+    if not rest or head not in values:
+        return None
+    return _field(values[head], rest)
+
+
+def _field(value: Any, path: str) -> Any:
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        value = _parse_record(value)
+    if value is None or (isinstance(value, float) and value != value):
+        return None
     if isinstance(value, (list, tuple)):
-        return [select(item, rest) if isinstance(item, Mapping) else item for item in value]
-    return select(value, rest) if isinstance(value, Mapping) else None
+        parts = [_field(item, path) if isinstance(item, (Mapping, list, tuple)) else item for item in value]
+        return [item for part in parts for item in (part if isinstance(part, (list, tuple)) else [part])]
+    if not isinstance(value, Mapping):
+        raise CellError(f"has {_type_name(value)}, {_shown(value)}, where a record with the field {path!r} is expected")
+    head = path if path in value else path.partition(".")[0]
+    if head not in value:
+        names = ", ".join(map(str, list(value)[:10]))
+        raise CellError(f"has a record without the field {head!r}; it has {names}")
+    return value[head] if head == path else _field(value[head], path.partition(".")[2])
+
+
+def _parse_record(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        raise CellError(f"cannot be read as records: {_shown(text)}; expected JSON or Python's notation") from None
 
 
 def row_text(row: Row, settings: Data) -> str:
@@ -43,7 +75,10 @@ def row_text(row: Row, settings: Data) -> str:
     """
     parts = []
     for column in text_columns(settings):
-        value = select(row.values, column)
+        try:
+            value = select(row.values, column)
+        except CellError as error:
+            raise InvalidInputError(f"{row.place}: {column!r} {error}") from error
         if value is None or (isinstance(value, float) and value != value):
             continue
         if not isinstance(value, str) or isinstance(value, Number):
@@ -76,9 +111,9 @@ def delimiter(settings: Data) -> str:
 def _flag(row: Row, column: str) -> bool:
     value = select(row.values, column)
     text = str(value).strip().casefold()
-    if value is None or text in ("", "0", "0.0", "false", "no", "nan"):
+    if value is None or text in ("", "0", "0.0", "false", "f", "no", "n", "nan", "null", "none"):
         return False
-    if text in ("1", "1.0", "true", "yes", "x"):
+    if text in ("1", "1.0", "true", "t", "yes", "y", "x"):
         return True
     raise InvalidInputError(
         f"{row.place}: {column!r} is {_shown(value)}; expected 0 or 1, or true or false, in a column of "
@@ -87,11 +122,15 @@ def _flag(row: Row, column: str) -> bool:
 
 
 def _type_name(value: object) -> str:
-    if isinstance(value, (bool, Number, int, float)):
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, (Number, int, float)):
         return "a number"
     if isinstance(value, Mapping):
         return "a record"
-    return "a list" if isinstance(value, Sequence) else f"a value of the type {type(value).__name__}"
+    if isinstance(value, str):
+        return "a text"
+    return "a list" if isinstance(value, (list, tuple)) else f"a value of the type {type(value).__name__}"
 
 
 def _shown(value: object) -> str:

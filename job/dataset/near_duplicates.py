@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 SIMILARITY = 0.5
 """Two texts are near-duplicates from this weighted Jaccard index on."""
 MAX_COMPARED = 64
-"""Held-out texts that a text is compared with because of one shared feature; if there are more, they are copies."""
+"""Held-out texts that a text is compared with, those first that share its rarest features; more are copies of each
+other, or follow one template."""
 BLOCK = 200_000
 """Pairs of texts compared at once, which bounds memory."""
 
@@ -44,7 +45,7 @@ def near_duplicates(texts: Sequence[str], held_out: NDArray[np.bool_]) -> NDArra
     features = index.prefix_features(held_out)
     bar = tqdm(total=len(features), desc="near-duplicates", disable=not sys.stderr.isatty() or len(texts) < 50_000)
     with bar:
-        for done, (held, other) in index.candidates(features, held_out):
+        for done, (held, other) in index.candidates(features, held_out, found):
             found[other[index.similarity(held, other) >= SIMILARITY]] = True
             bar.update(done)
     return found
@@ -98,22 +99,32 @@ class _Index:
         held = np.add.reduceat(held_out[owners], starts, dtype=np.int64) if len(starts) else sizes
         return [owners[starts[i] : starts[i] + sizes[i]] for i in np.flatnonzero((held > 0) & (held < sizes))]
 
-    def candidates(self, features: list[NDArray[np.int32]], held_out: NDArray[np.bool_]) -> Iterator[tuple[int, Pairs]]:
-        """Yield pairs of a held-out text and another that share a feature, and the number of features they cover."""
+    def candidates(
+        self, features: list[NDArray[np.int32]], held_out: NDArray[np.bool_], found: NDArray[np.bool_]
+    ) -> Iterator[tuple[int, Pairs]]:
+        """Yield pairs of a held-out text and another that share a feature, and the number of features they cover.
+
+        Texts that the caller marks in `found` in the meantime need no more pairs.
+        """
         import numpy as np
 
+        compared = np.zeros(len(held_out), np.int32)
         left: list[NDArray[np.int64]] = []
         right: list[NDArray[np.int64]] = []
         pairs = covered = 0
         for number, owners in enumerate(features, 1):
-            is_held = held_out[owners]
-            held, other = owners[is_held][:MAX_COMPARED].astype(np.int64), owners[~is_held].astype(np.int64)
+            held = owners[held_out[owners]][:MAX_COMPARED].astype(np.int64)
+            other = owners[~held_out[owners] & ~found[owners] & (compared[owners] < MAX_COMPARED)].astype(np.int64)
+            compared[other] += len(held)
             left.append(np.repeat(held, len(other)))
             right.append(np.tile(other, len(held)))
             pairs += len(held) * len(other)
             if pairs >= BLOCK or number == len(features):
                 unique = np.unique(np.concatenate(left) * len(held_out) + np.concatenate(right))
-                yield number - covered, (unique // len(held_out), unique % len(held_out))
+                held, other = unique // len(held_out), unique % len(held_out)
+                possible = self._totals[held] >= SIMILARITY * self._totals[other]  # else the union is too large
+                possible &= self._totals[other] >= SIMILARITY * self._totals[held]
+                yield number - covered, (held[possible], other[possible])
                 left, right, pairs, covered = [], [], 0, number
 
     def similarity(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.float64]:

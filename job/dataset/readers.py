@@ -155,6 +155,10 @@ def _csv_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
             places = _used_columns(file, header, columns)
             for row in reader:
                 line = reader.line_num + skipped
+                if [name.strip().removeprefix("\ufeff") for name in row] == header:
+                    raise InvalidInputError(
+                        f"{file.name} line {line} repeats the header, as if files were joined; remove the line"
+                    )
                 if not row or (len(row) == 1 and not row[0].strip() and len(header) > 1):
                     continue
                 if (len(row) > len(header) and any(map(str.strip, row[len(header) :]))) or len(row) < _named(header):
@@ -196,11 +200,17 @@ def _csv_dialect(file: SourceFile, lines: Iterable[str], columns: Sequence[str])
     The delimiter is that of a line `sep=`, the tab of a .tsv, or the one with which the header has the wanted columns,
     else the one that splits it most.
     """
+    blank = 0
+    for line in lines:
+        if line.strip():
+            lines = chain([line], lines)
+            break
+        blank += 1
     head = list(islice(lines, SAMPLE_LINES))
     if head and (mark := head[0].strip().lower()).startswith("sep=") and len(mark) == 5:
-        return head[1:], mark[4], 1
+        return head[1:], mark[4], blank + 1
     if head and head[0].strip("\r\n").lower() == "sep=\t":
-        return head[1:], "\t", 1
+        return head[1:], "\t", blank + 1
     wanted = {column.partition(".")[0] for column in columns} | set(columns)
 
     def fields(delimiter: str) -> list[str]:
@@ -211,7 +221,7 @@ def _csv_dialect(file: SourceFile, lines: Iterable[str], columns: Sequence[str])
 
     candidates = ("\t", *DELIMITERS) if file.format == ".tsv" else DELIMITERS
     best = max(candidates, key=lambda delimiter: (len(wanted & set(fields(delimiter))), len(fields(delimiter))))
-    return head, best, 0
+    return head, best, blank
 
 
 def _parquet_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
@@ -220,7 +230,8 @@ def _parquet_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
 
     with file.open() as stream:
         try:
-            source = parquet.ParquetFile(stream)
+            # a compressed stream cannot be read from its end, where Parquet has its index
+            source = parquet.ParquetFile(stream if stream.seekable() else pyarrow.BufferReader(stream.read()))
             names = source.schema_arrow.names
             check_columns(file.name, names, columns)
             heads = list(dict.fromkeys(c if c in names else c.partition(".")[0] for c in columns))
@@ -231,7 +242,8 @@ def _parquet_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
             for batch in source.iter_batches(columns=heads):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(f"{file.name} row {number}", with_label_names(values, labels))
+                    place = f"{file.name} row {number}"
+                    yield Row(place, with_label_names(values, labels, place))
         except (pyarrow.ArrowException, ValueError) as error:
             if isinstance(error, InvalidInputError):
                 raise
@@ -239,28 +251,54 @@ def _parquet_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
             raise InvalidInputError(f"{file.name} is not Parquet ({detail}); write it again") from error
 
 
-def class_labels(metadata: bytes | None) -> dict[str, list[str]]:
-    """Return the names of ClassLabel columns, or lists of ClassLabel, from the metadata that `datasets` writes."""
-    if metadata is None:
+def class_labels(metadata: bytes | None) -> dict[str, Any]:
+    """Return the names of ClassLabel columns from the metadata that `datasets` writes, as `label_names` does."""
+    try:
+        features = json.loads(metadata or b"{}")["info"]["features"]
+        return {column: found for column, feature in features.items() if (found := label_names(feature))}
+    except (ValueError, KeyError, TypeError, AttributeError):  # the metadata of something else
         return {}
-    features = json.loads(metadata).get("info", {}).get("features", {})
-    found = {}
-    for column, feature in features.items():
-        while isinstance(feature, dict) and "names" not in feature and isinstance(feature.get("feature"), dict):
-            feature = feature["feature"]
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-            found[column] = list(feature["names"])
-    return found
 
 
-def with_label_names(values: Mapping[str, Any], labels: Mapping[str, Sequence[str]]) -> Mapping[str, Any]:
-    """Replace the ids of ClassLabel columns by their names; -1 is no label."""
-    if not labels:
-        return values
+def label_names(feature: Any) -> Any:
+    """Return where the names of ClassLabel ids are in a feature of `datasets`, as its JSON has it.
 
-    def named(value: Any, names: Sequence[str]) -> Any:
-        if isinstance(value, list):
-            return [named(item, names) for item in value]
-        return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+    A list of names for a ClassLabel, `{"": ...}` for a list of something, a mapping of fields for a record, None where
+    there are none.
+    """
+    if isinstance(feature, list):
+        return {"": found} if feature and (found := label_names(feature[0])) else None
+    if not isinstance(feature, dict):
+        return None
+    if feature.get("_type") == "ClassLabel":
+        return list(feature["names"])
+    if "_type" in feature:
+        return {"": found} if (found := label_names(feature.get("feature"))) else None
+    return {name: found for name, inner in feature.items() if (found := label_names(inner))} or None
 
-    return {column: named(value, labels[column]) if column in labels else value for column, value in values.items()}
+
+def with_label_names(values: Mapping[str, Any], labels: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """Replace the ids of ClassLabel columns by their names, and decode bytes; an id of -1 is no label.
+
+    Raises InvalidInputError for an id without a name.
+    """
+    return {column: _plain(value, labels.get(column), f"{place}: {column!r}") for column, value in values.items()}
+
+
+def _plain(value: Any, names: Any, place: str) -> Any:
+    if isinstance(value, (bytes, bytearray)):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise InvalidInputError(f"{place} holds bytes that are not UTF-8 text; expected texts") from None
+    if isinstance(value, (list, tuple)):
+        inner = names.get("") if isinstance(names, dict) else None
+        return [_plain(item, inner, place) for item in value]
+    if isinstance(value, dict):
+        fields = names if isinstance(names, dict) else {}
+        return {name: _plain(item, fields.get(name), place) for name, item in value.items()}
+    if not isinstance(names, list) or value is None or value == -1:
+        return value if not isinstance(names, list) else None
+    if not 0 <= value < len(names):
+        raise InvalidInputError(f"{place} has the label id {value}, and there are names for 0 to {len(names) - 1}")
+    return names[value]

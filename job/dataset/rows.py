@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.dataset.columns import used_columns
-from job.dataset.readers import Row, check_columns, read_file, with_label_names
+from job.dataset.readers import Row, check_columns, label_names, read_file, with_label_names
 from job.dataset.sources import find_files, is_saved_dataset
 from job.errors import InvalidInputError
 from job.hub import client as hub
 from job.settings import Data
-from job.system.paths import DATA_SUFFIXES, GLOB, is_on_hub, is_remote, local_path
+from job.system.paths import DATA_SUFFIXES, exists, is_on_hub, is_remote
 
 if TYPE_CHECKING:
     import datasets
@@ -27,7 +28,9 @@ def read_rows(settings: Data) -> Iterator[Row]:
         yield from _dataset_rows(_from_hub(settings), settings.dataset, columns)
         return
     saved = None if is_remote(settings.dataset) else _saved(settings)
-    _refuse_hub_settings(settings, with_split=saved is None)
+    _refuse_hub_settings(settings, with_split=not isinstance(saved, dict))
+    if isinstance(saved, dict):
+        saved = _split_of(saved, settings)
     if saved is not None:
         yield from _dataset_rows(saved, settings.dataset, columns)
         return
@@ -46,29 +49,28 @@ def _refuse_hub_settings(settings: Data, *, with_split: bool) -> None:
         )
 
 
-def _saved(settings: Data) -> datasets.Dataset | None:
-    """Return the data set of a folder that `save_to_disk` wrote; None for other files."""
-    if GLOB.search(settings.dataset) or "," in settings.dataset:
-        return None
-    path = local_path(settings.dataset, "TAGGER_DATA_DATASET")
-    if not path.is_dir() or not is_saved_dataset(path):
+def _saved(settings: Data) -> Any:
+    """Return the Dataset or DatasetDict of a folder that `save_to_disk` wrote; None for anything else."""
+    path = Path(settings.dataset)
+    if not exists(settings.dataset) or not path.is_dir() or not is_saved_dataset(path):
         return None
     import datasets
 
     try:
-        loaded = datasets.load_from_disk(str(path))
+        return datasets.load_from_disk(str(path))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InvalidInputError(
             f"{path} cannot be read as a saved data set: {_detail(error)}; save it again"
         ) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        split = settings.split or "train"
-        if split not in loaded:
-            raise InvalidInputError(
-                f"{path} has no split {split!r}; it has {', '.join(map(repr, loaded))}. Set TAGGER_DATA_SPLIT"
-            )
-        return loaded[split]
-    return loaded
+
+
+def _split_of(saved: Mapping[str, datasets.Dataset], settings: Data) -> datasets.Dataset:
+    split = settings.split or "train"
+    if split not in saved:
+        raise InvalidInputError(
+            f"{settings.dataset} has no split {split!r}; it has {', '.join(map(repr, saved))}. Set TAGGER_DATA_SPLIT"
+        )
+    return saved[split]
 
 
 def _from_hub(settings: Data) -> datasets.Dataset:
@@ -114,20 +116,13 @@ def _detail(error: Exception) -> str:
 
 
 def _dataset_rows(loaded: datasets.Dataset, name: str, columns: Sequence[str]) -> Iterator[Row]:
-    import datasets
-
     check_columns(name, loaded.column_names, columns)
     heads = [c if c in loaded.column_names else c.partition(".")[0] for c in columns]
-    labels = {}
-    for column in heads:
-        feature: Any = loaded.features[column]
-        while not isinstance(feature, datasets.ClassLabel) and hasattr(feature, "feature"):
-            feature = feature.feature
-        if isinstance(feature, datasets.ClassLabel):
-            labels[column] = feature.names
+    features = loaded.features.to_dict()
+    labels = {column: found for column in heads if (found := label_names(features[column]))}
     number = 0
     for batch in loaded.select_columns(list(dict.fromkeys(heads))).iter(1000):
         for values in zip(*batch.values(), strict=True):
             number += 1
-            row = dict(zip(batch, values, strict=True))
-            yield Row(f"{name} row {number}", with_label_names(row, labels))
+            place = f"{name} row {number}"
+            yield Row(place, with_label_names(dict(zip(batch, values, strict=True)), labels, place))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from job.errors import InvalidInputError
-from job.system.paths import GLOB, PACKAGE_PREFIX, is_remote, local_path
+from job.system.paths import GLOB, PACKAGE_PREFIX, exists, is_remote, local_path
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -51,11 +52,24 @@ class SourceFile:
                     f"{self.name} is a pointer of Git LFS, not the file itself; run `git lfs pull`, then try again"
                 )
             stream.seek(0)
+            _refuse_disguised(self.name, compression, stream.read(4))
+            stream.seek(0)
             yield pyarrow.CompressedInputStream(stream, compression) if compression else stream
         except OSError as error:
             # a damaged compressed stream ends in an OSError too
             detail = " ".join(str(error.strerror or error).split())[:200]
             raise InvalidInputError(f"{self.name} cannot be read: {detail}; expected a readable file") from error
+
+
+def _refuse_disguised(name: str, compression: str | None, start: bytes) -> None:
+    """Raise InvalidInputError for a file whose first bytes say that it is something else than its name does."""
+    kinds = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "ZIP or Excel", b"PAR1": "Parquet"}
+    kind = next((kind for mark, kind in kinds.items() if start.startswith(mark)), None)
+    named_so = kind == compression or (kind == "Parquet" and data_suffix(name) == ".parquet")
+    if kind is not None and not named_so:
+        raise InvalidInputError(
+            f"{name} is a {kind} file by its content; give it the name of one, or unpack or convert it"
+        )
 
 
 def data_suffix(name: str) -> str:
@@ -96,21 +110,25 @@ def _is_list(dataset: str) -> bool:
 
 
 def _local(name: str) -> list[SourceFile]:
-    if GLOB.search(name) and not name.startswith(PACKAGE_PREFIX) and not Path(name).exists():
+    if GLOB.search(name) and not name.startswith(PACKAGE_PREFIX) and not exists(name):
         base = Path(name).expanduser()
         root = Path(base.anchor) if base.is_absolute() else Path()
-        found = sorted(
-            path for path in root.glob(str(base.relative_to(base.anchor) if base.anchor else base)) if path.is_file()
-        )
+        try:
+            matches = root.glob(str(base.relative_to(base.anchor) if base.anchor else base))
+            found = sorted(path for path in matches if not path.is_dir())
+        except (ValueError, OSError) as error:
+            raise InvalidInputError(f"TAGGER_DATA_DATASET={name} is no pattern of files: {error}") from error
         if not found:
             raise InvalidInputError(f"TAGGER_DATA_DATASET={name} matches no file; expected at least one")
         return [SourceFile(str(path), str(path)) for path in found]
     path = local_path(name, "TAGGER_DATA_DATASET")
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and data_suffix(file.name))
-        found = [
-            file for file in found if not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
-        ]
+        found = sorted(
+            Path(folder, name)
+            for folder, folders, names in os.walk(path, followlinks=True)
+            for name in (names if _enter(folder, folders) else ())
+            if data_suffix(name) and not name.startswith((".", "_"))
+        )
         if not found:
             raise InvalidInputError(
                 f"the folder {path} holds no data file (TAGGER_DATA_DATASET); expected some that end in "
@@ -118,6 +136,16 @@ def _local(name: str) -> list[SourceFile]:
             )
         return [SourceFile(str(file), str(file)) for file in found]
     return [SourceFile(str(path), str(path))]
+
+
+def _enter(folder: str, folders: list[str]) -> bool:
+    """Leave hidden folders and links back to a folder above out of a walk."""
+    folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+    parents = {str(parent.resolve()) for parent in Path(folder).absolute().parents}
+    folders[:] = [
+        name for name in folders if str(Path(folder, name).resolve()) not in {*parents, str(Path(folder).resolve())}
+    ]
+    return True
 
 
 def _remote(url: str) -> list[SourceFile]:
@@ -151,8 +179,6 @@ def _remote(url: str) -> list[SourceFile]:
 
 def file_system(url: str) -> tuple[FileSystem, str]:
     """Return the file system of a URL and the path in it; credentials come from each store's usual variables."""
-    import os
-
     from pyarrow.fs import AzureFileSystem, FileSystem, S3FileSystem
 
     scheme, _, path = url.partition("://")

@@ -94,5 +94,5 @@ def hash_to_unit_interval(seed: int, text: str) -> float:
 
 
 def normalise_text(text: str) -> str:
-    """Return the words of a text in lower case, separated by single spaces."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
+    """Return the words of a text in lower case, separated by single spaces; the text itself if it has none."""
+    return " ".join(re.findall(r"\w+", text.casefold())) or text.strip()

@@ -8,7 +8,7 @@ from typing import Any
 
 from job.dataset.prompts import prompt, target
 from job.settings import Data
-from job.types import Example, SplitData
+from job.types import DataReport, Example, SplitData
 
 MOST_COMMON = 10
 """Tags that the summary lists."""
@@ -32,7 +32,7 @@ def summarise(data: SplitData, settings: Data) -> dict[str, Any]:
         "train": len(data.train),
         "calibration": len(data.calibration),
         "held_out": len(data.held_out),
-        "skipped": {entry.reason: {"rows": entry.rows, "first": entry.first} for entry in report.skipped},
+        "skipped": _by_reason(report),
         "merged": report.merged,
         "near_duplicates": report.near_duplicates,
         "tags": {
@@ -49,6 +49,14 @@ def summarise(data: SplitData, settings: Data) -> dict[str, Any]:
         },
         "warnings": list(_warnings(examples, counts, data)),
     }
+
+
+def _by_reason(report: DataReport) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for entry in report.skipped:  # training and evaluation data may have the same reason
+        known = found.setdefault(entry.reason, {"rows": 0, "first": entry.first})
+        known["rows"] += entry.rows
+    return found
 
 
 def describe(summary: dict[str, Any]) -> Iterator[str]:

@@ -28,8 +28,16 @@ def hub_snapshot(path: Path) -> tuple[str, str] | None:
 
 def is_local(name: str, suffixes: tuple[str, ...]) -> bool:
     """Return whether a setting names a local file or folder, and not a repository on the Hub."""
-    is_file = Path(name).suffix.lower() in suffixes or Path(name).exists() or GLOB.search(name) is not None
+    is_file = Path(name).suffix.lower() in suffixes or exists(name) or GLOB.search(name) is not None
     return is_file or name.startswith((PACKAGE_PREFIX, ".", "/", "~"))
+
+
+def exists(name: str) -> bool:
+    """Return whether a path exists; a name that no file system takes does not."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def is_remote(name: str) -> bool:
@@ -39,7 +47,9 @@ def is_remote(name: str) -> bool:
 
 def is_on_hub(name: str, suffixes: tuple[str, ...]) -> bool:
     """Return whether a setting is the id of a model or data set on the Hub."""
-    return not is_remote(name) and not is_local(name, suffixes)
+    return (
+        not is_remote(name) and not is_local(name, suffixes) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+    )
 
 
 def local_path(name: str, variable: str) -> Path:
@@ -50,7 +60,7 @@ def local_path(name: str, variable: str) -> Path:
     """
     if not name.startswith(PACKAGE_PREFIX):
         path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises for an unknown user
-        if not path.exists():
+        if not exists(str(path)):
             raise InvalidInputError(
                 f"{variable}={name} does not exist; expected a local file or folder, or a Hub id such as owner/name"
             )
