@@ -98,12 +98,29 @@ def test_several_columns_records_and_one_hot_columns_are_read(tmp_path: Path) ->
     }
 
 
+def test_a_record_without_the_field_is_refused_and_text_records_are_read(tmp_path: Path) -> None:
+    rows = [{"quote": f"the text {i}", "tags": json.dumps([{"id": i, "name": f"tag {i}"}])} for i in range(4)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    examples = load(path, tags_column="tags.name")
+    assert Example("the text 1", ("tag 1",)) in examples.train + examples.held_out
+    with pytest.raises(
+        InvalidInputError, match="line 1: 'tags.nam' has a record without the field 'nam'; it has id, name"
+    ):
+        load(path, tags_column="tags.nam")
+
+
 def test_evaluation_data_of_its_own_is_held_out(tmp_path: Path) -> None:
     own = write_jsonl(tmp_path / "own.jsonl", [ROWS[0], {"quote": "something else", "tags": ["new"]}])
     examples = load(write_jsonl(tmp_path / "a.jsonl", ROWS), eval_dataset=str(own))
     assert [e.text for e in examples.held_out] == [ROWS[0]["quote"], "something else"]
     assert [e.text for e in examples.train] == [row["quote"] for row in ROWS[1:]]
     assert examples.report.near_duplicates == 1
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": "a", "labels": ["x"]}] * 9)
+    with pytest.raises(InvalidInputError, match="other.jsonl has no columns 'quote' and 'tags'"):
+        load(tmp_path / "a.jsonl", eval_dataset=str(other))
+    empty = write_jsonl(tmp_path / "empty.jsonl", [{"quote": "a", "tags": []}, {"quote": "b", "tags": ["x"]}])
+    with pytest.raises(InvalidInputError, match="1 of 2 rows of .*empty.jsonl cannot be used"):
+        load(tmp_path / "a.jsonl", eval_dataset=str(empty))
     with pytest.raises(InvalidInputError, match="TAGGER_DATA_EVAL_SPLIT=dev: files have none"):
         load(tmp_path / "a.jsonl", eval_split="dev")
     with pytest.raises(InvalidInputError, match="TAGGER_DATA_EVAL_DATASET=.*absent.csv does not exist"):

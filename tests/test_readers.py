@@ -89,6 +89,7 @@ def test_any_table_comes_back_the_same(tmp_path: Path, encoding: str, delimiter:
         'x,quote,x,tags\n1,q,2,"a,b"\n',
         'quote,tags\n\nq,"a,b"\n\n',
         'quote,tags\r\nq,"a,b"\r\n',
+        '\n\nquote,tags\nq,"a,b"\n',
     ],
 )
 def test_tables_as_spreadsheets_write_them_are_read(tmp_path: Path, text: str) -> None:
@@ -120,6 +121,11 @@ def test_a_tsv_is_cut_at_tabs(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"not compressed", "cannot be read"),
         ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a pointer of Git LFS"),
         ("a.xlsx", b"PK", "is not a data file; expected one that ends in"),
+        ("a.csv", b"PK\x03\x04and more", "is a ZIP or Excel file by its content"),
+        ("a.csv", gzip.compress(b"quote,tags\nq,a\n"), "is a gzip file by its content"),
+        ("a.csv", "quote,tags\nq,a\nquote,tags\nr,b\n", "line 3 repeats the header"),
+        ("a.csv", "quote,tags\nq,a\n".encode("utf-16-le"), "UTF-16 or UTF-32 text without the mark"),
+        ("a.jsonl", json.dumps(ROWS[0]).encode("utf-32"), "UTF-16 or UTF-32 text without the mark"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_named_with_the_reason(
@@ -154,6 +160,30 @@ NAMED = [{"quote": "a", "tags": ["life", "love"]}, {"quote": "b", "tags": ["love
 def test_class_labels_of_parquet_get_their_names(tmp_path: Path) -> None:
     labelled().to_parquet(str(tmp_path / "a.parquet"))
     assert values(tmp_path / "a.parquet") == NAMED
+
+
+def test_class_labels_in_records_get_their_names_and_unknown_ids_are_refused(tmp_path: Path) -> None:
+    label = datasets.ClassLabel(names=["life", "love"])
+    features = datasets.Features({"quote": datasets.Value("string"), "m": {"tags": datasets.List({"l": label})}})
+    records = [{"tags": [{"l": 1}, {"l": 0}]}]
+    datasets.Dataset.from_dict({"quote": ["a"], "m": records}, features=features).to_parquet(
+        str(tmp_path / "a.parquet")
+    )
+    [row] = read_rows(Data(dataset=str(tmp_path / "a.parquet"), tags_column="m.tags.l"))
+    assert row.values["m"] == {"tags": [{"l": "love"}, {"l": "life"}]}
+    table = parquet.read_table(tmp_path / "a.parquet")
+    wrong = pa.table({"quote": ["a"], "m": [{"tags": [{"l": 7}]}]}).replace_schema_metadata(table.schema.metadata)
+    parquet.write_table(wrong, tmp_path / "b.parquet")
+    assert "has the label id 7, and there are names for 0 to 1" in refused(
+        tmp_path / "b.parquet", tags_column="m.tags.l"
+    )
+
+
+def test_compressed_parquet_is_read(tmp_path: Path) -> None:
+    table = pa.BufferOutputStream()
+    parquet.write_table(pa.Table.from_pylist(ROWS), table)
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(table.getvalue().to_pybytes()))
+    assert values(tmp_path / "a.parquet.gz") == ROWS
 
 
 def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:

@@ -86,8 +86,8 @@ def _of_list(items: Iterable[object]) -> list[object]:
                 "TAGGER_DATA_TAGS_COLUMN=column.field",
                 wrong_type=True,
             )
-        if isinstance(item, (bytes, bytearray)):
-            raise CellError(f"holds bytes, {_short(repr(item))}; expected texts", wrong_type=True)
+        if isinstance(item, (bytes, bytearray, bool)):
+            raise CellError(f"holds {item!r}, which is no text; expected texts", wrong_type=True)
     return [item for item in items if item is not None and not (isinstance(item, float) and math.isnan(item))]
 
 

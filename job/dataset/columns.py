@@ -6,7 +6,7 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
-from job.dataset.cells import CellError, Number, parse_tags
+from job.dataset.cells import MISSING, CellError, Number, parse_tags
 from job.dataset.readers import Row, parse_json
 from job.errors import InvalidInputError
 from job.settings import Data
@@ -48,6 +48,8 @@ def _field(value: Any, path: str) -> Any:
     if isinstance(value, (list, tuple)):
         parts = [_field(item, path) if isinstance(item, (Mapping, list, tuple)) else item for item in value]
         return [item for part in parts for item in (part if isinstance(part, (list, tuple)) else [part])]
+    if isinstance(value, str) and not isinstance(value, Number):
+        return value  # Label Studio writes a single choice so, and several as a record
     if not isinstance(value, Mapping):
         raise CellError(f"has {_type_name(value)}, {_shown(value)}, where a record with the field {path!r} is expected")
     head = path if path in value else path.partition(".")[0]
@@ -80,6 +82,8 @@ def row_text(row: Row, settings: Data) -> str:
         except CellError as error:
             raise InvalidInputError(f"{row.place}: {column!r} {error}") from error
         if value is None or (isinstance(value, float) and value != value):
+            continue
+        if isinstance(value, str) and value.strip().casefold() in MISSING:
             continue
         if not isinstance(value, str) or isinstance(value, Number):
             raise InvalidInputError(

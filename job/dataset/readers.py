@@ -59,6 +59,7 @@ def check_columns(name: str, columns: Iterable[object], wanted: Sequence[str]) -
     missing = [column for column, head in zip(wanted, heads, strict=True) if head not in present]
     if not missing:
         return
+    present = [column if len(column) <= 60 else f"{column[:57]}..." for column in present]
     near = [
         f"{column!r} may be {other!r}"
         for column in missing
@@ -73,12 +74,14 @@ def check_columns(name: str, columns: Iterable[object], wanted: Sequence[str]) -
     )
 
 
-def _text_lines(stream: IO[bytes]) -> io.TextIOWrapper:
+def _text_lines(stream: IO[bytes], name: str) -> io.TextIOWrapper:
     """Decode a binary stream: UTF-8, with or without a mark, or UTF-16 with one. Line ends stay as they are."""
     raw: Any = stream
     buffered = io.BufferedReader(raw)
-    start = buffered.peek(2)[:2]
-    utf16 = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    start = buffered.peek(4)[:4]
+    if (b"\0" in start and start[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start[2:] == b"\0\0":
+        raise InvalidInputError(f"{name} is UTF-16 or UTF-32 text without the mark that says which; save it as UTF-8")
+    utf16 = start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     return io.TextIOWrapper(buffered, encoding="utf-16" if utf16 else "utf-8-sig", newline="")
 
 
@@ -89,7 +92,7 @@ def parse_json(text: str) -> Any:
 
 def _json_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
     """Yield the rows of a JSON array, or of one object a line, told apart by the first character."""
-    with file.open() as stream, _text_lines(stream) as lines:
+    with file.open() as stream, _text_lines(stream, file.name) as lines:
         first = ""
         for number, line in enumerate(_lines(lines), 1):
             if not first and line.strip():
@@ -145,7 +148,7 @@ def _json_type(value: object) -> str:
 
 def _csv_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # a long text is no mistake
-    with file.open() as stream, _text_lines(stream) as lines:
+    with file.open() as stream, _text_lines(stream, file.name) as lines:
         head, delimiter, skipped = _csv_dialect(file, lines, columns)
         reader = csv.reader(chain(head, lines), delimiter=delimiter, strict=True, skipinitialspace=True)
         try:

