@@ -10,9 +10,15 @@ from job.settings import Settings
 ROOT = Path(__file__).parents[1]
 
 
-def test_env_example_sets_the_defaults() -> None:
-    assert environment.load(ROOT / ".env.example") == Settings()
-    for line in reference.env_example().splitlines():
+def test_env_example_has_the_defaults_and_sets_nothing(tmp_path: Path) -> None:
+    assert environment.explicit_values(str(ROOT / ".env.example")) == {}
+    uncommented = reference.env_example().replace("#TAGGER_", "TAGGER_")
+    (tmp_path / "all.env").write_text(uncommented, encoding="utf-8")
+    assert {line.partition("=")[0] for line in uncommented.splitlines() if line.startswith("TAGGER_")} == set(
+        Settings().values()
+    )
+    assert environment.load(str(tmp_path / "all.env")) == Settings()
+    for line in uncommented.splitlines():
         assert line.partition("=")[2][:1] not in ("'", '"'), f"docker run --env-file would keep the quote: {line}"
 
 

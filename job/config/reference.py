@@ -11,18 +11,18 @@ from job.settings import Settings, SettingsGroup, iter_fields, to_env
 
 
 def env_example() -> str:
-    """Return the text of `.env.example`: every variable with its description and default.
+    """Return the text of `.env.example`: every variable, commented out, with its description and default.
 
-    Values have no quotes because `docker run --env-file` would keep them.
+    An active line would override the recipe. Values have no quotes because `docker run --env-file` would keep them.
     """
     lines = [
-        "# Every setting with its default. Copy this file to .env and keep the lines that you change.",
-        "# HF_TOKEN, HF_HOME, HF_ENDPOINT and CUDA_VISIBLE_DEVICES have their usual meaning.",
+        "# Every setting with its default. Copy this file to .env. Uncomment what you change.",
+        "# HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and CUDA_VISIBLE_DEVICES have their usual meaning.",
     ]
     for group in Settings.model_fields:
         lines.append("")
         for name, field in _fields(group):
-            lines += [f"# {field.description}", f"{name}={to_env(field.default)}"]
+            lines += [f"# {field.description}", f"#{name}={to_env(field.default, name)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -53,7 +53,7 @@ def settings_markdown() -> str:
         lines += ["", f"## TAGGER_{group.upper()}_", "", str(_group(group).__doc__), ""]
         lines += ["| setting | default | description |", "|---|---|---|"]
         for name, field in _fields(group):
-            default = to_env(field.default)
+            default = to_env(field.default, name)
             cells = [f"`{name}`", f"`{default}`" if default else "", str(field.description)]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
