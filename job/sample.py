@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 import peft
 import torch
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from pydantic import BaseModel, PositiveInt
 from safetensors import SafetensorError
 
@@ -208,9 +208,25 @@ def _adapter_config(source: Path | str, revision: str | None) -> _AdapterConfig:
         ) from error
 
 
+def _adapter_folder(source: Path | str, revision: str | None) -> Path:
+    """Return the folder of an adapter, downloaded if it is a repo's; PEFT would read a pickle if it had no safetensors.
+
+    Raises OSError when there are no weights in safetensors.
+    """
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        folder = source if isinstance(source, Path) else hub.download(source, revision, SAFETENSORS_WEIGHTS_NAME).parent
+    except RemoteEntryNotFoundError:
+        folder = None
+    if folder is None or not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise OSError(f"there is no {SAFETENSORS_WEIGHTS_NAME}, and pickles are not read because they can run code")
+    return folder
+
+
 def _load_adapter(model: PreTrainedModel, source: Path | str, revision: str | None) -> peft.PeftModel:
     try:
-        return peft.PeftModel.from_pretrained(model, str(source), revision=revision, token=hub.token() or False)
+        return peft.PeftModel.from_pretrained(model, str(_adapter_folder(source, revision)))
     except (*READ_ERRORS, RuntimeError) as error:
         # torch reports tensors of other shapes as a RuntimeError that starts like this; others are not the file's
         if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" not in str(error):

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from conftest import CPU, make_settings
+from hub import Hub, Repo
 from safetensors.torch import load_file, save_file
 
 from job.decoding.config import initial_config
@@ -208,6 +209,21 @@ def test_damaged_adapter_weights_are_refused(
     damage(adapter / "adapter_model.safetensors")
     with pytest.raises(InvalidInputError, match="the weights of the adapter in .* cannot be read"):
         load_tagger(settings, adapter, CPU)
+
+
+def test_an_adapter_without_safetensors_is_refused(settings: Settings, adapter: Path, loopback_hub: Hub) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    torch.save(load_file(weights), adapter / "adapter_model.bin")
+    weights.unlink()
+    repo = loopback_hub.models["ada/pickled"] = Repo("ada/pickled")
+    repo.commit("main", "pickle", {file.name: file.read_bytes() for file in adapter.iterdir()})
+    for source in (adapter, "ada/pickled"):
+        with pytest.raises(InvalidInputError) as refused:
+            load_tagger(settings, source, CPU)
+        assert refused.value.problems == (
+            f"the weights of the adapter in {source} cannot be read: there is no adapter_model.safetensors, and "
+            "pickles are not read because they can run code; train or fetch it again",
+        )
 
 
 @pytest.mark.parametrize("error", [TypeError("a defect"), torch.OutOfMemoryError("CUDA out of memory")])
