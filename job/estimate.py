@@ -97,7 +97,7 @@ def cpu_problems(need: MemoryEstimate, settings: Settings, compute: ComputeSpec)
         return []
     return [
         f"{settings.base.model} has {need.parameters / 1e6:.0f} million parameters, TAGGER_RUN_DEVICE=auto trains "
-        f"at most {CPU_PARAMETERS / 1e6:.0f} million on a CPU, and {gpu_unavailable_reason()}, "
+        f"at most {CPU_PARAMETERS / 1e6:.0f} million on a CPU, and {gpu_unavailable_reason(advice=True)}, "
         "or set TAGGER_RUN_DEVICE=cpu to train on the CPU all the same"
     ]
 

@@ -38,7 +38,7 @@ def unusable_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.Monk
 @pytest.mark.parametrize("text", [PROPRIETARY, OPEN])
 def test_an_old_driver_is_named_with_the_version_needed(unusable_gpu: pytest.MonkeyPatch, text: str) -> None:
     device.DRIVER_VERSION.write_text(text.format("550.54.15"))
-    assert gpu_unavailable_reason() == (
+    assert gpu_unavailable_reason(advice=True) == (
         "the NVIDIA driver is 550.54.15 and CUDA 13.0 needs 580 or newer; update the machine's driver"
     )
     unusable_gpu.setattr(torch.version, "cuda", "12.6")
@@ -48,21 +48,24 @@ def test_an_old_driver_is_named_with_the_version_needed(unusable_gpu: pytest.Mon
 @pytest.mark.parametrize(("name", "value"), [("CUDA_VISIBLE_DEVICES", ""), ("NVIDIA_VISIBLE_DEVICES", "void")])
 def test_a_variable_that_hides_the_gpus_is_named(unusable_gpu: pytest.MonkeyPatch, name: str, value: str) -> None:
     unusable_gpu.setenv(name, value)
-    assert gpu_unavailable_reason() == f"{name}={value} hides every GPU of this machine (driver 580.65.06); unset it"
+    hidden = f"{name}={value} hides every GPU of this machine (driver 580.65.06)"
+    assert gpu_unavailable_reason() == hidden
+    assert gpu_unavailable_reason(advice=True) == f"{hidden}; unset it"
 
 
 def test_every_reason_for_no_gpu_has_its_own_remedy(
     unusable_gpu: pytest.MonkeyPatch,
 ) -> None:
-    assert "although there is a driver (580.65.06); run nvidia-smi" in str(gpu_unavailable_reason())
+    assert "although there is a driver (580.65.06); run nvidia-smi" in str(gpu_unavailable_reason(advice=True))
     device.NVIDIA_CTL.unlink()
     assert "this container has no access to a GPU; start it with `docker run --gpus all`" in str(
-        gpu_unavailable_reason()
+        gpu_unavailable_reason(advice=True)
     )
     unusable_gpu.setattr(torch.version, "cuda", None)
-    assert "is a build without CUDA; install the CUDA build" in str(gpu_unavailable_reason())
+    assert "is a build without CUDA; install the CUDA build" in str(gpu_unavailable_reason(advice=True))
     device.DRIVER_VERSION.unlink()
-    assert "this machine has no NVIDIA driver" in str(gpu_unavailable_reason())
+    assert gpu_unavailable_reason() == "this machine has no NVIDIA driver"
+    assert "no NVIDIA driver; use a machine with a GPU" in str(gpu_unavailable_reason(advice=True))
 
 
 def test_a_usable_gpu_has_no_reason(unusable_gpu: pytest.MonkeyPatch) -> None:

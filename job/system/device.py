@@ -79,7 +79,7 @@ def choose_device(setting: Literal["auto", "cuda", "cpu"]) -> torch.device:
 
     Raises InvalidInputError for `cuda` without a usable GPU.
     """
-    unavailable = None if setting == "cpu" else gpu_unavailable_reason()
+    unavailable = None if setting == "cpu" else gpu_unavailable_reason(advice=setting == "cuda")
     if setting == "cuda" and unavailable:
         raise InvalidInputError(f"TAGGER_RUN_DEVICE=cuda, but {unavailable}, or set TAGGER_RUN_DEVICE=cpu")
     if setting == "cpu" or unavailable:
@@ -126,27 +126,41 @@ def _cgroup_memory_left(group: Path) -> float:
     return float(limit - used + int(stat.get("file", 0)))
 
 
-def gpu_unavailable_reason() -> str | None:
-    """Return why PyTorch cannot use a GPU and what to do about it, as a clause; None if it can."""
+def gpu_unavailable_reason(*, advice: bool = False) -> str | None:
+    """Return why PyTorch cannot use a GPU as a clause, with `advice` also what to do about it; None if it can."""
     with warnings.catch_warnings(action="ignore"):  # PyTorch warns of a driver that is too old
         if torch.cuda.is_available():
             return None
+    reason, remedy = _find_gpu_problem()
+    return f"{reason}; {remedy}" if advice else reason
+
+
+def _find_gpu_problem() -> tuple[str, str]:
     cuda = torch.version.cuda
     words = DRIVER_VERSION.read_text(encoding="utf-8").split() if DRIVER_VERSION.is_file() else []
     driver = next((word for word in words if word.count(".") and word.replace(".", "").isdigit()), None)
     min_driver = None if cuda is None else MIN_DRIVER.get(cuda.partition(".")[0])
     if driver is None:
-        return "this machine has no NVIDIA driver; take a machine with a GPU, or install the driver"
+        return "this machine has no NVIDIA driver", "use a machine with a GPU, or install the driver"
     if cuda is None:
-        return f"PyTorch {torch.__version__} is a build without CUDA; install the CUDA build, or use the image with it"
+        return (
+            f"PyTorch {torch.__version__} is a build without CUDA",
+            "install the CUDA build, or use the image with it",
+        )
     if min_driver is not None and int(driver.partition(".")[0]) < min_driver:
-        return f"the NVIDIA driver is {driver} and CUDA {cuda} needs {min_driver} or newer; update the machine's driver"
+        return (
+            f"the NVIDIA driver is {driver} and CUDA {cuda} needs {min_driver} or newer",
+            "update the machine's driver",
+        )
     for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
         if os.environ.get(name) in ("", "-1", "none", "void", "NoDevFiles"):
-            return f"{name}={os.environ[name]} hides every GPU of this machine (driver {driver}); unset it"
+            return f"{name}={os.environ[name]} hides every GPU of this machine (driver {driver})", "unset it"
     if not NVIDIA_CTL.exists():
         return (
-            f"the machine has an NVIDIA driver ({driver}) but this container has no access to a GPU; start it "
-            "with `docker run --gpus all`, or request nvidia.com/gpu in Kubernetes"
+            f"the machine has an NVIDIA driver ({driver}) but this container has no access to a GPU",
+            "start it with `docker run --gpus all`, or request nvidia.com/gpu in Kubernetes",
         )
-    return f"PyTorch sees no GPU although there is a driver ({driver}); run nvidia-smi to see the state of the GPU"
+    return (
+        f"PyTorch sees no GPU although there is a driver ({driver})",
+        "run nvidia-smi to see the state of the GPU",
+    )
