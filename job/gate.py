@@ -24,10 +24,13 @@ log = logging.getLogger(__name__)
 MIN_EXAMPLES = 30
 """Fewest held-out examples for a comparison: bootstrap intervals of fewer are too narrow."""
 KEEP_FROM_PUBLISHED = (
-    *("TAGGER_BASE_QUANTIZE", "TAGGER_DATA_SEPARATOR", "TAGGER_DATA_MAX_LENGTH", "TAGGER_SAMPLE_MAX_NEW_TOKENS"),
+    "TAGGER_BASE_QUANTIZE",
+    "TAGGER_DATA_SEPARATOR",
+    "TAGGER_DATA_MAX_LENGTH",
+    "TAGGER_SAMPLE_MAX_NEW_TOKENS",
 )
 """Settings with which the published adapter is evaluated as in its own run."""
-SPLIT = ("TAGGER_DATA_DATASET", "TAGGER_DATA_SEED", "TAGGER_DATA_EVAL_SIZE")
+SPLIT_SETTINGS = ("TAGGER_DATA_DATASET", "TAGGER_DATA_SEED", "TAGGER_DATA_EVAL_SIZE")
 """Settings that decide which examples are held out."""
 
 Outcome = Literal["pass", "fail", "insufficient evidence"]
@@ -67,7 +70,7 @@ def check_split(settings: Settings, examples: SplitData) -> None:
 
 
 def run_gate(run: RunFolder, settings: Settings, repo: str | None, compute: ComputeSpec) -> Verdict:
-    """Decide by TAGGER_EVAL_GATE about the run's adapter, and record the verdict in metrics.json.
+    """Apply TAGGER_EVAL_GATE to the run's adapter, and record the verdict in metrics.json.
 
     A run that was already promoted keeps the verdict that it was promoted with. Raises PublishError if the Hub
     cannot be reached.
@@ -76,7 +79,7 @@ def run_gate(run: RunFolder, settings: Settings, repo: str | None, compute: Comp
     parent_commit, adapter, published, load_error = None, None, None, None
     if settings.eval.gate != "off" and repo is not None:
         try:
-            with push.publish_errors_for(run, "the same command"):
+            with push.publish_errors_for(run, "Run the same command again"):
                 promoted = _promoted_verdict(run, settings, repo)
                 if promoted is not None:
                     return promoted
@@ -88,7 +91,7 @@ def run_gate(run: RunFolder, settings: Settings, repo: str | None, compute: Comp
         except InvalidInputError as error:
             load_error = f"the adapter published in {repo} at {str(parent_commit)[:12]} no longer loads: {error}"
     verdict = compare(
-        settings.eval, scores["adapter"], predictions, published, parent=parent_commit, load_error=load_error
+        settings.eval, scores["adapter"], predictions, published, parent_commit=parent_commit, load_error=load_error
     )
     report.save_verdict(run, verdict, None if published is None else published[0])
     log.info("gate: %s: %s", verdict.verdict, verdict.reason)
@@ -98,9 +101,9 @@ def run_gate(run: RunFolder, settings: Settings, repo: str | None, compute: Comp
 def _promoted_verdict(run: RunFolder, settings: Settings, repo: str) -> Verdict | None:
     """Return the verdict by which this run was promoted; None if it was not."""
     verdict = report.verdict(run)
-    if verdict is None or verdict.parent is None:
+    if verdict is None or verdict.parent_commit is None:
         return None
-    return verdict if promote.was_promoted(run, repo, settings.hub, verdict.parent) else None
+    return verdict if promote.was_promoted(run, repo, settings.hub, verdict.parent_commit) else None
 
 
 def compare(
@@ -109,20 +112,22 @@ def compare(
     predictions: list[Prediction],
     published: tuple[Scores, list[Prediction]] | None,
     *,
-    parent: str | None = None,
+    parent_commit: str | None = None,
     load_error: str | None = None,
 ) -> Verdict:
     """Return the verdict on an adapter with these scores and predictions.
 
     `fail`: micro-F1 is below TAGGER_EVAL_MIN_F1, or the complete 95% interval of the difference to the published
-    adapter's micro-F1 is below -TAGGER_EVAL_TOLERANCE. `pass`: the complete interval is at or above it. Between them:
-    `insufficient evidence`, as with fewer than MIN_EXAMPLES examples, or if the published adapter cannot be evaluated
-    (`load_error` says why). `parent` is the commit at the head of the published branch.
+    adapter's micro-F1 is below -TAGGER_EVAL_TOLERANCE. `pass`: the complete interval is at or above
+    -TAGGER_EVAL_TOLERANCE. Between them: `insufficient evidence`, as with fewer than MIN_EXAMPLES examples, or if the
+    published adapter cannot be evaluated (`load_error` says why). `parent_commit` is the head of the published branch.
     """
 
     def decide(verdict: Outcome, reason: str, **comparison: Any) -> Verdict:
         limits: dict[str, Any] = {"min_f1": settings.min_f1, "tolerance": settings.tolerance}
-        return Verdict(settings.gate, verdict, reason, f1=scores.f1, parent=parent, **limits, **comparison)
+        return Verdict(
+            settings.gate, verdict, reason, f1=scores.f1, parent_commit=parent_commit, **limits, **comparison
+        )
 
     if settings.gate == "off":
         return decide("pass", "the gate is off")
@@ -137,7 +142,7 @@ def compare(
     if published is None:
         return decide("pass", f"{floor}, and nothing is published yet")
     if scores.n < MIN_EXAMPLES:
-        return decide("insufficient evidence", f"{scores.n} held-out examples are too few to compare by")
+        return decide("insufficient evidence", f"{scores.n} held-out examples are too few for a comparison")
     old_scores, old_predictions = published
     gold, new = [entry.gold for entry in predictions], [entry.predicted for entry in predictions]
     difference, interval = f1_difference(gold, new, [entry.predicted for entry in old_predictions])
@@ -150,7 +155,7 @@ def compare(
 
 
 def _non_inferiority(interval: list[float], tolerance: float) -> tuple[Outcome, str]:
-    """Return what the interval of a difference (new less old) shows, and how to end the reason with it."""
+    """Return what the interval of a difference (new minus old) shows, and how to end the reason with it."""
     low, high = interval
     if low >= -tolerance:
         return "pass", ""
@@ -162,7 +167,7 @@ def _non_inferiority(interval: list[float], tolerance: float) -> tuple[Outcome, 
 def reject(run: RunFolder, verdict: Verdict, repo: str | None, settings: Hub) -> NoReturn:
     """Push the adapter to its candidate branch, if there is a repo, and raise GateRejected with the reason."""
     candidate, where = None, f"it is saved in {run.path}"
-    if repo is not None and verdict.parent is not None:
+    if repo is not None and verdict.parent_commit is not None:
         try:
             with run.chapter("push"):
                 candidate = push.push(run, repo, settings.model_copy(update={"merge": False}), verdict)
@@ -172,7 +177,7 @@ def reject(run: RunFolder, verdict: Verdict, repo: str | None, settings: Hub) ->
         except PublishError as error:
             where += f" only, because its branch could not be pushed: {error}"
     report.save_report(run, "refused", candidate)
-    raise GateRejected(f"{verdict.verdict}: {verdict.reason}: it is not published; {where}")
+    raise GateRejected(f"{verdict.verdict}: {verdict.reason}. The adapter was not published; {where}")
 
 
 def _fetch_published(repo: str, revision: str, seconds: float) -> Path | None:
@@ -220,7 +225,7 @@ def _evaluate_published(
         old_settings = settings.with_result_values(kept).with_published_decoding()
     except (hub.HubFileError, TypeError, ValueError) as error:
         raise InvalidInputError(f"its manifest.json cannot be read ({error})") from None
-    if any(name in old_values and old_values[name] != settings.values()[name] for name in SPLIT):
+    if any(name in old_values and old_values[name] != settings.values()[name] for name in SPLIT_SETTINGS):
         log.warning("gate: the published adapter was trained on another split and may have seen held-out texts")
     examples = [Example(prediction.text, prediction.gold) for prediction in predictions]
     return report.cached_evaluation(

@@ -169,10 +169,10 @@ def finish(run: RunFolder, settings: Settings, repo: str | None, compute: Comput
     as_published = settings.with_published_decoding()
     with run.chapter("sample"):
         report.check_round_trip(run, lambda: load_tagger(as_published, published or run.adapter, compute), settings)
-    if published is not None and verdict.parent is not None:
+    if published is not None and verdict.parent_commit is not None:
         run.update(candidate=published.revision)
         with run.chapter("promote"), publish_errors_for(run):
-            published = promote(published.repo, published.revision, settings.hub, parent=verdict.parent)
+            published = promote(published.repo, published.revision, settings.hub, parent_commit=verdict.parent_commit)
     report.save_report(run, "not pushed" if published is None else "published", published)
     run.finish(published)
     return report.summary(run)

@@ -20,12 +20,12 @@ PRESERVED_FILES = (".gitattributes",)
 """Never copied or deleted: the repo's own configuration, not part of an adapter."""
 
 
-def promote(repo: str, revision: str, settings: Hub, *, parent: str | None = None) -> Published:
+def promote(repo: str, revision: str, settings: Hub, *, parent_commit: str | None = None) -> Published:
     """Make the published branch hold the files of `revision`, in one commit, and tag the commit v1, v2, ...
 
-    `parent` is the commit that the new one must follow; None stands for the branch's present head. If another commit
-    came after it, nothing is overwritten. The Hub copies the files itself. A commit that an earlier attempt made and
-    got no answer for is found by its description.
+    `parent_commit` is the commit that the new one must follow; None stands for the branch's present head. If another
+    commit came after it, nothing is overwritten. The Hub copies the files itself. A commit that an earlier attempt made
+    without receiving the response is found by its description.
 
     Raises InvalidInputError if the revision does not exist or holds no adapter, and PublishError if somebody else has
     published in between. Other errors are those of the Hub's client.
@@ -33,7 +33,7 @@ def promote(repo: str, revision: str, settings: Hub, *, parent: str | None = Non
     client = hub.api()
     source = _resolve_adapter_commit(client, repo, revision)
     seconds = 60 * settings.retry_minutes
-    parent_commit = parent or hub.branch_head(repo, settings.revision)
+    parent_commit = parent_commit or hub.branch_head(repo, settings.revision)
     commit = hub.retry(
         lambda: _promote_once(client, repo, source, branch=settings.revision, parent_commit=parent_commit),
         seconds,

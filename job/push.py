@@ -33,18 +33,18 @@ def prepare_repo(settings: Settings) -> str | None:
 
     Raises InvalidInputError, before any training, for everything that would make the push fail later.
     """
-    wanted = settings.hub.push
+    push_mode = settings.hub.push
     requirements = {"a token (HF_TOKEN)": hub.token() is not None, "the network": not hub.is_offline()}
     missing = [name for name, is_met in requirements.items() if not is_met]
-    if settings.eval.gate == "published" and (wanted == "never" or missing):
+    if settings.eval.gate == "published" and (push_mode == "never" or missing):
         raise InvalidInputError(
             "TAGGER_EVAL_GATE=published compares with the published adapter and publishes to its repo, but nothing can "
             "be pushed: it needs HF_TOKEN, the network, and a TAGGER_HUB_PUSH other than never. Provide them, or set "
             "TAGGER_EVAL_GATE to floor or off"
         )
-    if wanted == "never":
+    if push_mode == "never":
         return None
-    if missing and wanted == "always":
+    if missing and push_mode == "always":
         raise InvalidInputError(
             f"TAGGER_HUB_PUSH=always needs {missing[0]}, which is missing; provide it, or set TAGGER_HUB_PUSH=never"
         )
@@ -67,14 +67,14 @@ def push(run: RunFolder, repo: str, settings: Hub, verdict: Verdict | None = Non
 
     With a verdict that names a published commit, the commit is a candidate for `promote`: it goes to a branch of its
     own that starts there. The commit's description holds a marker: the run, a digest of its weights and the verdict.
-    Each attempt looks for it first, so that a commit whose answer was lost is found instead of repeated, and pushing
+    Each attempt looks for it first, so that a commit whose response was lost is found instead of repeated, and pushing
     the same run twice makes one commit. Each attempt names the head it saw as parent, so it fails and is retried if
     another commit came in between.
 
     Raises PublishError if the Hub refuses, or cannot be reached for TAGGER_HUB_RETRY_MINUTES.
     """
     client = hub.api()
-    base_commit = None if verdict is None else verdict.parent
+    base_commit = None if verdict is None else verdict.parent_commit
     branch = settings.revision if base_commit is None else candidate_branch(run, base_commit)
     commit_marker = _commit_marker(run, verdict)
 
@@ -111,17 +111,17 @@ def commits_after(commits: Iterable[GitCommitInfo], base_commit: str | None) -> 
 
 
 def publish_errors_for(
-    run: RunFolder, command: str = "TAGGER_RUN_ID={run} tagger-job push"
+    run: RunFolder, advice: str = "Finish with: TAGGER_RUN_ID={run} tagger-job push"
 ) -> AbstractContextManager[None]:
-    """Turn errors of the Hub's client into a PublishError that names the saved run and the command to finish it."""
-    finish = command.format(run=run.path.name)
-    return hub.publish_errors("publishing failed", f"everything is saved in {run.path}. Finish with: {finish}")
+    """Turn errors of the Hub's client into a PublishError that names the saved run and says how to finish it."""
+    advice = advice.format(run=run.path.name)
+    return hub.publish_errors("publishing failed", f"everything is saved in {run.path}. {advice}")
 
 
 def _commit_marker(run: RunFolder, verdict: Verdict | None) -> str:
     """Return the line that identifies the run's commit among others."""
     weights = file_digest(run.adapter / "adapter_model.safetensors")[:16]
-    gate = "" if verdict is None or verdict.parent is None else f", gate: {verdict.verdict}"
+    gate = "" if verdict is None or verdict.parent_commit is None else f", gate: {verdict.verdict}"
     return f"Run {run.path.name}, weights {weights}{gate}"
 
 

@@ -107,7 +107,7 @@ class TaggedText:
     raw: str
     """The generated list, with tags below the threshold and an incomplete last tag included.
 
-    With marginal decoding, the most probable list as far as it was expanded.
+    With marginal decoding, the list built from the most probable tag at each position, as far as it was extended.
     """
     tags: tuple[str, ...]
     well_formed: bool
@@ -182,7 +182,7 @@ class Verdict:
     f1: float
     min_f1: float
     tolerance: float
-    parent: str | None = None
+    parent_commit: str | None = None
     """Commit at the head of the repo's branch: the adapter compared with, and the parent commit of a promotion."""
     published_f1: float | None = None
     difference: float | None = None

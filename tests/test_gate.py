@@ -20,7 +20,7 @@ def evaluated(correct: int, n: int = 100, *, first: int = 0) -> Evaluated:
 
 
 def compare_published(new: Evaluated, old: Evaluated | None, **limits: float) -> Verdict:
-    return compare(Eval(gate="published", **limits), *new, old, parent="c0ffee")
+    return compare(Eval(gate="published", **limits), *new, old, parent_commit="c0ffee")
 
 
 def test_the_floor_rejects_a_lower_f1() -> None:
@@ -60,7 +60,7 @@ def test_an_adapter_passes_if_it_is_not_worse_by_the_tolerance(
     verdict = compare_published(new, old, tolerance=tolerance)
     assert verdict.verdict == expected, verdict.reason
     assert verdict.passed == (expected == "pass")
-    assert verdict.parent == "c0ffee"
+    assert verdict.parent_commit == "c0ffee"
 
 
 def test_the_verdict_gives_its_numbers() -> None:

@@ -85,7 +85,7 @@ def test_a_commit_after_the_comparison_is_not_overwritten(loopback_hub: Hub, rep
     candidate = adapter(loopback_hub, "candidate", "new", b"new")
     adapter(loopback_hub, "main", "theirs", b"2")
     with pytest.raises(PublishError, match=r"someone has published .* \(theirs\) since; nothing was overwritten"):
-        promote(NAME, candidate.oid, HubSettings(), parent=compared.oid)
+        promote(NAME, candidate.oid, HubSettings(), parent_commit=compared.oid)
     assert repo.titles == ["initial commit", "one", "theirs"]
     assert repo.tags == {}
 

@@ -89,7 +89,7 @@ def test_better_adapters_are_promoted_and_worse_ones_rejected(
     assert publish(env, ENOUGH) == 0
     better = repo.branches["main"][-1]
     gate = verdict(better)
-    assert (gate["verdict"], gate["parent"]) == ("pass", first.oid)
+    assert (gate["verdict"], gate["parent_commit"]) == ("pass", first.oid)
     assert gate["published_f1"] < gate["f1"]
     assert gate["interval"][0] > 0
     assert json.loads(better.files["metrics.json"])["scores"]["published"]["f1"] == gate["published_f1"]
@@ -104,7 +104,7 @@ def test_better_adapters_are_promoted_and_worse_ones_rejected(
     rejected = repo.branches[candidates(repo)[-1]][-1]
     assert verdict(rejected)["verdict"] == "fail"
     err = capsys.readouterr().err
-    assert "so it is worse: it is not published" in err
+    assert "so it is worse. The adapter was not published; it is at" in err
     assert f"`tagger-job promote --revision {rejected.oid}` would publish it" in err
 
     schema = json.loads((ROOT / "job" / "runs" / "report.schema.json").read_text())
@@ -212,7 +212,7 @@ def test_a_commit_made_by_others_is_not_overwritten(
     assert publish(env, ENOUGH) == 0, "compared with the new head"
     published = repo.branches["main"][-1]
     assert published.files["THEIRS.md"] == b"theirs"
-    assert verdict(published)["parent"] == repo.branches["main"][-2].oid
+    assert verdict(published)["parent_commit"] == repo.branches["main"][-2].oid
 
 
 @pytest.mark.parametrize("kind", ["lose_answer", "status"])

@@ -169,7 +169,7 @@ def result(folder: Path, hub: Hub, repo: str) -> dict[str, object]:
     """Return what must be equal for all runs: files, scores, samples, and what was published."""
     run = folder / "runs" / "run"
     metrics = json.loads((run / "metrics.json").read_text())
-    del metrics["training"]["seconds"], metrics["gate"]["parent"]
+    del metrics["training"]["seconds"], metrics["gate"]["parent_commit"]
     published = hub.models[repo]
     return {
         **{name: (run / name).read_bytes() for name in COMPARED_FILES},

@@ -176,7 +176,7 @@ def ensure_branch(repo: str, branch: str, start: str | None) -> None:
 
 
 def hub_unreachable(error: BaseException) -> InvalidInputError:
-    """Return the error to raise when the Hub does not answer."""
+    """Return the error to raise when the Hub does not respond."""
     return InvalidInputError(
         f"the Hub cannot be reached ({error_message(error)}); check the network and HF_ENDPOINT, or set "
         "HF_HUB_OFFLINE=1 to use what is cached and publish nothing"
