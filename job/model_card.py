@@ -45,7 +45,7 @@ def model_card(
         answer=prompts.target(["a tag", "another"], settings.data.separator),
         max_new_tokens=settings.sample.max_new_tokens,
         score_table="\n".join(markdown_table(score_table(scores))),
-        settings={name: to_env(value) for name, value in settings.result_values().items()},
+        settings={name: to_env(value, name) for name, value in settings.result_values().items()},
         versions=versions,
     )
 

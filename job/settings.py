@@ -30,13 +30,31 @@ from job.config.validators import (
     Identifier,
     ModalName,
     NameList,
+    RepoId,
+    RunId,
     Separator,
     TextList,
     Threshold,
+    only_one,
 )
 from job.errors import InvalidInputError
 
 PREFIX = "TAGGER_"
+COMMA_SEPARATED = ("TAGGER_LORA_TARGETS",)
+"""Lists that are written with commas in an environment variable; other lists are written as JSON."""
+EXPECTED = {
+    "greater_than_equal": "a value of at least {}",
+    "greater_than": "a value above {}",
+    "less_than_equal": "a value of at most {}",
+    "less_than": "a value below {}",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "bool_parsing": "true or false",
+    "string_too_long": "at most {} characters",
+    "too_short": "at least one name",
+}
+"""What is allowed, for types of pydantic's errors, with a place for the limit; other types keep pydantic's words."""
 
 
 class SettingsGroup(BaseModel):
@@ -187,11 +205,10 @@ class Train(SettingsGroup):
         4,
         ge=1,
         le=65536,
-        description="Examples per micro-batch; effective batch size = batch size x gradient accumulation steps.",
+        description="Examples per optimizer step = this x TAGGER_TRAIN_GRADIENT_ACCUMULATION_STEPS; "
+        "TAGGER_TRAIN_MICRO_BATCH_TOKENS decides how they are split into micro-batches.",
     )
-    gradient_accumulation_steps: int = Field(
-        4, ge=1, le=65536, description="Micro-batches per optimizer step; see TAGGER_TRAIN_BATCH_SIZE."
-    )
+    gradient_accumulation_steps: int = Field(4, ge=1, le=65536, description="See TAGGER_TRAIN_BATCH_SIZE.")
     micro_batch_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
         None,
         description="Maximum tokens per forward pass; a longer example is computed alone. Changes memory use and "
@@ -213,7 +230,8 @@ class Train(SettingsGroup):
     )
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field(
         "auto",
-        description="Compute precision; auto: bf16 on GPUs that support it, fp16 on older GPUs, fp32 on CPUs.",
+        description="Compute precision; auto: bf16 on GPUs that support it, fp16 on older GPUs; on CPUs bf16 with AMX, "
+        "else fp32.",
     )
     completion_only_loss: bool = Field(
         True,
@@ -265,7 +283,7 @@ class Eval(SettingsGroup):
 class Hub(SettingsGroup):
     """Settings of publishing to the Hugging Face Hub."""
 
-    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = Field(
+    repo: RepoId | None = Field(
         None,
         description="Model repo to publish to, as owner/name; empty: the token's user, and the name of the base model "
         "followed by -tagger.",
@@ -333,7 +351,7 @@ class Run(SettingsGroup):
     """Settings of a run: its folder and the device that it computes on."""
 
     dir: Path = Field(Path("runs"), description="Folder that holds the runs.")
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=128)] | None = Field(
+    id: RunId | None = Field(
         None,
         description="Name of the run's folder; empty: the base model's name and a digest of settings and data.",
     )
@@ -342,8 +360,8 @@ class Run(SettingsGroup):
         description="Device to compute on; auto: a GPU if there is one, else the CPU for a base model of at most "
         "250 million parameters.",
     )
-    processes: int = Field(
-        1, ge=1, le=1, description="Number of training processes, one per GPU; only 1 is supported for now."
+    processes: Annotated[int, AfterValidator(only_one)] = Field(
+        1, description="Number of training processes, one per GPU; only 1 is supported for now."
     )
 
 
@@ -475,8 +493,8 @@ def _changes_result(name: str) -> bool:
     return name.startswith(("TAGGER_BASE_", "TAGGER_DATA_", "TAGGER_LORA_", "TAGGER_TRAIN_", "TAGGER_EVAL_LIMIT"))
 
 
-def to_env(value: object) -> str:
-    """Return a value as it is written in an environment variable; None is the empty text."""
+def to_env(value: object, name: str = "") -> str:
+    """Return the value of a setting as it is written in an environment variable; None is the empty text."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -484,18 +502,22 @@ def to_env(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, (list, tuple)):
-        return json.dumps(value, ensure_ascii=False)
+        return ",".join(map(str, value)) if name in COMMA_SEPARATED else json.dumps(value, ensure_ascii=False)
     return str(value)
 
 
 def describe_error(detail: Any, source_of: Mapping[str, str]) -> str:
     """Return one of pydantic's errors as a sentence: variable, value, file if it is in one, what is allowed."""
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if detail["type"] in EXPECTED:
+        limit = next(iter(detail.get("ctx", {}).values()), None)
+        message = EXPECTED[detail["type"]].format(to_env(limit))
     path = [str(part) for part in detail["loc"] if not isinstance(part, int)]
     if len(path) < 2:
         return str(message)
     name = PREFIX + "_".join(path[:2]).upper()
     source = source_of.get(name, "environment")
     where = "" if source == "environment" else f" (in {source})"
-    expected = message if message.startswith(("expected", "a text")) else f"expected {message[0].lower()}{message[1:]}"
-    return f"{name}={to_env(detail['input'])}{where}: {expected}."
+    if not message.startswith(("expected", "a text", "only")):
+        message = f"expected {message[0].lower()}{message[1:]}"
+    return f"{name}={to_env(detail['input'], name)}{where}: {message}."

@@ -24,8 +24,8 @@ def test_every_problem_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> N
         environment.load()
     text = "\n".join(sorted(refusal.value.problems))
     assert len(refusal.value.problems) == 6, text
-    assert "TAGGER_LORA_R=0: expected greater than or equal to 1." in text
-    assert "TAGGER_TRAIN_MAX_STEPS=many: expected a valid integer" in text
+    assert "TAGGER_LORA_R=0: expected a value of at least 1." in text
+    assert "TAGGER_TRAIN_MAX_STEPS=many: expected a whole number." in text
     assert "TAGGER_BASE_QUANTIZE=int4: expected 'int8', 'nf4' or 'none'." in text
     assert "TAGGER_SAMPLE_PROMPTS=not a list: expected a JSON list" in text
     assert "TAGGER_LORA_RANK is not a setting; did you mean TAGGER_LORA_" in text

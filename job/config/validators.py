@@ -65,6 +65,31 @@ def _not_blank(value: str) -> str:
     return value
 
 
+def _repo_id(value: str) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+        raise ValueError("expected owner/name")
+    return value
+
+
+def _run_id(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value):
+        raise ValueError("expected letters, digits, '_', '.' and '-', beginning with a letter or digit")
+    return value
+
+
+def _modal_name(value: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", value):
+        raise ValueError("expected letters, digits, '_', '.' and '-'")
+    return value
+
+
+def only_one(value: int) -> int:
+    """Accept 1 only."""
+    if value != 1:
+        raise ValueError("only 1 is supported")
+    return value
+
+
 def _cron(value: str) -> str:
     fields, ranges = value.split(), ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
     if value != "never" and not (len(fields) == 5 and all(map(_is_cron_field, fields, ranges))):
@@ -86,7 +111,9 @@ TextList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_json_list)]
 Separator = Annotated[str, BeforeValidator(_separator)]
 ExampleCount = Annotated[float, AfterValidator(_example_count)]
 Threshold = Annotated[float | Literal["auto"], BeforeValidator(_threshold)]
-ModalName = Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=63)]
+RepoId = Annotated[str, AfterValidator(_repo_id)]
+RunId = Annotated[str, Field(max_length=128), AfterValidator(_run_id)]
+ModalName = Annotated[str, Field(max_length=63), AfterValidator(_modal_name)]
 Cron = Annotated[str, AfterValidator(_cron)]
 
 
