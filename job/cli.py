@@ -24,6 +24,7 @@ from job.errors import (
     INTERRUPTED,
     INVALID_INPUT,
     PUBLISH_FAILED,
+    ExitCode,
     InvalidInputError,
     JobError,
     print_error,
@@ -208,9 +209,9 @@ def _settings(options: argparse.Namespace, settings: Settings) -> None:
         return
     sources = environment.sources(options.recipe)
     for name, value in settings.values().items():
-        print(f"{name}={to_env(value)}   # {sources.get(name, 'default')}")
+        print(f"{name}={to_env(value, name)}   # {sources.get(name, 'default')}")
     in_files = environment.third_party_variables(options.recipe)
-    for name in ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "CUDA_VISIBLE_DEVICES"):
+    for name in ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"):
         if (value := os.environ.get(name)) is not None:
             source = "a file" if in_files.get(name) == value else "environment"
             print(f"{name}={'***' if name == 'HF_TOKEN' else value}   # {source}")
@@ -228,6 +229,8 @@ class Command:
     exit_codes: tuple[int, ...] = (DONE, CRASHED, INVALID_INPUT, INTERRUPTED)
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """For each argument, the keyword arguments of `ArgumentParser.add_argument`."""
+    resumes: bool = False
+    """Whether it resumes from what an interrupted one has saved."""
 
 
 COMMANDS = {
@@ -238,12 +241,14 @@ COMMANDS = {
         "if there is a token and the gate passes, and tag the sample texts. An interrupted run is resumed; a complete "
         "one is not repeated. Prints the tagged texts, then where the adapter is. Progress goes to standard error.",
         tuple(EXIT_CODES),
+        resumes=True,
     ),
     "check": Command(
         _check,
         "check settings, data, token, device, memory and disk, without training",
         "Make the checks that `run` makes before it trains, and nothing else; weights are not downloaded. Prints base "
-        "model, data with tags and warnings, run, repo, device, longest example and memory, or every problem at once.",
+        "model, data with tags and warnings, run, repo, device, longest example and memory. Problems are reported "
+        "together in each of three stages: settings; token, repo, base model and data; device, memory and disk.",
         arguments={"--json": {"action": "store_true", "help": "print everything as JSON (job/runs/check.schema.json)"}},
     ),
     "prefetch": Command(
@@ -259,12 +264,14 @@ COMMANDS = {
         "what `run` does, with the gate `published` if TAGGER_EVAL_GATE is off: publish only an adapter that is "
         "shown to be no worse than the published one. Prints what `run` prints, or that there is nothing to do.",
         tuple(EXIT_CODES),
+        resumes=True,
     ),
     "evaluate": Command(
         _evaluate,
         "score an adapter on the held-out examples: of TAGGER_HUB_REPO, or of a run",
         "Evaluate the adapter of TAGGER_HUB_REPO, or if that is not set, of the run TAGGER_RUN_ID or the newest run, "
-        "on the held-out examples of the data. Prints a digest of these examples and a table of scores.",
+        "on the held-out examples of TAGGER_DATA_DATASET. Set TAGGER_DATA_DATASET, TAGGER_DATA_SEED and "
+        "TAGGER_DATA_EVAL_SIZE as in training. Prints a digest of these examples and a table of scores.",
     ),
     "push": Command(
         _push,
@@ -272,6 +279,7 @@ COMMANDS = {
         "Publish the adapter of the run TAGGER_RUN_ID or the newest run, which was trained but not published. Nothing "
         "is trained, and nothing is published twice. Prints where the adapter is.",
         (DONE, CRASHED, INVALID_INPUT, PUBLISH_FAILED, INTERRUPTED),
+        resumes=True,
     ),
     "promote": Command(
         _promote,
@@ -280,6 +288,7 @@ COMMANDS = {
         "version, to roll back. Files are copied on the Hub; nothing is loaded. Prints the new commit and its version.",
         (DONE, CRASHED, INVALID_INPUT, PUBLISH_FAILED, INTERRUPTED),
         {"--revision": {"required": True, "metavar": "REV", "help": "a branch, a version such as v1, or a commit"}},
+        resumes=True,
     ),
     "sample": Command(
         _sample,
@@ -332,7 +341,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=entry.help,
             description=textwrap.fill(entry.description, 80),
-            epilog=_exit_code_help(entry.exit_codes),
+            epilog=_exit_code_help(entry.exit_codes, resumes=entry.resumes),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             parents=[common],
         )
@@ -342,6 +351,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _exit_code_help(codes: Iterable[int]) -> str:
-    lines = [f"  {code:<3}{EXIT_CODES[code].meaning}\n     {EXIT_CODES[code].action}" for code in codes]
+def _exit_code_help(codes: Iterable[int], *, resumes: bool = True) -> str:
+    entries = {code: EXIT_CODES[code] for code in codes}
+    if not resumes:
+        entries[INTERRUPTED] = ExitCode("interrupted", "run the command again", "warning")
+    lines = [f"  {code:<3}{entry.meaning}\n     {entry.action}" for code, entry in entries.items()]
     return "\n".join(["exit codes, and what to do:", *lines])

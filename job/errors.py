@@ -25,36 +25,29 @@ class ExitCode:
     meaning: str
     action: str
     """What the user does next."""
-    run_again: str
-    """Whether the same command can succeed."""
     severity: Literal["notice", "warning", "error"]
     """The kind of annotation that CI shows."""
 
 
 EXIT_CODES = {
-    DONE: ExitCode("done", "nothing to do", "no need", "notice"),
-    CRASHED: ExitCode("crashed: a defect or the machine", "read the last lines of the log", "maybe", "error"),
+    DONE: ExitCode("done", "nothing to do", "notice"),
+    CRASHED: ExitCode("crashed: a defect or the machine", "read the last lines of the log", "error"),
     INVALID_INPUT: ExitCode(
         "settings, data or machine refused; nothing was spent",
         "fix what the error names, then run the same command",
-        "after a fix",
         "error",
     ),
     GATE_REJECTED: ExitCode(
         "trained, but the quality gate refused to publish",
         "read report.md; `tagger-job promote --revision BRANCH` publishes it anyway",
-        "no",
         "error",
     ),
     PUBLISH_FAILED: ExitCode(
         "trained and saved, but publishing failed",
-        "run `tagger-job push`, or the same command, to finish it",
-        "yes, it only publishes",
+        "follow the error message; usually run the same command again",
         "error",
     ),
-    INTERRUPTED: ExitCode(
-        "interrupted; its state is saved", "run the same command: it resumes", "yes, it resumes", "warning"
-    ),
+    INTERRUPTED: ExitCode("interrupted; its state is saved", "run the same command: it resumes", "warning"),
 }
 
 

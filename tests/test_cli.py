@@ -156,7 +156,7 @@ def test_a_rejected_run_ends_with_3_and_keeps_its_adapter(
     tiny.setenv("TAGGER_EVAL_GATE", "floor")
     tiny.setenv("TAGGER_EVAL_MIN_F1", "0.99")
     assert main([]) == 3
-    assert "below TAGGER_EVAL_MIN_F1=0.99: it is not published" in capsys.readouterr().err
+    assert "below TAGGER_EVAL_MIN_F1=0.99. The adapter was not published; it is saved in" in capsys.readouterr().err
     tiny.setenv("HF_TOKEN", WRITE_TOKEN)
     tiny.delenv("TAGGER_EVAL_GATE")
     assert main(["push"]) == 2
@@ -285,10 +285,12 @@ def test_without_a_gpu_a_large_model_is_refused_with_the_reason(
     with tiny.context() as patch:
         patch.setattr("job.estimate.CPU_PARAMETERS", 1000)
         assert main([command]) == 2
-    assert "and this machine has no NVIDIA driver; take a machine with a GPU" in capsys.readouterr().err
+    assert "and this machine has no NVIDIA driver; use a machine with a GPU" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
     assert main([command]) == 0
-    assert "in fp32, because this machine has no NVIDIA driver" in capsys.readouterr().out + caplog.text
+    shown = capsys.readouterr().out + caplog.text
+    assert "in fp32, because this machine has no NVIDIA driver" in shown
+    assert "use a machine with a GPU" not in shown
 
 
 def test_sample_uses_a_published_adapter_at_a_revision(
@@ -351,8 +353,10 @@ def test_the_help_of_a_command_has_its_purpose_and_exit_codes(command: str, caps
     shown = capsys.readouterr().out
     assert COMMANDS[command].description in " ".join(shown.split())
     assert f"  0  {EXIT_CODES[0].meaning}" in shown
-    assert f"  75 {EXIT_CODES[75].meaning}" in shown
-    assert (f"  4  {EXIT_CODES[4].meaning}" in shown) == (command in ("run", "retrain", "push", "promote"))
+    resumes = command in ("run", "retrain", "push", "promote")
+    assert f"  75 {EXIT_CODES[75].meaning if resumes else 'interrupted'}\n" in shown
+    assert (EXIT_CODES[75].action in shown) == resumes
+    assert (f"  4  {EXIT_CODES[4].meaning}" in shown) == resumes
 
 
 def test_the_help_imports_nothing_heavy() -> None:
@@ -389,9 +393,12 @@ def test_settings_shows_sources_and_masks_the_token() -> None:
         "assert not heavy, heavy"
     )
     environ = {"PATH": "/usr/bin", "HF_TOKEN": "hf_do_not_show", "TAGGER_LORA_R": "8", "PYTHONPATH": str(ROOT)}
+    environ |= {"TAGGER_LORA_TARGETS": "q_proj, v_proj", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "TAGGER_LORA_R=8   # environment" in done.stdout
+    assert "TAGGER_LORA_TARGETS=q_proj,v_proj   # environment" in done.stdout
     assert "TAGGER_LORA_ALPHA=32   # default" in done.stdout
     assert "HF_TOKEN=***" in done.stdout
+    assert "HF_HUB_OFFLINE=1   # environment" in done.stdout
     assert "hf_do_not_show" not in done.stdout + done.stderr
