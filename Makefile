@@ -11,7 +11,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",/\1/p' pyproject.toml)
 .PHONY: help run test coverage lint workflows-check hadolint manifests sbom audit image-check torture bench quality \
 	pictures docs install lock clean
 
-run: install  ## run the complete job here, with the recipe RECIPE (offline): embedded base model, no GPU, no Hub
+run: install  ## run the complete job here, with the recipe RECIPE (offline): bundled base model, no GPU, no Hub
 	@echo "tagger-job: running the recipe $(RECIPE); offline takes about 4 minutes on two CPU cores. Results are in runs/."
 	@$(BIN)/python -m job --recipe $(RECIPE) run
 

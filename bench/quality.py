@@ -132,7 +132,7 @@ def trainings(steps: int) -> dict[str, Groups]:
 MARGINAL = {"decoding": "marginal", "threshold": "auto"}
 ALL_TEXTS = {"decoding": "marginal", "threshold": 0.07}
 """All texts are trained on, none calibrates. The threshold is the best one on fold 2 of the English quotes, after 320
-steps of the embedded base model, so scores on that fold are too high. With --max-positions 1 it is 0.04."""
+steps of the bundled base model, so scores on that fold are too high. With --max-positions 1 it is 0.04."""
 VARIANTS = {
     "recipe, free": Variant("recipe", free=True),
     "recipe, open list": Variant("recipe"),

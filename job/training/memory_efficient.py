@@ -1,4 +1,7 @@
-"""Forward passes for training that save less for the backward pass, or need fewer passes, than the libraries' own."""
+"""Memory-efficient forward passes for training: fused linear cross-entropy loss, LoRA, int8 layers, SwiGLU, GELU.
+
+They save less for the backward pass, or need fewer passes, than the libraries' own.
+"""
 
 from __future__ import annotations
 
