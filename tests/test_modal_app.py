@@ -242,7 +242,7 @@ def test_invalid_settings_are_refused_before_any_request(tmp_path: Path) -> None
     for message in (
         "TAGGER_LORA_R=0: expected",
         "TAGGER_TRAIN_STEPS is not a setting; did you mean TAGGER_TRAIN_MAX_STEPS?",
-        "TAGGER_MODAL_TIMEOUT_HOURS=25: expected less than or equal to 24",
+        "TAGGER_MODAL_TIMEOUT_HOURS=25: expected a value of at most 24.",
         "TAGGER_MODAL_GPU=H1000: expected T4, L4, ",
     ):
         assert sum(message in line for line in lines) == 1, message

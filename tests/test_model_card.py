@@ -50,7 +50,7 @@ def test_the_snippet_is_valid_python() -> None:
 def test_every_setting_that_changes_the_result_is_listed() -> None:
     text = card(lora={"targets": ["q_proj"]}, base={"revision": "c0ffee"})
     assert "at revision `c0ffee`" in text
-    assert '| `TAGGER_LORA_TARGETS` | `["q_proj"]` |' in text
+    assert "| `TAGGER_LORA_TARGETS` | `q_proj` |" in text
     names = set(Settings().result_values())
     assert names <= {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
     assert text.endswith("\nMade with python 3.11.7, torch 2.13.0.\n")
