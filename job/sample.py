@@ -17,7 +17,7 @@ from job import quantize
 from job.dataset import prompts, tokenization
 from job.decoding.config import DecodingConfig, describe_read_error, load_config
 from job.decoding.constraints import ClosedVocabulary, OpenVocabulary, constrain
-from job.decoding.marginals import BEAM_ROWS, tag_marginals
+from job.decoding.marginals import MAX_BRANCHES_PER_TEXT, tag_marginals
 from job.errors import InvalidInputError
 from job.freeze import freeze
 from job.hub import client as hub
@@ -78,7 +78,7 @@ class Tagger:
         self._model.eval()
         while by_length:
             # longest first: if memory does not suffice, that shows at once
-            tokens = (len(encoded[by_length[-1]]) + token_budget) * (BEAM_ROWS if marginal else 1)
+            tokens = (len(encoded[by_length[-1]]) + token_budget) * (MAX_BRANCHES_PER_TEXT if marginal else 1)
             rows = max(1, min(self._sample.batch_size, BATCH_TOKENS // tokens))
             batch = by_length[-rows:]
             del by_length[-rows:]

@@ -102,7 +102,7 @@ def scorer(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 def test_a_tag_has_the_probability_of_its_token_sequences(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [scorer.next(prompt, first=True) for prompt in scorer.prompts]
     for rows in (8, 1):  # the result does not depend on how many branches share a forward pass
-        monkeypatch.setattr("job.decoding.marginals.BEAM_ROWS", rows)
+        monkeypatch.setattr("job.decoding.marginals.MAX_BRANCHES_PER_TEXT", rows)
         for found, scores in zip(scorer.search(), expected, strict=True):
             assert found.tags == pytest.approx(scores, rel=1e-3, abs=0.0)
     for threshold in sorted({value for scores in expected for value in scores.values()}):

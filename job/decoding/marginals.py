@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from job.decoding.constraints import ClosedVocabulary, TrieNode
 
-BEAM_ROWS = 8
-"""Branches of the trie in one forward pass, for each text of a batch; the others wait."""
+MAX_BRANCHES_PER_TEXT = 8
+"""Most branches of the trie in one forward pass, for each text of a batch; the others wait."""
 MIN_CONTINUE_PROB = 0.2
 """Stop extending the list once P(another tag) falls below this; later positions add little."""
 
@@ -31,7 +31,7 @@ class TagDistribution:
     tags: dict[str, float] = field(default_factory=dict)
     """Confidence of each tag that may be in the list."""
     greedy_tags: list[str] = field(default_factory=list)
-    """The most likely list as far as it was extended, then the best tag of the last position."""
+    """The list built from the most probable tag at each position, as far as it was extended."""
     continue_prob: float = 1.0
     """P(another tag follows greedy_tags)."""
 
@@ -58,12 +58,13 @@ def tag_marginals(
 
     `ids` and `mask` are int64 [texts, width], padded on the left. Probabilities are the model's own, over all tokens.
 
-    The probability of the most likely list overstates how certain its tags are. So that list is extended for at most
-    `max_positions` tags and `token_budget` tokens, while P(another tag) >= MIN_CONTINUE_PROB, and every tag is scored
-    in each position. With h(k) = P(the list reaches position k and has the tag there | the most likely tags before),
-    the confidence is 1 - (1 - h(1)) (1 - h(2)) ...: the probability that the tag is in some position, if positions
-    were independent. An h(k) below MIN_PROBABILITY counts as 0. A tag that already extends the list is not scored
-    again, so its confidence is rather low. A list that continues with anything but a comma has no further tag.
+    The probability of a single list overstates how certain its tags are. Therefore the list built from the most
+    probable tag at each position is extended for at most `max_positions` tags and `token_budget` tokens, while
+    P(another tag) >= MIN_CONTINUE_PROB, and every tag is scored in each position. With h(k) = P(the list reaches
+    position k and has the tag there | the most probable tags before), the confidence is 1 - (1 - h(1)) (1 - h(2)) ...:
+    the probability that the tag is in some position, if positions were independent. An h(k) below MIN_PROBABILITY
+    counts as 0. A tag that already extends the list is not scored again, so its confidence is rather low. A list that
+    continues with anything but a comma has no further tag.
 
     Lists of different lengths leave gaps in the mask. A model with an attention window counts these as tokens, and one
     that takes its positions neither from the mask nor from `position_ids` (MPT) counts them as distance.
@@ -71,7 +72,7 @@ def tag_marginals(
     forward = _Forward(model)
     distributions = [TagDistribution() for _ in ids]
     logits, cache = forward(ids, mask, None, 1)
-    active = _Active(distributions, [token_budget] * len(ids), mask, logits[:, -1], cache)
+    active = _ActiveBatch(distributions, [token_budget] * len(ids), mask, logits[:, -1], cache)
     for position in range(max_positions):
         root = vocabulary.next_root if position else vocabulary.root
         found = expand_position(forward, active, root)
@@ -86,11 +87,11 @@ def tag_marginals(
 
 
 @dataclass
-class _Active:
-    """The texts whose list is still extended, one row each."""
+class _ActiveBatch:
+    """The texts whose list is still being extended, one row each."""
 
     distributions: list[TagDistribution]
-    token_budgets: list[int]
+    tokens_left: list[int]
     """Tokens that each list may still take."""
     mask: torch.Tensor
     """int64 [rows, tokens in the cache]."""
@@ -98,11 +99,11 @@ class _Active:
     """[rows, vocabulary], of the next token."""
     cache: Any
 
-    def select(self, rows: list[int]) -> _Active:
+    def select(self, rows: list[int]) -> _ActiveBatch:
         index = torch.tensor(rows, device=self.mask.device)
-        return _Active(
+        return _ActiveBatch(
             [self.distributions[row] for row in rows],
-            [self.token_budgets[row] for row in rows],
+            [self.tokens_left[row] for row in rows],
             self.mask[index],
             self.logits[index],
             select_cache_rows(self.cache, index),
@@ -123,14 +124,14 @@ class _TrieState(NamedTuple):
     """A branch of the search for one position."""
 
     text: int
-    """The row of the text in `_Active`."""
+    """The row of the text in `_ActiveBatch`."""
     node: TrieNode
     probability: float
     """P(the list reaches this position and starts with the tokens of this branch)."""
     tokens_left: int
 
 
-class _Frontier(NamedTuple):
+class _BranchBatch(NamedTuple):
     """Branches that wait for their forward pass, one row each."""
 
     ids: torch.Tensor
@@ -149,8 +150,10 @@ class _Forward:
         self._takes_position_ids = "position_ids" in inspect.signature(base.forward).parameters
         self._model: Any = model
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, last: int) -> tuple[torch.Tensor, Any]:
-        """Return logits [rows, last, vocabulary] of the last tokens, and the cache with these tokens.
+    def __call__(
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, logits_to_keep: int
+    ) -> tuple[torch.Tensor, Any]:
+        """Return logits [rows, logits_to_keep, vocabulary] of the last tokens, and the cache with these tokens.
 
         `ids` is int64 [rows, tokens], `mask` int64 [rows, tokens in the cache and these].
         """
@@ -160,13 +163,13 @@ class _Forward:
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=last,
+            logits_to_keep=logits_to_keep,
             **({"position_ids": position_ids} if self._takes_position_ids else {}),
         )
         return output.logits, output.past_key_values
 
 
-def expand_position(forward: _Forward, active: _Active, root: TrieNode) -> list[dict[str, float]]:
+def expand_position(forward: _Forward, active: _ActiveBatch, root: TrieNode) -> list[dict[str, float]]:
     """Return for each row the tags that may come next, each with P(the list reaches this position and has it there).
 
     Branches less likely than MIN_PROBABILITY are dropped, which bounds their number. A tag has two forms, last in the
@@ -174,17 +177,17 @@ def expand_position(forward: _Forward, active: _Active, root: TrieNode) -> list[
     likely than this may be left out of the sum.
     """
     found: list[dict[str, float]] = [{} for _ in active.distributions]
-    max_rows = len(found) * BEAM_ROWS
+    max_rows = len(found) * MAX_BRANCHES_PER_TEXT
     states = [
-        _TrieState(row, root, distribution.continue_prob, budget)
-        for row, (distribution, budget) in enumerate(zip(active.distributions, active.token_budgets, strict=True))
+        _TrieState(row, root, distribution.continue_prob, tokens_left)
+        for row, (distribution, tokens_left) in enumerate(zip(active.distributions, active.tokens_left, strict=True))
     ]
     branches = _expand(states, active.logits, found)
-    stack = list(_frontiers(branches, active.mask, active.cache, max_rows))
+    stack = list(_branch_batches(branches, active.mask, active.cache, max_rows))
     while stack:
         ids, mask, cache, states = stack.pop()
         logits, cache = forward(ids, mask, cache, 1)
-        stack += _frontiers(_expand(states, logits[:, -1], found), mask, cache, max_rows)
+        stack += _branch_batches(_expand(states, logits[:, -1], found), mask, cache, max_rows)
     return found
 
 
@@ -207,31 +210,31 @@ def _expand(
     return branches
 
 
-def _frontiers(
+def _branch_batches(
     branches: list[tuple[int, int, _TrieState]], mask: torch.Tensor, cache: Any, max_rows: int
-) -> Iterator[_Frontier]:
-    """Divide branches into frontiers of at most `max_rows`, each with its rows of the parents' mask and cache."""
+) -> Iterator[_BranchBatch]:
+    """Divide branches into batches of at most `max_rows`, each with its rows of the parents' mask and cache."""
     for start in range(0, len(branches), max_rows):
         rows, tokens, states = zip(*branches[start : start + max_rows], strict=True)
         index = torch.tensor(rows, device=mask.device)
-        longer = torch.nn.functional.pad(mask[index], (0, 1), value=1)
+        extended_mask = torch.nn.functional.pad(mask[index], (0, 1), value=1)
         ids = torch.tensor(tokens, device=mask.device)[:, None]
-        yield _Frontier(ids, longer, select_cache_rows(cache, index), list(states))
+        yield _BranchBatch(ids, extended_mask, select_cache_rows(cache, index), list(states))
 
 
 def best_extensions(
-    active: _Active, found: list[dict[str, float]], separator_ids: dict[str, list[int]]
+    active: _ActiveBatch, found: list[dict[str, float]], separator_ids: dict[str, list[int]]
 ) -> list[_Extension]:
     """Add what was found to the distributions; return the best new tag of each row that has the tokens for it."""
     extensions: list[_Extension] = []
     for row, (distribution, tags) in enumerate(zip(active.distributions, found, strict=True)):
         best = distribution.add(tags)
-        if best is not None and len(separator_ids[best]) <= active.token_budgets[row]:
+        if best is not None and len(separator_ids[best]) <= active.tokens_left[row]:
             extensions.append(_Extension(row, separator_ids[best], tags[best]))
     return extensions
 
 
-def append_best(forward: _Forward, active: _Active, extensions: list[_Extension]) -> _Active:
+def append_best(forward: _Forward, active: _ActiveBatch, extensions: list[_Extension]) -> _ActiveBatch:
     """Append the best tag and a comma to each list that has one, and update P(another tag) of these lists.
 
     P(tag and comma | position reached) / P(tag | position reached) is the probability that the list continues.
@@ -251,11 +254,11 @@ def append_best(forward: _Forward, active: _Active, extensions: list[_Extension]
         steps = torch.cat([first[None], rest[pad:-1]]).float().log_softmax(-1)
         with_comma = steps.gather(1, torch.tensor(extension.ids, device=device)[:, None]).sum().exp().item()
         distribution.continue_prob *= min(1.0, with_comma * distribution.continue_prob / extension.probability)
-    budgets = [budget - len(extension.ids) for budget, extension in zip(active.token_budgets, extensions, strict=True)]
-    return _Active(active.distributions, budgets, mask, logits[:, -1], cache)
+    tokens_left = [left - len(extension.ids) for left, extension in zip(active.tokens_left, extensions, strict=True)]
+    return _ActiveBatch(active.distributions, tokens_left, mask, logits[:, -1], cache)
 
 
-def prune(active: _Active) -> _Active | None:
+def prune(active: _ActiveBatch) -> _ActiveBatch | None:
     """Keep the lists that continue with at least MIN_CONTINUE_PROB; None if there are none."""
     rows = [row for row, d in enumerate(active.distributions) if d.continue_prob >= MIN_CONTINUE_PROB]
     return active.select(rows) if rows else None
