@@ -29,7 +29,7 @@ def run(settings: Settings, on_saved: Callable[[RunFolder], None] | None = None)
 
     Chapters that an earlier attempt completed, up to the complete run, are not repeated if their files are intact.
     `on_saved` is called whenever newer progress is on disk.
-    Raises the JobError with the exit code of an end other than success.
+    Raises a JobError, which has the exit code, unless the run succeeds.
     """
     return run_checked(preflight.check(settings), on_saved)
 
@@ -37,8 +37,8 @@ def run(settings: Settings, on_saved: Callable[[RunFolder], None] | None = None)
 def retrain(settings: Settings, on_saved: Callable[[RunFolder], None] | None = None) -> Summary | str:
     """Do the job like `run`, unless base model, data and settings are those of the published adapter.
 
-    The gate `off` is replaced by `published`, because `run` is there to publish unconditionally. Returns a sentence
-    when there is nothing to do.
+    The gate `off` is replaced by `published`; to publish without a comparison, use `run`. Returns a sentence when there
+    is nothing to do.
     """
     if settings.eval.gate == "off":
         settings = settings.model_copy(update={"eval": settings.eval.model_copy(update={"gate": "published"})})
@@ -50,7 +50,7 @@ def retrain(settings: Settings, on_saved: Callable[[RunFolder], None] | None = N
 
 
 def run_checked(checked: PreflightResult, on_saved: Callable[[RunFolder], None] | None = None) -> Summary:
-    """Run every chapter after the preflight check, and resume where an earlier attempt stopped."""
+    """Run every chapter after the preflight check, or those that an earlier attempt has not completed."""
     settings, run = checked.settings, checked.run
     run.on_saved = on_saved
     log.info("run: %s", run.path)
@@ -178,10 +178,11 @@ def finish(run: RunFolder, settings: Settings, repo: str | None, compute: Comput
     return report.summary(run)
 
 
-def load_tagger_as_trained(settings: Settings, *from_training: str) -> Tagger:
-    """Load the adapter of TAGGER_HUB_REPO, or of a run on disk, with some of the settings that it was trained with.
+def load_tagger_as_trained(settings: Settings, *setting_prefixes: str) -> Tagger:
+    """Load the adapter of TAGGER_HUB_REPO, or of a run on disk, with some settings of its training.
 
-    `from_training` names these groups or settings, without TAGGER_: `BASE`, `DATA_SEPARATOR`.
+    These are the settings whose names start with one of `setting_prefixes`, given without TAGGER_: `BASE`,
+    `DATA_SEPARATOR`.
     """
     adapter: str | Path | None = settings.hub.repo
     if adapter is None:
@@ -190,7 +191,7 @@ def load_tagger_as_trained(settings: Settings, *from_training: str) -> Tagger:
     else:
         manifest = hub.published_manifest(settings.hub)
     trained_with = manifest.get("settings", {})
-    prefixes = tuple(f"TAGGER_{name}" for name in from_training)
+    prefixes = tuple(f"TAGGER_{name}" for name in setting_prefixes)
     settings = settings.with_result_values(
         {name: value for name, value in trained_with.items() if name.startswith(prefixes)}
     )

@@ -64,14 +64,15 @@ def check_local(model: str) -> Path:
 def load_tokenizer(settings: Base) -> PreTrainedTokenizerBase:
     """Load the base model's tokenizer and make sure that it has a pad token.
 
-    A tokenizer without a pad token pads with its end-of-sequence token. Padding is recognised by the
-    attention mask and the labels, never by the token. Raises InvalidInputError when the files cannot be
-    read or there is no end-of-sequence token.
+    A tokenizer without a pad token pads with its end-of-sequence token. Padding is recognised by the attention mask
+    and the labels, never by the token id.
+
+    Raises InvalidInputError when the files cannot be read or there is no end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
     try:
-        folder = resolve_weights(settings, weights=False)
+        folder = resolve_weights(settings, download_weights=False)
         model_files.check_config(folder)
         model_files.check_tokenizer(folder)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -95,7 +96,7 @@ def meta_model(settings: Base) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        config = _load_config(resolve_weights(settings, weights=False))
+        config = _load_config(resolve_weights(settings, download_weights=False))
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except LOAD_ERRORS as error:
@@ -132,7 +133,7 @@ def load_model(settings: Base, compute: ComputeSpec) -> PreTrainedModel:
             generation_config=GenerationConfig(),  # the base model's own is not used, so it is not read
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # and refused below: transformers raises a RuntimeError for them
+            ignore_mismatched_sizes=True,  # refused below; transformers would raise a RuntimeError
             output_loading_info=True,
         )
         model: PreTrainedModel = loaded[0]
@@ -149,13 +150,11 @@ def load_model(settings: Base, compute: ComputeSpec) -> PreTrainedModel:
 def _check_complete(loading_info: dict[str, Any]) -> None:
     """Raise ValueError when transformers filled in random values for weights that are missing or do not fit."""
     if missing := sorted(loading_info["missing_keys"]):
-        raise ValueError(
-            f"the weights lack {len(missing)} tensors that the model's config asks for, such as {missing[0]}"
-        )
+        raise ValueError(f"the weights lack {len(missing)} tensors that config.json requires, such as {missing[0]}")
     if mismatched := sorted(loading_info["mismatched_keys"]):
         name, found, expected = mismatched[0]
         raise ValueError(
-            f"{len(mismatched)} tensors do not have the shape that the model's config asks for, such as {name} with "
+            f"{len(mismatched)} tensors do not have the shape that config.json requires, such as {name} with "
             f"{list(found)} instead of {list(expected)}"
         )
 
@@ -195,12 +194,14 @@ def hub_identity(settings: Base) -> tuple[str, str | None]:
     return settings.model, settings.revision
 
 
-def resolve_weights(settings: Base, *, weights: bool = True) -> Path:
+def resolve_weights(settings: Base, *, download_weights: bool = True) -> Path:
     """Return the folder of the base model; download it, or convert a GGUF file, if necessary.
 
-    Without `weights`, only config and tokenizer are downloaded, so that a check takes seconds. Of the weights
-    only safetensors are downloaded, never pickles or code. Later steps load from this folder and send no
-    further requests to the Hub. Raises InvalidInputError when the model cannot be found or read.
+    Without `download_weights`, only config and tokenizer are downloaded, so that a check takes seconds. Weights are
+    downloaded as safetensors only, never as pickles, and code is not downloaded. Later steps load from this folder
+    and send no further requests to the Hub.
+
+    Raises InvalidInputError when the model cannot be found or read.
     """
     if is_local(settings.model, WEIGHT_SUFFIXES):
         path = check_local(settings.model)
@@ -215,7 +216,7 @@ def resolve_weights(settings: Base, *, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     def download() -> str:
-        patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
+        patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if download_weights else [])]
         return snapshot_download(
             settings.model,
             revision=settings.revision,
@@ -226,7 +227,7 @@ def resolve_weights(settings: Base, *, weights: bool = True) -> Path:
 
     try:
         folder = hub.retry(download, DOWNLOAD_SECONDS, "download")
-        return check_local(folder) if weights else Path(folder)
+        return check_local(folder) if download_weights else Path(folder)
     except (httpx2.HTTPError, OSError, ValueError) as error:
         raise _load_error("files", settings, error) from error
 
@@ -258,7 +259,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         gguf.parent,
         gguf_file=gguf.name,
         dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # and refused below: transformers raises a RuntimeError for them
+        ignore_mismatched_sizes=True,  # refused below; transformers would raise a RuntimeError
         output_loading_info=True,
     )
     dequantized, loading_info = loaded

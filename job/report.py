@@ -34,9 +34,9 @@ TAGS_SHOWN = 15
 
 
 def cached_evaluation(
-    run: RunFolder, chapter: str, weights: str, evaluate: Callable[[], tuple[Scores, list[Prediction]]]
+    run: RunFolder, chapter: str, cache_key: str, evaluate: Callable[[], tuple[Scores, list[Prediction]]]
 ) -> tuple[Scores, list[Prediction]]:
-    """Return the result of `evaluate`, or the one that an earlier attempt saved for the same `weights`.
+    """Return the result of `evaluate`, or the one that an earlier attempt saved for the same `cache_key`.
 
     A result that cannot be saved is returned all the same.
     """
@@ -44,10 +44,10 @@ def cached_evaluation(
     with run.chapter(chapter):
         if run.is_intact(name):
             saved = json.loads((run.path / name).read_text(encoding="utf-8"))
-            if saved["weights"] == weights:
+            if saved["weights"] == cache_key:
                 return Scores(**saved["scores"]), list(map(_prediction, saved["predictions"]))
         scores, predictions = evaluate()
-        result = {"weights": weights, "scores": asdict(scores), "predictions": list(map(asdict, predictions))}
+        result = {"weights": cache_key, "scores": asdict(scores), "predictions": list(map(asdict, predictions))}
         try:
             run.write(name, json.dumps(result, ensure_ascii=False))
             run.record_checksums(name)
@@ -56,15 +56,15 @@ def cached_evaluation(
     return scores, predictions
 
 
-def cached_threshold(run: RunFolder, weights: str, tagger: Tagger, calibrate: Callable[[], None]) -> None:
-    """Set the tagger's threshold with `calibrate`, or to the one that an earlier attempt found for the same weights."""
+def cached_threshold(run: RunFolder, cache_key: str, tagger: Tagger, calibrate: Callable[[], None]) -> None:
+    """Set the tagger's threshold with `calibrate`, or to the one that was found earlier for the same `cache_key`."""
     with run.chapter("calibrate"):
         saved = run.manifest.get("threshold")
-        if saved is not None and saved["weights"] == weights:
+        if saved is not None and saved["weights"] == cache_key:
             tagger.decoding = tagger.decoding.model_copy(update={"threshold": saved["value"]})
             return
         calibrate()
-        run.update(threshold={"weights": weights, "value": tagger.decoding.threshold})
+        run.update(threshold={"weights": cache_key, "value": tagger.decoding.threshold})
 
 
 def _metrics(run: RunFolder) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def truncate(path: Path, size: int) -> None:
 
 def test_missing_weights_are_refused_and_never_made_up(copied_llama: Path) -> None:
     change_config(copied_llama, num_hidden_layers=4)
-    with pytest.raises(InvalidInputError, match="lack 18 tensors that the model's config asks for, such as model.lay"):
+    with pytest.raises(InvalidInputError, match="lack 18 tensors that config.json requires, such as model.lay"):
         load(copied_llama, "none")
 
 
