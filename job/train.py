@@ -1,4 +1,4 @@
-"""Train the adapters (the loop itself is training/trainer.py)."""
+"""Train the adapters: check the examples, run the loop of training/trainer.py, and check its result."""
 
 from __future__ import annotations
 
@@ -31,20 +31,22 @@ def train(
 ) -> TrainResult:
     """Train the model's adapters in place, from the run's newest checkpoint if it has one.
 
-    The loss of a step is the mean over its label tokens, whatever the micro-batches. When memory runs
-    out, micro-batches are halved and the step is repeated. With TAGGER_TRAIN_WEIGHT_AVERAGING the adapters
-    end as the mean of their weights after each of the last steps. An interruption saves the last complete
-    step. If a checkpoint cannot be written, a warning is logged and training continues.
-    Raises InvalidInputError for an example without a label, DivergedError when the loss or the adapters are
-    not finite.
+    The loss of a step is the mean over its label tokens and does not depend on the micro-batches. When memory runs out,
+    micro-batches are halved and the step is repeated. With TAGGER_TRAIN_WEIGHT_AVERAGING, the result is the mean of the
+    adapters' weights after each of the last steps. An interruption saves the last complete step. If a checkpoint cannot
+    be written, a warning is logged and training continues.
+
+    Raises InvalidInputError for an example without a label token, and DivergedError when the loss or the weights of the
+    adapters are not finite.
     """
     if unlabelled := sum(num_label_tokens([example]) == 0 for example in examples):
         raise InvalidInputError(
-            f"{unlabelled} of {len(examples)} examples have no token with a loss; expected tags in each"
+            f"{unlabelled} of {len(examples)} examples have no label token; expected at least one tag in each"
         )
     if settings.warmup_steps >= settings.max_steps:
         log.warning(
-            "train: the learning rate never reaches its peak: TAGGER_TRAIN_WARMUP_STEPS=%d, TAGGER_TRAIN_MAX_STEPS=%d",
+            "train: the learning rate never reaches its peak: TAGGER_TRAIN_WARMUP_STEPS=%d is not below "
+            "TAGGER_TRAIN_MAX_STEPS=%d",
             settings.warmup_steps,
             settings.max_steps,
         )
@@ -52,6 +54,8 @@ def train(
     trainer.resume()
     trainer.run()
     if not all(torch.isfinite(parameter).all() for parameter in model.parameters() if parameter.requires_grad):
-        raise DivergedError("the adapters are not finite after training; lower TAGGER_TRAIN_LEARNING_RATE")
+        raise DivergedError(
+            "the weights of the adapters are not finite after training; lower TAGGER_TRAIN_LEARNING_RATE"
+        )
     losses = [entry["loss"] for entry in trainer.history()]
     return TrainResult(trainer.state.step, losses[0], losses[-1], trainer.state.seconds)

@@ -24,7 +24,7 @@ def test_training_lowers_the_loss_and_returns_it(tmp_path: Path, llama: Path) ->
 
 def test_examples_without_a_label_are_refused(tmp_path: Path, llama: Path) -> None:
     examples = [*make_examples(1), EncodedExample([5, 6, 7], [IGNORE_INDEX] * 3)]
-    with pytest.raises(InvalidInputError, match="1 of 2 examples have no token with a loss"):
+    with pytest.raises(InvalidInputError, match="1 of 2 examples have no label token"):
         train_tiny(tmp_path, llama, examples=examples)
 
 

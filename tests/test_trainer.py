@@ -124,7 +124,7 @@ def test_training_continues_when_no_checkpoint_can_be_written(
     (tmp_path / "full" / "checkpoints").symlink_to("/proc/self", target_is_directory=True)
     train_tiny(tmp_path / "full", llama)
     assert read_log(tmp_path / "full") == read_log(tmp_path / "complete")
-    assert "step 2 could not be written to" in caplog.text
+    assert "the checkpoint of step 2 could not be written to" in caplog.text
     assert "after an interruption, training would resume from the beginning" in caplog.text
 
 

@@ -32,10 +32,10 @@ from job.types import EncodedExample
 log = logging.getLogger(__name__)
 
 MICRO_BATCH_TOKENS = {"cpu": 256, "cuda": 8192}
-"""Tokens of a micro-batch where memory allows; larger ones are hardly faster and take more memory."""
+"""Maximum tokens of a micro-batch if memory allows; larger ones are barely faster and take more memory."""
 
 MICRO_BATCH_OVERHEAD_TOKENS = {"cpu": 96, "cuda": 2048}
-"""The cost of one more micro-batch, as a number of tokens: weights are dequantized again, kernels launched."""
+"""Cost of one more micro-batch, as a number of tokens: weights are dequantized again, kernels are launched."""
 
 MAX_GRAD_NORM = 1.0
 
@@ -84,7 +84,7 @@ def micro_batch_overhead(compute: ComputeSpec) -> int:
 
 
 class Trainer:
-    """Train adapters step by step, with checkpoints from which a later attempt resumes bitwise."""
+    """Train adapters step by step, with checkpoints from which a later attempt resumes (on a CPU, bitwise)."""
 
     def __init__(
         self,
@@ -143,13 +143,13 @@ class Trainer:
 
     def run(self) -> None:
         """Take the remaining steps, with checkpoints in between and at the end."""
-        self.try_write(self._record_batch_plan)
+        self.try_write("the batch plan", self._record_batch_plan)
         self._model.train()
         with memory_efficient.patched(self._model), self._packing.installed() if self._packing else nullcontext():
             try:
                 self._take_steps()
             except BaseException as stop:
-                # only for Ctrl-C, a signal or Modal's timeout: after an error the state may be wrong
+                # save only after Ctrl-C, a signal or Modal's timeout: after an error the state may be wrong
                 if not isinstance(stop, Exception) and self.step_is_complete and self.state.step > self._saved_step:
                     self._save()
                 raise
@@ -193,7 +193,7 @@ class Trainer:
                 "Lower TAGGER_TRAIN_LEARNING_RATE, or use TAGGER_TRAIN_PRECISION=fp32"
             )
         with shutdown.deferred():
-            # Modal's timeout is not deferred; it must not save half a step
+            # Modal's timeout is not deferred, so this flag keeps it from saving half a step
             self.step_is_complete = False
             rate = learning_rate(settings, step)
             norm = self._update_weights(rate)
@@ -203,10 +203,10 @@ class Trainer:
             self.step_is_complete = True
 
     def _compute_gradients(self, examples: Sequence[EncodedExample], label_tokens: int) -> float:
-        """Compute the step's gradients, again with smaller micro-batches when memory runs out; return its loss sum."""
+        """Compute the step's gradients, with smaller micro-batches if memory runs out; return the summed loss."""
         longest = max(len(example.input_ids) for example in examples)
         while True:
-            # seeds dropout: the same for the same step, also when it is repeated
+            # seed dropout, so that a repeated step has the same dropout
             torch.manual_seed(self._settings.seed * 1_000_003 + self.state.step)
             self._optimizer.zero_grad()
             batches = micro_batches(
@@ -228,7 +228,7 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            self.handle_oom(longest)  # outside of the handler, whose traceback holds tensors
+            self.handle_oom(longest)  # outside of the except block, whose traceback keeps tensors alive
 
     def _update_weights(self, rate: float) -> float:
         """Apply the clipped gradients with this learning rate; return their norm before clipping."""
@@ -311,22 +311,23 @@ class Trainer:
         self.state.loss_scale = self._scaler.state_dict()
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         if self.try_write(
+            f"the checkpoint of step {self.state.step}",
             lambda: checkpoints.save(
                 self._run.checkpoints, tensors, self.state, save_total_limit=self._settings.save_total_limit
-            )
+            ),
         ):
             self._saved_step = self.state.step
             self._run.notify_saved()
 
-    def try_write(self, write: Callable[[], None]) -> bool:
-        """Write something and return whether that succeeded; on a full or read-only disk, warn and continue."""
+    def try_write(self, what: str, write: Callable[[], None]) -> bool:
+        """Call `write` and return whether it succeeded; on a full or read-only disk, warn that `what` is missing."""
         try:
             write()
         except OSError as error:
             newest = f"step {self._saved_step}" if self._saved_step else "the beginning"
             log.warning(
-                "train: step %d could not be written to %s (%s); after an interruption, training would resume from %s",
-                *(self.state.step, self._run.path, error.strerror or error, newest),
+                "train: %s could not be written to %s (%s); after an interruption, training would resume from %s",
+                *(what, self._run.path, error.strerror or error, newest),
             )
             return False
         return True
@@ -356,7 +357,7 @@ class Trainer:
     def log_progress(self, bar: tqdm[Any], seconds_per_step: float) -> None:
         """Write log.jsonl, and show its last entry above the progress bar or, without a terminal, as a log line."""
         entries = self.history()
-        self.try_write(lambda: self._run.write_lines("log.jsonl", entries))
+        self.try_write("log.jsonl", lambda: self._run.write_lines("log.jsonl", entries))
         line = (
             f"step {self.state.step}/{self._settings.max_steps}: loss {entries[-1]['loss']:.4f}, "
             f"learning rate {entries[-1]['learning_rate']:.2e}, {seconds_per_step:.1f} s a step"
@@ -368,5 +369,5 @@ class Trainer:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether the device or this process is out of memory; on a CPU only torch's message tells."""
+    """Return whether the device or this process is out of memory; on a CPU only PyTorch's message says so."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
