@@ -51,7 +51,7 @@ sbom: install  ## write sbom.json: the packages of the image with their hashes, 
 	(cat requirements.lock; echo '$(TORCH)') | $(TOOL) cyclonedx-bom==7.5.0 cyclonedx-py requirements - \
 		--pyproject pyproject.toml --output-reproducible --output-file sbom.json
 
-audit: install  ## look up known vulnerabilities of the locked packages; fails if the service does not answer
+audit: install  ## look up known vulnerabilities of the locked packages; fails if the service does not respond
 	$(TOOL) pip-audit==2.10.1 pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock \
 		|| { echo "pip-audit: a package is vulnerable, or the service does not know it; see above" >&2; exit 1; }
 
