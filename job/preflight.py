@@ -145,8 +145,8 @@ def skip_known_rejection(checked: PreflightResult) -> None:
     rejected = verdict.get("verdict", "pass") != "pass" and limits.items() <= verdict.items()
     if rejected and same_inputs(checked, branch):
         raise GateRejected(
-            f"{verdict['verdict']}: {verdict['reason']}: it is not published, and not trained again, because nothing "
-            f"has changed since; the rejected adapter is on the branch {branch}"
+            f"{verdict['verdict']}: {verdict['reason']}. The adapter was not published, and is not trained again because "
+            f"nothing has changed since; it is on the branch {branch}"
         )
 
 

@@ -40,7 +40,7 @@ from job.config.validators import (
 from job.errors import InvalidInputError
 
 PREFIX = "TAGGER_"
-COMMA_SEPARATED = ("TAGGER_LORA_TARGETS",)
+COMMA_SEPARATED = ("TAGGER_LORA_TARGETS", "TAGGER_DATA_TAG_COLUMNS")
 """Lists that are written with commas in an environment variable; other lists are written as JSON."""
 EXPECTED = {
     "greater_than_equal": "a value of at least {}",
