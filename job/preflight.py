@@ -145,8 +145,8 @@ def skip_known_rejection(checked: PreflightResult) -> None:
     rejected = verdict.get("verdict", "pass") != "pass" and limits.items() <= verdict.items()
     if rejected and same_inputs(checked, branch):
         raise GateRejected(
-            f"{verdict['verdict']}: {verdict['reason']}. The adapter was not published, and is not trained again because "
-            f"nothing has changed since; it is on the branch {branch}"
+            f"{verdict['verdict']}: {verdict['reason']}. The adapter was not published, and is not trained again, "
+            f"because nothing has changed since; it is on the branch {branch}"
         )
 
 
