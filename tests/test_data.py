@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pandas
 import pytest
 
 from job import data
@@ -107,6 +110,22 @@ def test_a_record_without_the_field_is_refused_and_text_records_are_read(tmp_pat
         InvalidInputError, match="line 1: 'tags.nam' has a record without the field 'nam'; it has id, name"
     ):
         load(path, tags_column="tags.nam")
+
+
+@pytest.mark.parametrize("writer", ["pandas", "datasets"])
+def test_lists_that_pandas_and_datasets_write_to_csv_come_back(tmp_path: Path, writer: str) -> None:
+    rng = random.Random(writer)
+    words = ["rain", "it's", 'a "quote"', "deep learning", "c++", "café", "a, b", "[draft]", "x|y;z"]
+    rows = [{"quote": f"the text {i}", "tags": rng.sample(words, rng.randint(1, 4))} for i in range(60)]
+    path = tmp_path / "a.csv"
+    if writer == "pandas":
+        pandas.DataFrame(rows).to_csv(path, index=False)
+    else:
+        datasets.Dataset.from_list(rows).to_csv(str(path))
+    examples = load(path)
+    assert sorted((e.text, e.tags) for e in examples.train + examples.held_out) == sorted(
+        (row["quote"], tuple(row["tags"])) for row in rows
+    )
 
 
 def test_evaluation_data_of_its_own_is_held_out(tmp_path: Path) -> None:
