@@ -207,6 +207,17 @@ def test_a_folder_a_glob_and_several_files_are_read_in_order(tmp_path: Path) -> 
     assert "holds no data file" in refused(tmp_path / "empty")
 
 
+def test_linked_folders_are_read_once_and_hidden_files_not(tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for folder, name, row in ((data, "a.jsonl", 0), (elsewhere, "b.jsonl", 1), (data / ".cache", "c.jsonl", 2)):
+        folder.mkdir(parents=True)
+        (folder / name).write_text(as_json_lines([ROWS[row]]))
+    (data / "_d.jsonl").write_text(as_json_lines([ROWS[3]]))
+    (data / "linked").symlink_to(elsewhere)
+    (data / "loop").symlink_to(data)
+    assert values(data) == [ROWS[0], ROWS[1]]
+
+
 @pytest.mark.parametrize("knobs", [{"split": "train"}, {"config": "en"}, {"revision": "main"}])
 def test_settings_that_a_file_cannot_have_are_refused(tmp_path: Path, knobs: dict[str, str]) -> None:
     (tmp_path / "a.jsonl").write_text(as_json_lines(ROWS))

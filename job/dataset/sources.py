@@ -123,12 +123,7 @@ def _local(name: str) -> list[SourceFile]:
         return [SourceFile(str(path), str(path)) for path in found]
     path = local_path(name, "TAGGER_DATA_DATASET")
     if path.is_dir():
-        found = sorted(
-            Path(folder, name)
-            for folder, folders, names in os.walk(path, followlinks=True)
-            for name in (names if _enter(folder, folders) else ())
-            if data_suffix(name) and not name.startswith((".", "_"))
-        )
+        found = sorted(file for file in _files_below(path) if data_suffix(file.name))
         if not found:
             raise InvalidInputError(
                 f"the folder {path} holds no data file (TAGGER_DATA_DATASET); expected some that end in "
@@ -138,14 +133,14 @@ def _local(name: str) -> list[SourceFile]:
     return [SourceFile(str(path), str(path))]
 
 
-def _enter(folder: str, folders: list[str]) -> bool:
-    """Leave hidden folders and links back to a folder above out of a walk."""
-    folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-    parents = {str(parent.resolve()) for parent in Path(folder).absolute().parents}
-    folders[:] = [
-        name for name in folders if str(Path(folder, name).resolve()) not in {*parents, str(Path(folder).resolve())}
-    ]
-    return True
+def _files_below(path: Path) -> Iterator[Path]:
+    """Yield the files of a folder and its subfolders, linked ones too; names that begin with . or _ are left out."""
+    for folder, folders, names in os.walk(path, followlinks=True):
+        here = Path(folder).resolve()
+        visible = [name for name in folders if not name.startswith((".", "_"))]
+        # a link to a folder above would be followed for ever
+        folders[:] = [name for name in visible if Path(folder, name).resolve() not in (here, *here.parents)]
+        yield from (Path(folder, name) for name in names if not name.startswith((".", "_")))
 
 
 def _remote(url: str) -> list[SourceFile]:
