@@ -125,9 +125,8 @@ def compare(
 
     def decide(verdict: Outcome, reason: str, **comparison: Any) -> Verdict:
         limits: dict[str, Any] = {"min_f1": settings.min_f1, "tolerance": settings.tolerance}
-        return Verdict(
-            settings.gate, verdict, reason, f1=scores.f1, parent_commit=parent_commit, **limits, **comparison
-        )
+        comparison |= {"f1": scores.f1, "parent_commit": parent_commit}
+        return Verdict(settings.gate, verdict, reason, **limits, **comparison)
 
     if settings.gate == "off":
         return decide("pass", "the gate is off")
