@@ -37,14 +37,7 @@ NO_TAG = re.compile(r"(?:^|\s)\.\.\.(?:\s|$)|\w\(['\"\d]|:\s*(?:true|false|null|
 
 
 class CellError(ValueError):
-    """A cell that is not a list of tags; the message says what it is and what was expected.
-
-    `wrong_type` marks a mistake of the whole column, such as a record in place of tags, rather than of one row.
-    """
-
-    def __init__(self, message: str, *, wrong_type: bool = False) -> None:
-        super().__init__(message)
-        self.wrong_type = wrong_type
+    """A cell that is not a list of tags; the message says what it is and what was expected."""
 
 
 class Number(str):
@@ -83,11 +76,10 @@ def _of_list(items: Iterable[object]) -> list[object]:
             fields = f" with the fields {', '.join(map(str, item))}" if isinstance(item, Mapping) else ""
             raise CellError(
                 f"holds {what}{fields} in place of a tag; expected texts. For a field of records set "
-                "TAGGER_DATA_TAGS_COLUMN=column.field",
-                wrong_type=True,
+                "TAGGER_DATA_TAGS_COLUMN=column.field"
             )
         if isinstance(item, (bytes, bytearray, bool)):
-            raise CellError(f"holds {item!r}, which is no text; expected texts", wrong_type=True)
+            raise CellError(f"holds {item!r}, which is no text; expected texts")
     return [item for item in items if item is not None and not (isinstance(item, float) and math.isnan(item))]
 
 
@@ -95,8 +87,7 @@ def _refuse_vector(items: Sequence[object]) -> None:
     if len(items) > 1 and all(str(item).strip().casefold() in FLAGS for item in items):
         raise CellError(
             "is a vector of 0 and 1 without names; name the columns of a one-hot table in TAGGER_DATA_TAG_COLUMNS, or "
-            "write the tags themselves",
-            wrong_type=True,
+            "write the tags themselves"
         )
 
 
@@ -106,8 +97,7 @@ def _of_mapping(value: Mapping[Any, object]) -> list[object]:
         names = ", ".join(map(str, list(value)[:10]))
         raise CellError(
             f"is a record with the fields {names}; expected a list of tags, or tags with true or false. For a field of "
-            "it set TAGGER_DATA_TAGS_COLUMN=column.field",
-            wrong_type=True,
+            "it set TAGGER_DATA_TAGS_COLUMN=column.field"
         )
     return [tag for tag, flag in flags.items() if flag]
 
@@ -174,9 +164,7 @@ def _python_mapping(text: str) -> dict[str, object] | None:
     pair = r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)')\s*:\s*(True|False|0|1|0\.0|1\.0|None)\s*"""
     if not re.fullmatch(rf"\{{{pair}(?:,{pair})*,?\s*\}}", text):
         if re.match(r"""\{\s*(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|\w+)\s*:""", text):
-            raise CellError(
-                f"is a record: {_short(text)}; expected a list of tags, or tags with true or false", wrong_type=True
-            )
+            raise CellError(f"is a record: {_short(text)}; expected a list of tags, or tags with true or false")
         return None
     return {_unescape(a or b): flag in ("True", "1", "1.0") for a, b, flag in re.findall(pair, text)}
 
@@ -191,9 +179,7 @@ def _items(text: str) -> list[object]:
         found = ITEM.match(inside, position)
         if found is None:
             if re.match(r"\s*[\[{(]", inside[position:]):
-                raise CellError(
-                    f"holds a list or record inside of the list: {_short(text)}; expected texts", wrong_type=True
-                )
+                raise CellError(f"holds a list or record inside of the list: {_short(text)}; expected texts")
             if re.match(r"\s*,", inside[position:]):  # an empty item, as in [a,,b]
                 found = re.compile(r"\s*").match(inside, position)
                 assert found is not None
