@@ -187,13 +187,13 @@ def _promote(options: argparse.Namespace, settings: Settings) -> None:
 
 
 def _sample(options: argparse.Namespace, settings: Settings) -> None:
-    from job import data, pipeline, report
+    from job import data, pipeline, results
     from job.dataset.texts import check_texts
 
     texts = check_texts(options.texts, "TEXT") or data.inference_texts(settings.sample)
-    report.check_output(settings.sample.output, settings.sample.input)
+    results.check_output(settings.sample.output, settings.sample.input)
     tagger = pipeline.load_tagger_as_trained(settings, "BASE", "DATA")
-    report.show_samples(tagger.tag(texts), settings.sample.output)
+    results.show_samples(tagger.tag(texts), settings.sample.output)
 
 
 def _settings(options: argparse.Namespace, settings: Settings) -> None:

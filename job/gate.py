@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from job import promote, push, quantize, report
+from job import promote, push, quantize, report, results
 from job.decoding import config as decoding
 from job.errors import GateRejected, InvalidInputError, PublishError
 from job.hub import client as hub
@@ -75,7 +75,7 @@ def run_gate(run: RunFolder, settings: Settings, repo: str | None, compute: Comp
     A run that was already promoted keeps the verdict that it was promoted with. Raises PublishError if the Hub
     cannot be reached.
     """
-    scores, predictions = report.scores(run), report.predictions(run)
+    scores, predictions = results.scores(run), results.predictions(run)
     parent_commit, adapter, published, load_error = None, None, None, None
     if settings.eval.gate != "off" and repo is not None:
         try:
@@ -93,14 +93,14 @@ def run_gate(run: RunFolder, settings: Settings, repo: str | None, compute: Comp
     verdict = compare(
         settings.eval, scores["adapter"], predictions, published, parent_commit=parent_commit, load_error=load_error
     )
-    report.save_verdict(run, verdict, None if published is None else published[0])
+    results.save_verdict(run, verdict, None if published is None else published[0])
     log.info("gate: %s: %s", verdict.verdict, verdict.reason)
     return verdict
 
 
 def _promoted_verdict(run: RunFolder, settings: Settings, repo: str) -> Verdict | None:
     """Return the verdict by which this run was promoted; None if it was not."""
-    verdict = report.verdict(run)
+    verdict = results.verdict(run)
     if verdict is None or verdict.parent_commit is None:
         return None
     return verdict if promote.was_promoted(run, repo, settings.hub, verdict.parent_commit) else None
@@ -227,6 +227,6 @@ def _evaluate_published(
     if any(name in old_values and old_values[name] != settings.values()[name] for name in SPLIT_SETTINGS):
         log.warning("gate: the published adapter was trained on another split and may have seen held-out texts")
     examples = [Example(prediction.text, prediction.gold) for prediction in predictions]
-    return report.cached_evaluation(
+    return results.cached_evaluation(
         run, "evaluate_published", revision, lambda: evaluate(load_tagger(old_settings, adapter, compute), examples)
     )

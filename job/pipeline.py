@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job import preflight, report
+from job import preflight, report, results
 from job.hub import client as hub
 from job.preflight import PreflightResult
 from job.runs import run_folder
@@ -56,7 +56,7 @@ def run_checked(checked: PreflightResult, on_saved: Callable[[RunFolder], None] 
     log.info("run: %s", run.path)
     if run.complete and (checked.repo is None or run.published):
         log.info("run: already complete, nothing is repeated")
-        return report.summary(run)
+        return results.summary(run)
 
     # torch and transformers take seconds to import: first finish the checks that need neither
     from job.gate import run_gate
@@ -110,8 +110,8 @@ def fine_tune(checked: PreflightResult, compute: ComputeSpec) -> None:
         trained = train(model, encoded, settings.train, tokenizer=tokenizer, compute=compute, run=run)
     tagger = Tagger(model, tokenizer, settings, compute, initial_config(settings.sample, train_examples))
     scores, predictions = evaluate_adapter(checked, model, tagger)
-    report.save_metrics(run, scores, trained, predictions)
-    report.save_samples(run, tagger.tag(inference_texts(settings.sample)))
+    results.save_metrics(run, scores, trained, predictions)
+    results.save_samples(run, tagger.tag(inference_texts(settings.sample)))
     with run.folder("adapter") as folder:
         save_adapter(model, tokenizer, folder, settings.base)
         tagger.decoding.save(folder)
@@ -135,14 +135,14 @@ def evaluate_adapter(
     held_out = examples.held_out[: settings.eval.limit]
     weights = digest(model)
     if settings.sample.threshold == "auto":
-        report.cached_threshold(run, weights, tagger, lambda: calibrate(tagger, examples.calibration))
+        results.cached_threshold(run, weights, tagger, lambda: calibrate(tagger, examples.calibration))
     threshold = f"threshold {tagger.decoding.threshold}"
     with model.disable_adapter():
-        base, _ = report.cached_evaluation(
+        base, _ = results.cached_evaluation(
             run, "evaluate_base", f"none, {threshold}", lambda: evaluate(tagger, held_out)
         )
     log.info("evaluate: the base model, %s", base)
-    adapter, predictions = report.cached_evaluation(
+    adapter, predictions = results.cached_evaluation(
         run, "evaluate", f"{weights}, {threshold}", lambda: evaluate(tagger, held_out)
     )
     log.info("evaluate: with the adapter, %s", adapter)
@@ -160,7 +160,7 @@ def finish(run: RunFolder, settings: Settings, repo: str | None, compute: Comput
     from job.push import publish_errors_for, push
     from job.sample import load_tagger
 
-    verdict = report.verdict(run)
+    verdict = results.verdict(run)
     assert verdict is not None
     if not verdict.passed:
         reject(run, verdict, repo, settings.hub)
@@ -168,14 +168,14 @@ def finish(run: RunFolder, settings: Settings, repo: str | None, compute: Comput
         published = None if repo is None else push(run, repo, settings.hub, verdict)
     as_published = settings.with_published_decoding()
     with run.chapter("sample"):
-        report.check_round_trip(run, lambda: load_tagger(as_published, published or run.adapter, compute), settings)
+        results.check_round_trip(run, lambda: load_tagger(as_published, published or run.adapter, compute), settings)
     if published is not None and verdict.parent_commit is not None:
         run.update(candidate=published.revision)
         with run.chapter("promote"), publish_errors_for(run):
             published = promote(published.repo, published.revision, settings.hub, parent_commit=verdict.parent_commit)
     report.save_report(run, "not pushed" if published is None else "published", published)
     run.finish(published)
-    return report.summary(run)
+    return results.summary(run)
 
 
 def load_tagger_as_trained(settings: Settings, *setting_prefixes: str) -> Tagger:

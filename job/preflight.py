@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from job import data, gate, push, quantize, report
+from job import data, gate, push, quantize, results
 from job.dataset import tokenization
 from job.dataset.prompts import target
 from job.dataset.split import split_calibration
@@ -80,7 +80,7 @@ def check(settings: Settings) -> PreflightResult:
     problems.collect(gate.check_published, settings, repo)
     problems.collect(data.inference_texts, settings.sample)
     vocabulary = problems.collect(decoding.read_vocabulary_file, settings.sample)
-    problems.collect(report.check_output, settings.sample.output, settings.sample.input, settings.data.dataset)
+    problems.collect(results.check_output, settings.sample.output, settings.sample.input, settings.data.dataset)
     if is_on_hub(settings.data.dataset, DATA_SUFFIXES):
         problems.raise_if_any()  # before a data set is downloaded
 

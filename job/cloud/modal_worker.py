@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job import model_card, pipeline, report
+from job import model_card, pipeline, results
 from job.config import environment
 from job.errors import DONE, JobError
 from job.hub import access
@@ -101,8 +101,8 @@ def describe(run: Path) -> dict[str, Any]:
     description |= {"published": manifest.get("published"), "seconds": manifest["timings"]}
     if (run / "metrics.json").is_file():
         folder = RunFolder(run, manifest)
-        verdict = report.verdict(folder)
-        scores = report.scores(folder)
+        verdict = results.verdict(folder)
+        scores = results.scores(folder)
         table = markup.markdown_table(model_card.score_table(scores))
         description |= {"scores": {name: asdict(score) for name, score in scores.items()}, "table": table}
         description |= {"gate": None if verdict is None else asdict(verdict)}

@@ -213,6 +213,11 @@ class RunFolder:
         """Write a file of the run atomically, as JSON lines."""
         self.write(name, json_lines(entries))
 
+    def read_lines(self, name: str) -> list[dict[str, Any]]:
+        """Read a file of JSON lines of the run."""
+        with (self.path / name).open(encoding="utf-8") as file:  # splitlines() would also split at U+2028
+            return [json.loads(line) for line in file]
+
     @contextmanager
     def folder(self, name: str) -> Iterator[Path]:
         """Yield a temporary folder that becomes `name` in the run if the block ends without an error."""

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from job import report
+from job import results
 from job.decoding.config import DEFAULT_CONFIG
 from job.errors import InvalidInputError, PublishError
 from job.metrics.scores import score
-from job.report import cached_evaluation, cached_threshold, check_round_trip, save_samples
+from job.results import cached_evaluation, cached_threshold, check_round_trip, save_samples
 from job.runs.run_folder import RunFolder
 from job.settings import Settings
 from job.types import Prediction, Scores, TaggedText
@@ -113,7 +113,7 @@ def test_the_threshold_is_cached_for_its_weights(run: RunFolder) -> None:
 def test_predictions_keep_unicode_line_separators(run: RunFolder) -> None:
     texts = ["one\u2028line", "two\x85lines", "three\u2029lines\nand a fourth"]
     run.write_lines("predictions.jsonl", [asdict(Prediction(text, ("a",), (), "")) for text in texts])
-    assert [prediction.text for prediction in report.predictions(run)] == texts
+    assert [prediction.text for prediction in results.predictions(run)] == texts
 
 
 @pytest.mark.parametrize(
@@ -131,5 +131,5 @@ def test_an_output_that_cannot_be_written_is_an_input_error(output: str, message
     Path("link.jsonl").symlink_to("input.jsonl")
     Path("folder").mkdir()
     with pytest.raises(InvalidInputError, match=f"TAGGER_SAMPLE_OUTPUT.*{message}|{message}.*TAGGER_SAMPLE_OUTPUT"):
-        report.check_output(Path(output), "input.jsonl")
-    report.check_output(Path("answers.jsonl"), "input.jsonl", None)
+        results.check_output(Path(output), "input.jsonl")
+    results.check_output(Path("answers.jsonl"), "input.jsonl", None)
