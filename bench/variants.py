@@ -67,7 +67,7 @@ def variants() -> dict[str, Variant]:
 def job_variants() -> dict[str, Variant]:
     """Return the job's own loop, with each of its techniques added in turn."""
     return {
-        "label logits only": partial(_job, recompute=True),
+        "fused loss of label logits": partial(_job, recompute=True),
         "+ no recomputation": _job,
         "+ split by tokens": partial(_job, split=True),
         "+ packed": partial(_job, split=True, packed=True),

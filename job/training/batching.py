@@ -77,8 +77,8 @@ def num_label_tokens(examples: Sequence[EncodedExample]) -> int:
 class Collator:
     """Build the tensors of one micro-batch, and select the positions that carry loss.
 
-    Padded, one row per example: `input_ids`, `attention_mask` and `labels`, int64 [rows, width]. Packed,
-    all examples concatenated in one row: `input_ids`, `position_ids` and `labels`, int64 [1, tokens].
+    Padded, one row per example: `input_ids` and `attention_mask`, int64 [rows, width]. Packed, all examples
+    concatenated in one row: `input_ids` and `position_ids`, int64 [1, tokens].
     Both: `logits_to_keep`, bool of the same shape, true where the next token is a label;
     `shift_labels`, int64 [kept], these labels in order. The model computes logits for the kept
     positions only: with a large vocabulary, logits take most of the memory and nearly half of the
@@ -97,14 +97,12 @@ class Collator:
             rows = {
                 "input_ids": torch.cat(ids)[None],
                 "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],
-                "labels": torch.cat(labels)[None],
             }
             next_labels = torch.cat(shifted)[None]
         else:
             rows = {
                 "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_token_id),
                 "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-                "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             }
             next_labels = pad_sequence(shifted, batch_first=True, padding_value=IGNORE_INDEX)
         keep = next_labels != IGNORE_INDEX

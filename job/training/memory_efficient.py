@@ -1,4 +1,4 @@
-"""Memory-efficient forward passes for training: fused linear cross-entropy loss, LoRA, int8 layers, SwiGLU, GELU.
+"""Memory-efficient forward passes for training: LoRA, int8 layers, SwiGLU, GELU.
 
 They save less for the backward pass, or need fewer passes, than the libraries' own.
 """
@@ -16,17 +16,12 @@ from bitsandbytes.nn.modules import Linear8bitLt
 from peft.tuners.lora import LoraLayer
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 if TYPE_CHECKING:
     import peft
-
-LINEAR_HEAD_ARCHITECTURES = ("bloom", "llama", "qwen2")
-"""Architectures whose logits are the product of the last hidden state and the head, and nothing else."""
 
 Forward = Callable[..., Any]
 Registry = dict[type, tuple[Callable[[Any], bool], Forward]]
@@ -59,20 +54,12 @@ def replacement_forward(module: torch.nn.Module, registry: Registry) -> Forward 
 
 def _registry(buffer: DequantBuffer) -> Registry:
     return {
-        PreTrainedModel: (_has_linear_head, _loss_forward),
         LoraLayer: (_is_plain_lora, _lora_forward),
         Linear8bitLt: (_is_on_cpu, functools.partial(_int8_forward, buffer=buffer)),
         LlamaMLP: (_is_swiglu, _swiglu_forward),
         Qwen2MLP: (_is_swiglu, _swiglu_forward),
         BloomGelu: (lambda module: True, _gelu_forward),
     }
-
-
-def _has_linear_head(model: PreTrainedModel) -> bool:
-    if model.config.model_type not in LINEAR_HEAD_ARCHITECTURES:
-        return False
-    head = model.get_output_embeddings()
-    return type(head) is torch.nn.Linear and getattr(head, "bias", None) is None
 
 
 def _is_plain_lora(layer: Any) -> bool:
@@ -86,25 +73,6 @@ def _is_on_cpu(layer: Linear8bitLt) -> bool:
 
 def _is_swiglu(mlp: Any) -> bool:
     return bool(mlp.config.hidden_act == "silu")
-
-
-def _loss_forward(
-    model: Any,
-    *,
-    shift_labels: torch.Tensor,
-    logits_to_keep: torch.Tensor,
-    num_items_in_batch: int,
-    labels: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    **inputs: Any,
-) -> CausalLMOutput:
-    """Return a causal model's loss: the cross-entropy summed over the kept positions, over `num_items_in_batch`."""
-    if model.config.model_type != "bloom":  # BLOOM has ALiBi and takes no position ids
-        inputs["position_ids"] = position_ids
-    hidden = model.base_model(**inputs).last_hidden_state[logits_to_keep]
-    head = model.get_output_embeddings().weight
-    summed = LinearCrossEntropyFunction.apply(hidden, head, shift_labels)  # type: ignore[no-untyped-call]
-    return CausalLMOutput(loss=summed / num_items_in_batch)
 
 
 def _lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -235,33 +203,3 @@ class Int8LinearFunction(torch.autograd.Function):
             return (None,) * 5
         weight = ctx.buffer.dequantized(ctx.weight, ctx.scale, ctx.dtype)
         return (grad.to(ctx.dtype) @ weight).to(ctx.dtype_x), None, None, None, None
-
-
-class LinearCrossEntropyFunction(torch.autograd.Function):
-    """Compute the summed cross-entropy of `hidden @ head.T` with one buffer of fp32 logits, [rows, vocabulary].
-
-    `hidden` is [rows, size], `head` [vocabulary, size] and frozen, `labels` int64 [rows]. The forward pass
-    turns the logits in place into their gradient, softmax minus one-hot, and saves only the gradient of
-    `hidden`. Autograd saves the logits, their log-softmax and the gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = (hidden.to(head.dtype) @ head.T).float()
-            total = logits.logsumexp(1)
-            loss = (total - logits.gather(1, labels[:, None])[:, 0]).sum()
-            if ctx.needs_input_grad[0]:
-                grad = logits.sub_(total[:, None]).exp_()
-                grad[torch.arange(len(labels), device=grad.device), labels] -= 1.0
-                # most of 250,880 probabilities are below 6e-8, the smallest number of fp16
-                loss_scale = 1024.0 if head.dtype == torch.float16 else 1.0
-                grad_hidden = (grad.mul_(loss_scale).to(head.dtype) @ head).float().div_(loss_scale)
-                ctx.save_for_backward(grad_hidden.to(hidden.dtype))
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), None, None

@@ -25,6 +25,7 @@ from job.system.device import ComputeSpec
 from job.training import checkpoints, memory_efficient
 from job.training.batching import Collator, examples_of_step, micro_batches, num_label_tokens
 from job.training.checkpoints import TrainerState
+from job.training.loss import mean_loss
 from job.training.memory_budget import plan_batches
 from job.training.packing import PackedAttention
 from job.types import EncodedExample
@@ -72,8 +73,8 @@ def accumulate(
         if packing is not None:
             packing.set_sequence_lengths([len(example.input_ids) for example in examples], compute.device)
         with compute.autocast():
-            loss = model(**batch, num_items_in_batch=label_tokens, use_cache=False).loss
-        scaler.scale(loss).backward()
+            loss = mean_loss(model, batch, label_tokens=label_tokens)
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     return float(total) * label_tokens
 
