@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from job import data, gate, push, quantize, results
+from job.config.earlier_versions import current_settings, differences
 from job.dataset import tokenization
 from job.dataset.prompts import target
 from job.dataset.split import split_calibration
@@ -159,7 +160,7 @@ def same_inputs(checked: PreflightResult, revision: str | None) -> bool:
     old, new = manifest.get("settings"), checked.settings.result_values()
     return (
         isinstance(old, dict)
-        and {name: old.get(name) for name in new} == new
+        and not any(differences(current_settings(old), new))
         and manifest.get("dataset", {}).get("fingerprint") == checked.examples.fingerprint
     )
 

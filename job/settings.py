@@ -439,7 +439,7 @@ class Settings(BaseSettings):
 
     def result_values(self) -> dict[str, Any]:
         """Return the values that change what a run trains or measures. They identify the run."""
-        return {name: value for name, value in self.values().items() if _changes_result(name)}
+        return {name: value for name, value in self.values().items() if changes_result(name)}
 
     def with_revisions(self, *, base: str | None, data: str | None) -> Settings:
         """Return a copy with these commit hashes as the revisions of base model and data set; None keeps one."""
@@ -456,7 +456,7 @@ class Settings(BaseSettings):
         """
         groups = self.model_dump()
         for name, group, field in iter_fields():
-            if _changes_result(name) and name in values:
+            if changes_result(name) and name in values:
                 groups[group][field] = values[name]
         try:
             return Settings.model_validate(groups)
@@ -485,8 +485,17 @@ def iter_fields() -> Iterator[tuple[str, str, str]]:
             yield f"{PREFIX}{group}_{field}".upper(), group, field
 
 
-def _changes_result(name: str) -> bool:
+def default_values() -> dict[str, Any]:
+    """Return the default of every variable, by name, as JSON types; the environment is not read."""
+    groups = {name: info.default.model_dump(mode="json") for name, info in Settings.model_fields.items()}
+    return {name: groups[group][field] for name, group, field in iter_fields()}
+
+
+def changes_result(name: str) -> bool:
+    """Return whether a setting changes what a run trains or measures."""
     if name.removeprefix("TAGGER_TRAIN_") in ("LOGGING_STEPS", "SAVE_STEPS", "SAVE_MINUTES", "SAVE_TOTAL_LIMIT"):
+        return False
+    if name == "TAGGER_DATA_MAX_SKIPPED":  # a limit: data within it is used as it is
         return False
     if name.startswith("TAGGER_SAMPLE_"):
         return name.removeprefix("TAGGER_SAMPLE_") not in ("PROMPTS", "INPUT", "OUTPUT")

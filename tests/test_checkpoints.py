@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from job import __version__
+from job.errors import InvalidInputError
+from job.runs import schema
+from job.runs.checksums import checksum_files
 from job.training import checkpoints
 from job.training.checkpoints import TrainerState
 
@@ -55,6 +60,19 @@ def test_a_damaged_checkpoint_is_named_and_skipped(
     assert found is not None
     assert found[1].step == 1
     assert "checkpoint-2 cannot be used" in caplog.text
+
+
+def test_an_intact_checkpoint_of_another_version_is_refused_and_not_skipped(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    folder = tmp_path / "checkpoint-2"
+    state = json.loads((folder / checkpoints.STATE).read_text())
+    assert state["schema_version"] == schema.CHECKPOINT
+    for change, version in (({"schema_version": 99}, f"version {__version__}"), ({"schema_version": None}, "version")):
+        (folder / checkpoints.STATE).write_text(json.dumps(state | change))
+        sums = checksum_files(folder, [folder / checkpoints.TENSORS, folder / checkpoints.STATE])
+        (folder / checkpoints.CHECKSUMS).write_text(json.dumps(sums))
+        with pytest.raises(InvalidInputError, match=rf"checkpoint-2 was written by {version}.* \(checkpoint schema"):
+            checkpoints.load_newest(tmp_path)
 
 
 def test_without_a_complete_checkpoint_there_is_none(tmp_path: Path) -> None:

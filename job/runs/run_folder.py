@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -18,8 +19,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from job import __version__
+from job.config.earlier_versions import current_settings, differences, unknown_settings
 from job.errors import InvalidInputError
-from job.runs import shutdown
+from job.runs import schema, shutdown
 from job.runs.atomic import atomic_directory, atomic_write, json_lines
 from job.runs.checksums import checksum_files, find_mismatch
 from job.settings import Run, Settings
@@ -27,7 +30,6 @@ from job.types import Published, SplitData
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
 MODEL_CARD = "adapter/README.md"
 """Has no recorded checksum: a model card may be edited before it is pushed."""
 RESULTS = ("adapter", "metrics.json", "log.jsonl", "predictions.jsonl", "tags.jsonl", "samples.jsonl")
@@ -79,6 +81,8 @@ class RunFolder:
         """
         run_id = settings.run.id or default_run_id(settings, examples)
         path = settings.run.dir / run_id
+        if settings.run.id is None and not (path / "manifest.json").is_file():
+            path = _run_of_earlier_version(settings, examples) or path
         check_writable(path)
         if (path / "manifest.json").is_file():
             run = cls(path, read_manifest(path))
@@ -92,20 +96,29 @@ class RunFolder:
 
     def _check_same_inputs(self, settings: Settings, examples: SplitData) -> None:
         old, new = self.manifest["settings"], settings.values()
-        differences = [
-            f"{name} was {old.get(name)!r} and is {new[name]!r}"
-            for name in settings.result_values()
-            if old.get(name) != new[name]
+        version = schema.written_by(self.manifest)
+        if unknown := unknown_settings(old):
+            name, value = next(iter(unknown.items()))
+            raise InvalidInputError(
+                f"the run {self.path} was begun by {version} of the job with {name}={value!r}, which version "
+                f"{__version__} does not have; finish it with that version, or set TAGGER_RUN_ID to another name"
+            )
+        changes = [
+            f"{name} was {old[name]!r} and is {new[name]!r}" for name in differences(old, settings.result_values())
         ]
-        if not differences and self.manifest["dataset"]["fingerprint"] != examples.fingerprint:
+        if not changes and self.manifest["dataset"]["fingerprint"] != examples.fingerprint:
             tags = settings.sample.vocabulary
             files = settings.data.dataset if tags in (None, "open", "seen") else f"{settings.data.dataset} or {tags}"
-            differences = [f"the contents of {files} have changed"]
-        if differences:
+            changes = [f"the contents of {files} have changed"]
+            if version != f"version {__version__}":
+                changes = [f"{changes[0]}, or are read differently than by {version} of the job, which began it"]
+        if changes:
             raise InvalidInputError(
-                f"the run {self.path} was made with other settings or data: {'; '.join(differences)}. "
+                f"the run {self.path} was made with other settings or data: {'; '.join(changes)}. "
                 "Change them back, or set TAGGER_RUN_ID to another name"
             )
+        if self.manifest["status"] in ("running", "interrupted"):
+            schema.check_checkpoints(self.checkpoints, version)
 
     def begin(self, device: str) -> None:
         """Create and lock the folder, once all inputs are checked, and record that the run is running."""
@@ -230,6 +243,25 @@ def default_run_id(settings: Settings, examples: SplitData) -> str:
     return f"{Path(settings.base.model).stem}-{settings.digest(examples.fingerprint)}"
 
 
+def _run_of_earlier_version(settings: Settings, examples: SplitData) -> Path | None:
+    """Find a run of these settings and data under the name that an earlier version gave it.
+
+    The digest in a default name changes when a version adds or renames a setting.
+    """
+    names = re.compile(re.escape(Path(settings.base.model).stem) + "-[0-9a-f]{8}")
+    for manifest in sorted(settings.run.dir.glob("*/manifest.json")):
+        if not names.fullmatch(manifest.parent.name):
+            continue
+        with suppress(InvalidInputError, OSError):
+            found = read_manifest(manifest.parent)
+            same = not unknown_settings(found["settings"])
+            same = same and not any(differences(found["settings"], settings.result_values()))
+            if same and found["dataset"]["fingerprint"] == examples.fingerprint:
+                log.info("run: %s of the job began it as %s", schema.written_by(found), manifest.parent.name)
+                return manifest.parent
+    return None
+
+
 def with_recorded_revisions(settings: Settings) -> Settings:
     """Set the revisions that are not configured to those with which the run TAGGER_RUN_ID started.
 
@@ -248,18 +280,24 @@ def with_recorded_revisions(settings: Settings) -> Settings:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read the manifest of a run's folder; raises InvalidInputError when it is not a manifest of this version."""
+    """Read the manifest of a run's folder; its settings have the names and values of today.
+
+    Raises InvalidInputError when it cannot be read, is no manifest, or was written by a later version.
+    """
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        schema.check_manifest(path, manifest)
         valid = isinstance(manifest["settings"], dict) and isinstance(manifest["timings"], dict)
         valid = valid and {"status", "dataset", "versions"} <= manifest.keys() and manifest["dataset"]["fingerprint"]
-        if manifest["schema_version"] != SCHEMA_VERSION or not valid:
+        if manifest["schema_version"] != schema.MANIFEST or not valid:
             raise ValueError
-    except (ValueError, KeyError, TypeError) as error:
+    except PermissionError as error:
+        raise schema.unreadable(path / "manifest.json", error) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidInputError(
             f"{path}/manifest.json is not a manifest of this version of the job; set TAGGER_RUN_ID to another name"
         ) from error
-    return manifest
+    return manifest | {"settings": current_settings(manifest["settings"])}
 
 
 def check_writable(path: Path, what: str = "the run folder", remedy: str = "TAGGER_RUN_DIR to a folder") -> None:
@@ -278,7 +316,7 @@ def check_writable(path: Path, what: str = "the run folder", remedy: str = "TAGG
 
 def _new_manifest(run_id: str, settings: Settings, examples: SplitData) -> dict[str, Any]:
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": schema.MANIFEST,
         "run_id": run_id,
         "status": "running",
         "started": _utc_now(),
@@ -293,7 +331,11 @@ def _new_manifest(run_id: str, settings: Settings, examples: SplitData) -> dict[
             "merged": examples.report.merged,
             "skipped": examples.report.skipped_rows,
         },
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in TRACKED_VERSIONS},
+        "versions": {
+            "tagger-job": __version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in TRACKED_VERSIONS},
+        },
         "timings": {},
     }
 

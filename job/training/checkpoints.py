@@ -8,11 +8,14 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from job import __version__
+from job.runs import schema
 from job.runs.atomic import atomic_directory
 from job.runs.checksums import checksum_files, find_mismatch
 
@@ -49,25 +52,42 @@ def save(checkpoints: Path, tensors: dict[str, torch.Tensor], state: TrainerStat
     """
     with atomic_directory(checkpoints / f"checkpoint-{state.step}") as folder:
         save_file(tensors, folder / TENSORS)
-        (folder / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+        content = {"schema_version": schema.CHECKPOINT, "job_version": __version__, **asdict(state)}
+        (folder / STATE).write_text(json.dumps(content), encoding="utf-8")
         (folder / CHECKSUMS).write_text(json.dumps(checksum_files(folder, folder.iterdir())), encoding="utf-8")
     for old in _newest_first(checkpoints)[save_total_limit:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def load_newest(checkpoints: Path) -> tuple[dict[str, torch.Tensor], TrainerState] | None:
-    """Load the tensors and the state of the newest intact checkpoint; log a warning for each damaged one."""
+    """Load the tensors and the state of the newest intact checkpoint; log a warning for each damaged one.
+
+    Raises InvalidInputError for a checkpoint that another version wrote in a form, or with a meaning, of its own, and
+    for one that this user may not read: to train from the beginning instead would waste what is there.
+    """
     for folder in _newest_first(checkpoints):
         try:
             recorded = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
             mismatch = find_mismatch(folder, {TENSORS: recorded[TENSORS], STATE: recorded[STATE]})
             if mismatch is not None:
                 raise ValueError(mismatch)
-            state = TrainerState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
-            return load_file(folder / TENSORS), state
+            content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            tensors = load_file(folder / TENSORS)
+        except PermissionError as error:
+            raise schema.unreadable(folder, error) from error
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("train: %s cannot be used (%s); trying the checkpoint before it", folder, error)
+            continue
+        return tensors, _state(folder, content)
     return None
+
+
+def _state(folder: Path, content: dict[str, Any]) -> TrainerState:
+    """Return the state that an intact checkpoint holds; raise InvalidInputError if another version wrote it."""
+    version = content.pop("job_version", None)
+    schema.check_checkpoint(folder, content, "an earlier version" if version is None else f"version {version}")
+    content.pop("schema_version", None)
+    return TrainerState(**content)
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
