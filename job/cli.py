@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from job import __version__
+from job.config.redaction import redact
 from job.errors import (
     CRASHED,
     DONE,
@@ -214,7 +215,7 @@ def _settings(options: argparse.Namespace, settings: Settings) -> None:
     for name in ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"):
         if (value := os.environ.get(name)) is not None:
             source = "a file" if in_files.get(name) == value else "environment"
-            print(f"{name}={'***' if name == 'HF_TOKEN' else value}   # {source}")
+            print(f"{name}={'***' if name == 'HF_TOKEN' else redact(value)}   # {source}")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
     ├── GateRejected          3  trained, but not published
     └── PublishError          4  trained and saved, but publishing failed
 
-This module imports only the standard library, so that scripts can read the table of exit codes.
+This module needs only the standard library, so that scripts can read the table of exit codes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from typing import Literal
+
+from job.config.redaction import redact
 
 DONE, CRASHED, INVALID_INPUT, GATE_REJECTED, PUBLISH_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 75
 
@@ -52,9 +54,15 @@ EXIT_CODES = {
 
 
 class JobError(Exception):
-    """Base class of the errors that end the job with a message for the user and an exit code."""
+    """Base class of the errors that end the job with a message for the user and an exit code.
+
+    Secrets in the message are masked.
+    """
 
     exit_code = CRASHED
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 class InvalidInputError(JobError):
@@ -66,7 +74,7 @@ class InvalidInputError(JobError):
     exit_code = INVALID_INPUT
 
     def __init__(self, *problems: str) -> None:
-        self.problems = tuple(" ".join(problem.split()) for problem in problems)  # one line each
+        self.problems = tuple(redact(" ".join(problem.split())) for problem in problems)  # one line each
         super().__init__("\n".join(self.problems))
 
 
@@ -88,4 +96,4 @@ class PublishError(JobError):
 
 def print_error(message: str) -> None:
     """Print a message to standard error, with `error: ` before each line."""
-    print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+    print("\n".join(f"error: {line}" for line in redact(message).splitlines()), file=sys.stderr)

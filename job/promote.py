@@ -40,7 +40,7 @@ def promote(repo: str, revision: str, settings: Hub, *, parent_commit: str | Non
         "promote",
     )
     tag = hub.retry(lambda: _version_tag(client, repo, commit), seconds, "promote")
-    return Published(repo, commit, f"{client.endpoint}/{repo}/commit/{commit}", tag)
+    return Published(repo, commit, hub.commit_url(repo, commit), tag)
 
 
 def _promote_once(client: HfApi, repo: str, source: str, *, branch: str | None, parent_commit: str) -> str:

@@ -92,7 +92,7 @@ def push(run: RunFolder, repo: str, settings: Hub, verdict: Verdict | None = Non
                 revision=branch,
                 parent_commit=commits[0].commit_id,
             ).oid
-        return Published(repo, commit, f"{client.endpoint}/{repo}/commit/{commit}")
+        return Published(repo, commit, hub.commit_url(repo, commit))
 
     with publish_errors_for(run):
         if branch is not None:

@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from job.cloud.gpus import parse_gpus
+from job.config.redaction import mask_urls
 from job.config.validators import (
     Cron,
     ExampleCount,
@@ -433,9 +434,10 @@ class Settings(BaseSettings):
         return self
 
     def values(self) -> dict[str, Any]:
-        """Return the value of every variable, by name, as JSON types. None of them is a secret."""
+        """Return the value of every variable, by name, as JSON types, with passwords in URLs masked."""
         dumped = self.model_dump(mode="json")
-        return {name: dumped[group][field] for name, group, field in iter_fields()}
+        values = {name: dumped[group][field] for name, group, field in iter_fields()}
+        return {name: mask_urls(value) if isinstance(value, str) else value for name, value in values.items()}
 
     def result_values(self) -> dict[str, Any]:
         """Return the values that change what a run trains or measures. They identify the run."""

@@ -64,21 +64,69 @@ def test_an_unknown_name_in_a_file_is_refused_with_the_file(tmp_path: Path) -> N
         environment.load(tmp_path / "absent.env")
 
 
+SECRET = b"hf_s3cretOfTheOwner"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"TAGGER_LORA_R 16\n", "line 1: 'TAGGER_LORA_R 16' is not NAME=value"),
-        (b"# fine\nTAGGER_LORA_R='16\n", "line 2"),
-        (b"TAGGER_LORA_R\n", "line 1"),
-        (b"\xff\xfeT\x00", "cannot be read as lines of NAME=value"),
+        (b"TAGGER_LORA_R 16\n", "line 1 is not NAME=value (it begins with TAGGER_LORA_R)"),
+        (b"# fine\nTAGGER_LORA_R='16\n", "line 2 is not NAME=value (it begins with TAGGER_LORA_R)"),
+        (b"TAGGER_LORA_R\n", "line 1 is not NAME=value; fix"),
+        (b"HF_TOKEN: %b\n", "line 1 is not NAME=value (it begins with HF_TOKEN)"),
+        (b"\n\nexport HF_TOKEN %b\n", "line 3 is not NAME=value (it begins with export)"),
+        (b"HF_HOME=/x\r\n%b\r\n", "line 2 is not NAME=value; fix"),
+        (b"%b: my token\n", "line 1 is not NAME=value; fix"),
+        (b"AKIA0EXAMPLE %b\n", "line 1 is not NAME=value; fix"),
+        (b"HF_TOKEN='%b\n", "line 1 is not NAME=value (it begins with HF_TOKEN)"),
+        (b"TAGGER_LORA_R='16\nHF_TOKEN=%b\nTAGGER_LORA_ALPHA='\n", "line 1 (it begins with TAGGER_LORA_R): a quote"),
+        (b'TAGGER_LORA_R="\n16\nHF_TOKEN: %b\n"\n', "line 1 (it begins with TAGGER_LORA_R): a quote opens here"),
+        (b"HF_HOME=/x\nHF_TOKEN=\0%b\n", "line 2 has a NUL character"),
+        (b"HF_HOME=/x\nHF_TOKEN=%b\xff\n", "cannot be read as lines of NAME=value: line 2 is not UTF-8"),
+        (b"\xff\xfeT\x00", "cannot be read as lines of NAME=value: line 1 is not UTF-8"),
+        (b"#" * 2**21, "has more than 1048576 bytes"),
     ],
 )
-def test_a_file_without_lines_of_settings_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "bad.env").write_bytes(content)
-    for read in (environment.load, environment.third_party_variables):
+@pytest.mark.parametrize("name", [".env", "bad.env"])
+def test_a_line_that_is_not_understood_is_named_without_its_value(content: bytes, message: str, name: str) -> None:
+    Path(name).write_bytes(content.replace(b"%b", SECRET))
+    recipe = None if name == ".env" else name
+    for read in (environment.load, environment.third_party_variables, environment.explicit_values):
         with pytest.raises(InvalidInputError) as refusal:
-            read(tmp_path / "bad.env")
-        assert message in str(refusal.value)
+            read(recipe)
+        assert f"{name} {message}" in str(refusal.value)
+        assert SECRET.decode() not in str(refusal.value) + repr(refusal.value.__cause__)
+        assert "AKIA" not in str(refusal.value)
+
+
+def test_a_value_over_several_lines_is_read(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text('TAGGER_SAMPLE_PROMPTS=\'[\n "a text",\n "another: text"\n]\'\nTAGGER_LORA_R=2\n')
+    settings = environment.load()
+    assert (settings.sample.prompts, settings.lora.r) == (("a text", "another: text"), 2)
+
+
+@pytest.mark.parametrize("value", ["${HF_TOKEN}", "for ${AWS_SECRET_ACCESS_KEY}"])
+def test_a_recipe_cannot_put_a_secret_into_a_setting(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, SECRET.decode())
+    Path("theirs.env").write_text(f"TAGGER_HUB_COMMIT_MESSAGE={value}\n")
+    with pytest.raises(InvalidInputError, match="TAGGER_HUB_COMMIT_MESSAGE contains the value of a secret variable"):
+        environment.load("theirs.env")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TAGGER_LORA_R", SECRET.decode()),
+        ("TAGGER_HUB_REPO", "https://me:s3cretOfTheOwner@hub.example/a/b"),
+        ("TAGGER_EVAL_GATE", "s3://key:s3cretOfTheOwner@bucket/x"),
+    ],
+)
+def test_an_invalid_value_is_shown_without_its_secrets(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidInputError, match=rf"{name}=.*\*\*\*") as refusal:
+        environment.load()
+    assert "s3cretOfTheOwner" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(("old", "new"), environment.RENAMED.items())

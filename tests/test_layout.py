@@ -29,7 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("settings",),
     ("types",),
     ("errors",),
-    ("config.validators", "cloud.gpus"),  # tables and functions that the settings need to validate
+    # tables and functions that the settings need to validate, and what errors need to mask secrets
+    ("config.validators", "config.redaction", "cloud.gpus"),
 )
 """From top to bottom. A module imports only from layers below its own, or from its own package."""
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import difflib
 import io
+import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from dotenv import dotenv_values
-from dotenv.parser import parse_stream
+from dotenv.parser import Binding, parse_stream
 from pydantic import ValidationError
 
 from job.config.recipes import find_recipe
+from job.config.redaction import has_secret
 from job.config.validators import is_unicode
 from job.errors import InvalidInputError
 from job.settings import PREFIX, Settings, describe_error, iter_fields
 
 DOTENV = Path(".env")
+MAX_FILE_BYTES = 2**20
+_ASSIGNMENT = re.compile(r"^\s*(?:export\s+)?[A-Za-z_]\w*\s*[=:]", re.MULTILINE)
+"""The start of a setting, within the value of another one."""
 
 RUN_DIR = "TAGGER_RUN_DIR"
 RECIPE = "TAGGER_RECIPE"
@@ -53,9 +59,22 @@ def load(recipe: str | None = None) -> Settings:
         settings = Settings(_env_file=files)
     except ValidationError as error:
         raise InvalidInputError(*problems, *_invalid_values(error, source_of)) from None
+    problems += _secrets_in(settings)
     if problems:
         raise InvalidInputError(*problems)
     return settings
+
+
+def _secrets_in(settings: Settings) -> list[str]:
+    """Return a sentence for each setting with the value of a secret variable: settings are logged and published.
+
+    A recipe could put one there, because ${NAME} in a file stands for the value of a variable.
+    """
+    return [
+        f"{name} contains the value of a secret variable, and settings are logged and published; remove it"
+        for name, value in settings.values().items()
+        if has_secret(json.dumps(value, ensure_ascii=False))
+    ]
 
 
 def _refuse_undecodable_values() -> None:
@@ -149,20 +168,62 @@ def _value_sources(files: tuple[Path, ...]) -> dict[str, str]:
 
 
 def _read_file(file: Path) -> dict[str, str | None]:
-    """Return the variables of a file; raise InvalidInputError with the number of a line that is not NAME=value."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(
-            f"{file} cannot be read as lines of NAME=value ({error}); fix or remove the file"
-        ) from error
+    """Return the variables of a file; raise InvalidInputError with the number of a line that is not NAME=value.
+
+    Such a line may hold a secret, so at most the name at its start is shown.
+    """
+    text = _read_text(file)
     for binding in parse_stream(io.StringIO(text)):
         line = binding.original.string.strip()
         if binding.error or (binding.key is not None and (binding.value is None or not binding.key.isidentifier())):
             raise InvalidInputError(
-                f"{file} line {binding.original.line}: {line[:60]!r} is not NAME=value; fix or remove the line"
+                f"{file} line {_first_line(binding)} is not NAME=value{_name_at_start(line)}; fix or remove the line"
+            )
+        if _ASSIGNMENT.search(line.partition("\n")[2]):  # the next settings would become part of this one's value
+            raise InvalidInputError(
+                f"{file} line {_first_line(binding)}{_name_at_start(line)}: a quote opens here and closes on a later "
+                "line, with other settings in between; close it on its line"
             )
     return dotenv_values(stream=io.StringIO(text))
+
+
+def _read_text(file: Path) -> str:
+    """Return the text of a file of settings; its content is in no message."""
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(MAX_FILE_BYTES + 1)
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise InvalidInputError(
+            f"{file} cannot be read: {error.strerror or type(error).__name__}; fix or remove the file"
+        ) from error
+    except UnicodeDecodeError as error:
+        line = 1 + content.count(b"\n", 0, error.start)
+        raise InvalidInputError(
+            f"{file} cannot be read as lines of NAME=value: line {line} is not UTF-8; save the file as UTF-8"
+        ) from None
+    if "\0" in text:
+        line = 1 + text.count("\n", 0, text.index("\0"))
+        raise InvalidInputError(f"{file} line {line} has a NUL character, which no setting has; save the file as text")
+    if len(content) > MAX_FILE_BYTES:
+        raise InvalidInputError(f"{file} has more than {MAX_FILE_BYTES} bytes; expected lines of NAME=value")
+    return text
+
+
+def _first_line(binding: Binding) -> int:
+    """Return the number of the line on which a binding begins; dotenv counts the empty lines before it too."""
+    original = binding.original
+    blank = len(original.string) - len(original.string.lstrip())
+    return original.line + len(re.findall(r"\r\n|\n|\r", original.string[:blank]))
+
+
+def _name_at_start(line: str) -> str:
+    """Return the variable's name before the first `=`, `:` or space of a line, to show it; empty unless it is one.
+
+    A line may be a secret alone, or begin with one, so only what is written like a variable's name is shown.
+    """
+    match = re.match(r"(export|[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)[=:\s]", line + "\n")
+    return f" (it begins with {match[1]})" if match and len(match[1]) <= 64 and len(line) > len(match[1]) else ""
 
 
 def has_prefix(name: str) -> bool:

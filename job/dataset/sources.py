@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
+from job.config.redaction import mask_urls
 from job.errors import InvalidInputError
 from job.system.paths import GLOB, PACKAGE_PREFIX, exists, is_remote, local_path
 
@@ -154,7 +155,7 @@ def _remote(url: str) -> list[SourceFile]:
         system, path = file_system(folder)
         info = system.get_file_info(path)
         if info.type == FileType.File:
-            return [SourceFile(url, path, system)]
+            return [SourceFile(mask_urls(url), path, system)]
         entries = system.get_file_info(FileSelector(path, recursive=not glob, allow_not_found=True))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         detail = " ".join(str(error).split())[:200]

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from job.config.redaction import MASK, mask_urls, redact
 from job.errors import InvalidInputError, PublishError
 from job.settings import Hub
 
@@ -50,6 +51,13 @@ def api() -> HfApi:
 
     set_client_factory(with_timeout)
     return HfApi(token=token() or False, library_name="tagger-job")
+
+
+def commit_url(repo: str, commit: str) -> str:
+    """Return the address of a commit's page; HF_ENDPOINT may hold a password, which is masked."""
+    from huggingface_hub import constants
+
+    return mask_urls(f"{constants.ENDPOINT}/{repo}/commit/{commit}")
 
 
 def is_offline() -> bool:
@@ -99,11 +107,11 @@ def retry_delay(error: BaseException) -> float | None:
 
 
 def error_message(error: BaseException) -> str:
-    """Return the message of a client's error, on one line and with the token masked."""
+    """Return the message of a client's error, on one line and with secrets masked."""
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
     text = " ".join(str(cause).split()) or type(cause).__name__
     secret = token()
-    return text.replace(secret, "***") if secret else text
+    return redact(text.replace(secret, MASK) if secret else text)
 
 
 def published_manifest(settings: Hub) -> dict[str, Any]:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
+import traceback
 import warnings
+from typing import Any
+
+from job.config.redaction import redact
 
 NOISY_LOGGERS = {
     # a warning for every int8 matrix product whose inputs are not fp16
@@ -17,8 +22,20 @@ NOISY_LOGGERS = {
 }
 
 
+_make_record = logging.getLogRecordFactory()
+_format_warning = warnings.formatwarning
+
+
 def configure() -> None:
-    """Log the job's lines to standard error with the time of day, and raise the level of NOISY_LOGGERS."""
+    """Log the job's lines to standard error with the time of day, and raise the level of NOISY_LOGGERS.
+
+    Secrets are masked in log lines, warnings and tracebacks, those of libraries included.
+    """
+    # libraries have handlers of their own, so records are masked where all of them are made
+    logging.setLogRecordFactory(_redacted_record)
+    warnings.formatwarning = lambda *args, **kwargs: redact(_format_warning(*args, **kwargs))
+    sys.excepthook = lambda _, error, __: _print_traceback(error)
+    threading.excepthook = lambda caught: None if caught.exc_value is None else _print_traceback(caught.exc_value)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("job").setLevel(logging.INFO)
     for name, level in NOISY_LOGGERS.items():
@@ -27,3 +44,20 @@ def configure() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
     # transformers itself calls this deprecated name when peft checks for gradient checkpointing
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def _redacted_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    record = _make_record(*args, **kwargs)
+    try:
+        message = record.getMessage()
+    except (TypeError, ValueError):  # the arguments do not fit the message; logging reports it where it is written
+        return record
+    record.msg, record.args = redact(message), ()
+    if record.exc_info and record.exc_info[1] is not None:
+        record.exc_text = redact("".join(traceback.format_exception(record.exc_info[1])).rstrip("\n"))
+    return record
+
+
+def _print_traceback(error: BaseException) -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(redact("".join(traceback.format_exception(error))))
