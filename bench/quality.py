@@ -447,14 +447,13 @@ def _row(name: str, records: Sequence[Record], against: Sequence[Record]) -> str
 
 def by_threshold(records: Sequence[Record]) -> Iterator[str]:
     """Yield a line for each marginal variant: micro-F1 over all its folds, at thresholds up to 0.1."""
-    from job.metrics.thresholds import f1_curve
+    from job.metrics.thresholds import threshold_curve
 
     for name in dict.fromkeys(record["variant"] for record in records if "scored" in record):
         own = [record for record in records if record["variant"] == name]
-        scores = f1_curve(list(_joined(own, "gold")), list(_joined(own, "scored"))).items()
-        yield (
-            f"\n{name}: " + ", ".join(f"{f1:.3f} at {t:g}" for t, f1 in scores if MIN_PROBABILITY <= t <= 0.1) + "\n"
-        )
+        curve = threshold_curve(list(_joined(own, "gold")), list(_joined(own, "scored")))
+        shown = [point for point in curve if MIN_PROBABILITY <= point.threshold <= 0.1]
+        yield f"\n{name}: " + ", ".join(f"{point.f1:.3f} at {point.threshold:g}" for point in shown) + "\n"
 
 
 def average_precision(gold: Sequence[Sequence[str]], scored: Sequence[ScoredTags]) -> tuple[float, list[float]]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from job.metrics.scores import score
-from job.metrics.thresholds import best_threshold
-from job.types import Example, Prediction, Scores
+from job.metrics.thresholds import best_threshold, threshold_curve
+from job.types import Example, Prediction, Scores, ThresholdScores
 
 if TYPE_CHECKING:
     from job.sample import Tagger
@@ -20,15 +20,25 @@ def evaluate(tagger: Tagger, examples: Sequence[Example]) -> tuple[Scores, list[
     """Tag the texts of the examples, and score the answers against the examples' tags."""
     answers = tagger.tag([example.text for example in examples])
     scores = score([e.tags for e in examples], [a.tags for a in answers], [a.well_formed for a in answers])
-    predictions = [Prediction(e.text, e.tags, a.tags, a.raw) for e, a in zip(examples, answers, strict=True)]
+    predictions = [
+        Prediction(e.text, e.tags, a.tags, a.raw, a.confidences) for e, a in zip(examples, answers, strict=True)
+    ]
     return scores, predictions
 
 
-def calibrate(tagger: Tagger, examples: Sequence[Example]) -> None:
-    """Set a tagger's threshold to the best one on these examples, which it must not have been trained on."""
+def calibrate(tagger: Tagger, examples: Sequence[Example]) -> list[ThresholdScores]:
+    """Set a tagger's threshold to the best one on these examples, which it must not have been trained on.
+
+    Returns the scores at every threshold.
+    """
     tagger.decoding = tagger.decoding.model_copy(update={"threshold": 0.0})
     answers = tagger.tag([example.text for example in examples])
     scored = [list(zip(answer.tags, answer.confidences, strict=True)) for answer in answers]
-    threshold, f1 = best_threshold([example.tags for example in examples], scored)
-    tagger.decoding = tagger.decoding.model_copy(update={"threshold": threshold})
-    log.info("evaluate: threshold %g, micro-F1 %.3f on %d training examples set aside", threshold, f1, len(examples))
+    curve = threshold_curve([example.tags for example in examples], scored)
+    best = best_threshold(curve)
+    tagger.decoding = tagger.decoding.model_copy(update={"threshold": best.threshold})
+    log.info(
+        "evaluate: threshold %g, micro-F1 %.3f on %d training examples set aside",
+        *(best.threshold, best.f1, len(examples)),
+    )
+    return curve

@@ -18,7 +18,7 @@ from job.runs import shutdown
 from job.runs.atomic import atomic_write, json_lines
 from job.runs.run_folder import RunFolder, check_writable
 from job.settings import Settings
-from job.types import Prediction, Scores, Summary, TaggedText, TrainResult, Verdict
+from job.types import Prediction, Scores, Summary, TaggedText, ThresholdScores, TrainResult, Verdict
 
 if TYPE_CHECKING:
     from job.sample import Tagger
@@ -52,14 +52,20 @@ def cached_evaluation(
     return scores, predictions
 
 
-def cached_threshold(run: RunFolder, cache_key: str, tagger: Tagger, calibrate: Callable[[], None]) -> None:
-    """Set the tagger's threshold with `calibrate`, or to the one that was found earlier for the same `cache_key`."""
+def cached_threshold(
+    run: RunFolder, cache_key: str, tagger: Tagger, calibrate: Callable[[], Sequence[ThresholdScores]]
+) -> None:
+    """Set the tagger's threshold with `calibrate`, or to the one that was found earlier for the same `cache_key`.
+
+    thresholds.jsonl has what `calibrate` returns.
+    """
     with run.chapter("calibrate"):
         saved = run.manifest.get("threshold")
         if saved is not None and saved["weights"] == cache_key:
             tagger.decoding = tagger.decoding.model_copy(update={"threshold": saved["value"]})
             return
-        calibrate()
+        run.write_lines("thresholds.jsonl", map(asdict, calibrate()))
+        run.record_checksums("thresholds.jsonl")
         run.update(threshold={"weights": cache_key, "value": tagger.decoding.threshold})
 
 
@@ -80,7 +86,8 @@ def predictions(run: RunFolder) -> list[Prediction]:
 
 
 def _prediction(values: dict[str, Any]) -> Prediction:
-    return Prediction(values["text"], tuple(values["gold"]), tuple(values["predicted"]), values["raw"])
+    gold, predicted, confidences = (tuple(values.get(name, ())) for name in ("gold", "predicted", "confidences"))
+    return Prediction(values["text"], gold, predicted, values["raw"], confidences)
 
 
 def verdict(run: RunFolder) -> Verdict | None:

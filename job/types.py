@@ -170,6 +170,32 @@ class Prediction:
     gold: tuple[str, ...]
     predicted: tuple[str, ...]
     raw: str
+    confidences: tuple[float, ...] = ()
+    """Probability of each predicted tag; empty in the files of earlier versions."""
+
+
+@dataclass(frozen=True)
+class ThresholdScores:
+    """A line of thresholds.jsonl: micro figures on the calibration examples if this threshold were chosen."""
+
+    threshold: float
+    predicted: int
+    """Number of predicted tags with at least this confidence."""
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class ConfusedTags:
+    """Two tags of which one was missed and the other one was predicted wrongly for the same texts."""
+
+    gold: str
+    predicted: str
+    texts: int
+    """Number of texts for which that happened."""
+    gold_texts: int
+    """Number of texts that have the tag `gold`."""
 
 
 @dataclass(frozen=True)

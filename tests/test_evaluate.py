@@ -36,8 +36,8 @@ def test_predictions_and_scores_belong_to_the_examples() -> None:
     tagger: Any = FixedTagger(threshold=0.28)
     scores, predictions = evaluate(tagger, EXAMPLES)
     assert predictions == [
-        Prediction("one", ("rain", "sea"), ("rain", "sea"), "['rain', 'sea']"),
-        Prediction("two", ("sun",), ("sun",), "['rain', 'sun']"),
+        Prediction("one", ("rain", "sea"), ("rain", "sea"), "['rain', 'sea']", (0.6, 0.3)),
+        Prediction("two", ("sun",), ("sun",), "['rain', 'sun']", (0.5,)),
         Prediction("three", ("rain",), (), "['sea']"),
     ]
     gold, predicted = [p.gold for p in predictions], [p.predicted for p in predictions]
@@ -47,6 +47,7 @@ def test_predictions_and_scores_belong_to_the_examples() -> None:
 def test_calibration_sees_what_an_earlier_threshold_left_out(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     tagger: Any = FixedTagger(threshold=0.9)
-    calibrate(tagger, EXAMPLES)
+    curve = calibrate(tagger, EXAMPLES)
     assert tagger.decoding.threshold == 0.26, "the lowest that keeps all correct tags and drops the wrong ones"
+    assert [point.predicted for point in curve if point.threshold in (0.0, 0.26, 0.6, 0.61)] == [5, 3, 1, 0]
     assert "threshold 0.26, micro-F1 0.857 on 3 training examples set aside" in caplog.text

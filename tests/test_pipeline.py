@@ -62,7 +62,8 @@ def test_a_run_does_every_chapter_and_is_not_repeated(
     assert {score["n"] for score in scores.values()} == {8}
     assert [entry["step"] for entry in read_lines(run / "log.jsonl")] == [1, 2, 3]
     assert len(read_lines(run / "predictions.jsonl")) == 8
-    assert set(read_lines(run / "predictions.jsonl")[0]) == {"text", "gold", "predicted", "raw"}
+    fields = {"text", "gold", "predicted", "raw", "confidences"}
+    assert set(read_lines(run / "predictions.jsonl")[0]) == fields
     prompts = [sample["prompt"] for sample in read_lines(run / "samples.jsonl")]
     assert prompts == ["a song about rain ->:", "two coins ->:"]
     files = {file.name for file in (run / "adapter").iterdir()}
@@ -285,7 +286,7 @@ def test_finished_chapters_are_not_repeated_after_a_resume(
     reached = []
     for place in (
         "job.training.trainer.Trainer.run",
-        "job.report.save_metrics",
+        "job.results.save_metrics",
         "job.report.save_card",
         "job.push.push",
     ):
@@ -307,7 +308,7 @@ def test_a_named_run_resumes_with_its_recorded_revisions(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("job.report.save_metrics", interrupt)
+        patch.setattr("job.results.save_metrics", interrupt)
         assert main([]) == 75
     for repo in (published.models["tiny/llama"], published.datasets["tiny/sayings"]):
         repo.commit("main", "newer", {"more.txt": b"since then"})

@@ -15,9 +15,9 @@ from job.metrics.scores import score
 from job.results import cached_evaluation, cached_threshold, check_round_trip, save_samples
 from job.runs.run_folder import RunFolder
 from job.settings import Settings
-from job.types import Prediction, Scores, TaggedText
+from job.types import Prediction, Scores, TaggedText, ThresholdScores
 
-RESULT = (score([["x", "y"]], [["x"]]), [Prediction("a text", ("x", "y"), ("x",), "['x']")])
+RESULT = (score([["x", "y"]], [["x"]]), [Prediction("a text", ("x", "y"), ("x",), "['x']", (0.5,))])
 
 
 @pytest.fixture
@@ -101,13 +101,21 @@ def test_the_threshold_is_cached_for_its_weights(run: RunFolder) -> None:
     tagger: Any = FixedTagger("marginal", rain=0.3)
     thresholds = iter([0.2, 0.1])
 
-    def calibrate() -> None:
+    def calibrate() -> list[ThresholdScores]:
         tagger.decoding = tagger.decoding.model_copy(update={"threshold": next(thresholds)})
+        return [ThresholdScores(tagger.decoding.threshold, 1, 0.5, 0.25, 0.3333)]
 
     for weights, expected in (("these", 0.2), ("these", 0.2), ("others", 0.1)):
         tagger.decoding = tagger.decoding.model_copy(update={"threshold": 0.0})
         cached_threshold(run, weights, tagger, calibrate)
         assert tagger.decoding.threshold == expected
+        assert run.is_intact("thresholds.jsonl")
+        assert run.read_lines("thresholds.jsonl")[0]["threshold"] == expected
+
+
+def test_predictions_of_earlier_versions_are_read(run: RunFolder) -> None:
+    (run.path / "predictions.jsonl").write_text('{"text": "t", "gold": ["a"], "predicted": ["b"], "raw": "[]"}\n')
+    assert results.predictions(run) == [Prediction("t", ("a",), ("b",), "[]")]
 
 
 def test_predictions_keep_unicode_line_separators(run: RunFolder) -> None:

@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from job.dataset.tags import normalise_tag
-from job.types import MIN_PROBABILITY
+from job.types import MIN_PROBABILITY, ThresholdScores
 
 ScoredTags = Sequence[tuple[str, float]]
 """Tags of one text with their confidences."""
 
 
-def best_threshold(gold: Sequence[Sequence[str]], scored: Sequence[ScoredTags]) -> tuple[float, float]:
-    """Return the lowest threshold with the highest micro-F1, and that F1."""
-    f1 = f1_curve(gold, scored)
-    best = max(f1, key=lambda threshold: f1[threshold])
-    return best, f1[best]
+def best_threshold(curve: Sequence[ThresholdScores]) -> ThresholdScores:
+    """Return the lowest threshold with the highest micro-F1, with its scores."""
+    return max(curve, key=lambda point: (point.f1, -point.threshold))
 
 
-def f1_curve(gold: Sequence[Sequence[str]], scored: Sequence[ScoredTags]) -> dict[float, float]:
-    """Return the micro-F1 by threshold, for thresholds from 0 in steps of MIN_PROBABILITY."""
+def threshold_curve(gold: Sequence[Sequence[str]], scored: Sequence[ScoredTags]) -> list[ThresholdScores]:
+    """Return the micro figures by threshold, for thresholds from 0 in steps of MIN_PROBABILITY."""
     predictions, gold_counts = match_predictions(gold, scored)
-    f1 = {}
+    curve = []
     for threshold in (round(MIN_PROBABILITY * n, 4) for n in range(int(1 / MIN_PROBABILITY))):
         kept = [correct for confidence, _, correct in predictions if confidence >= threshold]
-        f1[threshold] = 2 * sum(kept) / (len(kept) + sum(gold_counts))
-    return f1
+        hits, answers, truth = sum(kept), len(kept), sum(gold_counts)
+        precision, recall = hits / max(1, answers), hits / max(1, truth)
+        curve.append(ThresholdScores(threshold, answers, precision, recall, 2 * hits / max(1, answers + truth)))
+    return curve
 
 
 def match_predictions(

@@ -1,0 +1,52 @@
+"""Where a tagger is wrong: pairs of tags that it confuses, and its best and worst answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from job.dataset.tags import normalise_tag
+from job.metrics.counts import ConfusionCounts
+from job.types import ConfusedTags, Prediction
+
+MIN_TEXTS = 2
+"""A pair of tags that was confused in a single text may be chance."""
+
+
+def confused_tags(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> list[ConfusedTags]:
+    """Return the pairs of a missed tag and a wrong one of the same texts, the most frequent first."""
+    counts = ConfusionCounts.from_tags(gold, predicted)
+    hits = counts.truth * counts.answer
+    pairs = ((counts.truth - hits).T @ (counts.answer - hits)).tocoo()
+    texts_with = counts.truth.sum(axis=0)
+    found = [
+        ConfusedTags(counts.tags[missed], counts.tags[wrong], int(texts), int(texts_with[missed]))
+        for missed, wrong, texts in zip(*pairs.coords, pairs.data, strict=True)
+        if texts >= MIN_TEXTS
+    ]
+    return sorted(found, key=lambda pair: (-pair.texts, pair.gold_texts, pair.gold, pair.predicted))
+
+
+def best_and_worst(predictions: Sequence[Prediction], n: int) -> tuple[list[Prediction], list[Prediction]]:
+    """Return at most n answers with the highest F1 and n with the lowest one, the clearest ones first.
+
+    Among equals, those with the most right tags and then the highest confidence are the best, and those with the most
+    confident wrong tag the worst. No answer is in both lists, none of the best is all wrong, and none of the worst is
+    all right.
+    """
+    scored = [(*_quality(prediction), number) for number, prediction in enumerate(predictions)]
+    best = sorted((entry for entry in scored if entry[0] > 0), key=lambda s: (-s[0], -s[1], -s[2], s[4]))[:n]
+    worst = [entry for entry in scored if entry[0] < 1 and entry not in best]
+    worst = sorted(worst, key=lambda s: (s[0], -s[3], s[4]))[:n]
+    return [predictions[entry[-1]] for entry in best], [predictions[entry[-1]] for entry in worst]
+
+
+def _quality(prediction: Prediction) -> tuple[float, int, float, float]:
+    """Return F1, number of right tags, mean confidence of these, and the highest confidence of a wrong tag."""
+    gold = {normalise_tag(tag) for tag in prediction.gold}
+    predicted = [normalise_tag(tag) for tag in prediction.predicted]
+    hits = len(gold & set(predicted))
+    confidences = prediction.confidences or (0.0,) * len(predicted)
+    right = [confidence for tag, confidence in zip(predicted, confidences, strict=True) if tag in gold]
+    wrong = [confidence for tag, confidence in zip(predicted, confidences, strict=True) if tag not in gold]
+    f1 = 2 * hits / max(1, len(gold) + len(set(predicted)))
+    return f1, hits, sum(right) / max(1, len(right)), max(wrong, default=0.0)
