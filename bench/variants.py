@@ -30,8 +30,9 @@ from transformers import (
 from job.dataset.tokenization import IGNORE_INDEX
 from job.settings import Settings
 from job.system.device import ComputeSpec
-from job.training import memory_efficient
-from job.training.batching import Collator, micro_batches, num_label_tokens
+from job.training import dropout, memory_efficient
+from job.training.batching import Collator, MicroBatch, micro_batches, num_label_tokens
+from job.training.dropout import DropoutKeys
 from job.training.packing import PackedAttention
 from job.training.trainer import MAX_GRAD_NORM, MICRO_BATCH_TOKENS, accumulate, learning_rate, micro_batch_overhead
 from job.types import EncodedExample
@@ -88,6 +89,7 @@ def _job(
     parameters = [parameter for parameter in work.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
     scaler = torch.amp.GradScaler(work.compute.device.type, enabled=work.compute.precision == "fp16")
+    keys = DropoutKeys(work.settings.train.seed)
     limit, overhead = MICRO_BATCH_TOKENS[work.compute.device.type], micro_batch_overhead(work.compute)
     rows = work.settings.train.batch_size
 
@@ -95,22 +97,27 @@ def _job(
         losses = []
         work.model.train()
         with (
+            dropout.installed(work.model, keys),
             memory_efficient.patched(work.model) if efficient else nullcontext(),
             packing.installed() if packing else nullcontext(),
         ):
             for number, step in enumerate(work.steps):
                 optimizer.param_groups[0]["lr"] = learning_rate(work.settings.train, number)
                 label_tokens = num_label_tokens(step)
-                batches: Iterable[Sequence[EncodedExample]] = (step[i : i + rows] for i in range(0, len(step), rows))
+                batches: Iterable[MicroBatch] = (
+                    MicroBatch(step[i : i + rows], list(range(i, i + rows))) for i in range(0, len(step), rows)
+                )
                 if split:
                     batches = micro_batches(step, limit=limit, overhead=overhead, padded=packing is None)
                 loss = accumulate(
                     work.model,
                     batches,
                     collator,
+                    step=number,
                     label_tokens=label_tokens,
                     compute=work.compute,
                     packing=packing,
+                    keys=keys,
                     scaler=scaler,
                 )
                 _update_weights(optimizer, scaler)

@@ -47,7 +47,9 @@ def test_the_seed_determines_the_order() -> None:
 def test_micro_batches_keep_the_limit_and_hold_all_examples(limit: int, padded: bool) -> None:
     lengths = [5, 5, 6, 9, 12, 12, 40, 41, 130, 471]
     examples = [EncodedExample([i] * n, [i] * n) for i, n in reversed(list(enumerate(lengths)))]
-    batches = list(micro_batches(examples, limit=limit, overhead=20, padded=padded))
+    cut = list(micro_batches(examples, limit=limit, overhead=20, padded=padded))
+    assert all(batch.examples == [examples[i] for i in batch.indices] for batch in cut)
+    batches = [batch.examples for batch in cut]
     assert sorted(e.input_ids[0] for batch in batches for e in batch) == list(range(10))
     assert [len(e.input_ids) for batch in reversed(batches) for e in batch] == lengths, "the longest come first"
     for batch in batches:

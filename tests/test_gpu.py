@@ -31,6 +31,7 @@ from job.settings import Base, Lora
 from job.system.device import ComputeSpec
 from job.training import memory_efficient
 from job.training.batching import Collator, micro_batches, num_label_tokens
+from job.training.dropout import DropoutKeys
 from job.training.packing import PackedAttention
 from job.training.trainer import accumulate, micro_batch_overhead
 from job.types import EncodedExample
@@ -114,9 +115,11 @@ def own(
             model,
             parts,
             Collator(0, packed=True),
+            step=0,
             label_tokens=label_tokens,
             compute=compute,
             packing=packing,
+            keys=DropoutKeys(42),
             scaler=scaler,
         )
     if recompute:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -10,6 +11,20 @@ from torch.nn.utils.rnn import pad_sequence
 
 from job.dataset.tokenization import IGNORE_INDEX
 from job.types import EncodedExample
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Examples of a step that are computed together."""
+
+    examples: list[EncodedExample]
+    indices: list[int]
+    """The number of each example in its step, on which its dropout depends."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each example."""
+        return [len(example.input_ids) for example in self.examples]
 
 
 def examples_of_step(
@@ -57,16 +72,16 @@ def partition_by_cost(lengths: Sequence[int], *, limit: int, overhead: int, padd
 
 def micro_batches(
     examples: Sequence[EncodedExample], *, limit: int, overhead: int, padded: bool
-) -> Iterator[Sequence[EncodedExample]]:
+) -> Iterator[MicroBatch]:
     """Split the examples of a step, sorted by length, into micro-batches (see partition_by_cost).
 
     The split changes memory and speed, and the step's result only by rounding. The longest examples come
     first: the others then fit into the memory that these have used, and a lack of memory shows immediately.
     """
-    by_length = sorted(examples, key=lambda example: len(example.input_ids))
-    lengths = [len(example.input_ids) for example in by_length]
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    lengths = [len(examples[i].input_ids) for i in by_length]
     groups = list(partition_by_cost(lengths, limit=limit, overhead=overhead, padded=padded))
-    return (by_length[group] for group in reversed(groups))
+    return (MicroBatch([examples[i] for i in by_length[group]], by_length[group]) for group in reversed(groups))
 
 
 def num_label_tokens(examples: Sequence[EncodedExample]) -> int:

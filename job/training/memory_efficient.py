@@ -20,6 +20,8 @@ from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+from job.training.dropout import KeyedDropout
+
 if TYPE_CHECKING:
     import peft
 
@@ -64,7 +66,8 @@ def _registry(buffer: DequantBuffer) -> Registry:
 
 def _is_plain_lora(layer: Any) -> bool:
     plain = layer.active_adapters == ["default"] and not layer.lora_variant and not layer.merged
-    return plain and isinstance(layer.get_base_layer(), torch.nn.Linear)
+    known = isinstance(layer.lora_dropout["default"], (KeyedDropout, torch.nn.Identity)) if plain else False
+    return known and isinstance(layer.get_base_layer(), torch.nn.Linear)
 
 
 def _is_on_cpu(layer: Linear8bitLt) -> bool:
@@ -79,8 +82,10 @@ def _lora_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     result: torch.Tensor = layer.base_layer(x)
     dropout = layer.lora_dropout["default"]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    rate = dropout.p if isinstance(dropout, torch.nn.Dropout) and layer.training else 0.0
-    delta: torch.Tensor = LoraFunction.apply(x, a, b, rate, layer.scaling["default"])  # type: ignore[no-untyped-call]
+    dropped, rate = None, 0.0
+    if isinstance(dropout, KeyedDropout) and layer.training:
+        dropped, rate = dropout.mask(x), dropout.rate
+    delta: torch.Tensor = LoraFunction.apply(x, a, b, dropped, rate, layer.scaling["default"])  # type: ignore[no-untyped-call]
     return result + delta.to(result.dtype)
 
 
@@ -116,9 +121,16 @@ class LoraFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rate: float, scale: float) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        dropped: torch.Tensor | None,
+        rate: float,
+        scale: float,
+    ) -> torch.Tensor:
         ctx.dtype, ctx.rate, ctx.scale = _compute_dtype(x, a.dtype), rate, scale
-        dropped = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(rate) if rate else None
         with torch.autocast(x.device.type, enabled=False):
             low = apply_dropout_mask(x, dropped).to(ctx.dtype) @ a.to(ctx.dtype).T / (1 - rate)
             ctx.save_for_backward(x, a, b, low, dropped)
@@ -135,7 +147,7 @@ class LoraFunction(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = apply_dropout_mask((grad_low @ a.to(ctx.dtype)).view(x.shape).to(x.dtype), dropped)
-        return grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None
+        return grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None, None
 
 
 def apply_dropout_mask(x: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:

@@ -7,8 +7,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -22,9 +22,10 @@ from job.runs import shutdown
 from job.runs.run_folder import RunFolder
 from job.settings import Train
 from job.system.device import ComputeSpec
-from job.training import checkpoints, memory_efficient
-from job.training.batching import Collator, examples_of_step, micro_batches, num_label_tokens
+from job.training import checkpoints, dropout, memory_efficient
+from job.training.batching import Collator, MicroBatch, examples_of_step, micro_batches, num_label_tokens
 from job.training.checkpoints import TrainerState
+from job.training.dropout import DropoutKeys
 from job.training.loss import mean_loss
 from job.training.memory_budget import plan_batches
 from job.training.packing import PackedAttention
@@ -55,12 +56,14 @@ def learning_rate(settings: Train, step: int) -> float:
 
 def accumulate(
     model: peft.PeftModel,
-    batches: Iterable[Sequence[EncodedExample]],
+    batches: Iterable[MicroBatch],
     collator: Collator,
     *,
+    step: int,
     label_tokens: int,
     compute: ComputeSpec,
     packing: PackedAttention | None,
+    keys: DropoutKeys,
     scaler: torch.amp.GradScaler,
 ) -> float:
     """Accumulate the scaled gradients of a step's mean loss over its micro-batches; return the summed loss.
@@ -68,10 +71,11 @@ def accumulate(
     `label_tokens` is the number of label tokens in all micro-batches together.
     """
     total = torch.zeros((), device=compute.device)
-    for examples in batches:
-        batch = {name: tensor.to(compute.device) for name, tensor in collator(examples).items()}
+    for micro_batch in batches:
+        batch = {name: tensor.to(compute.device) for name, tensor in collator(micro_batch.examples).items()}
         if packing is not None:
-            packing.set_sequence_lengths([len(example.input_ids) for example in examples], compute.device)
+            packing.set_sequence_lengths(micro_batch.lengths, compute.device)
+        keys.set_tokens(step, micro_batch.indices, micro_batch.lengths, compute.device, packed=packing is not None)
         with compute.autocast():
             loss = mean_loss(model, batch, label_tokens=label_tokens)
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -101,6 +105,7 @@ class Trainer:
         base: Any = model.get_base_model()
         self._packing = PackedAttention(base) if PackedAttention.supports(base) else None
         self._collator = Collator(tokenizer.pad_token_id, packed=self._packing is not None)
+        self._dropout_keys = DropoutKeys(settings.seed)
         self._adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(self._adapters.values(), lr=0.0, weight_decay=0.0)
         self._scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
@@ -146,7 +151,7 @@ class Trainer:
         """Take the remaining steps, with checkpoints in between and at the end."""
         self.try_write("the batch plan", self._record_batch_plan)
         self._model.train()
-        with memory_efficient.patched(self._model), self._packing.installed() if self._packing else nullcontext():
+        with self._patched():
             try:
                 self._take_steps()
             except BaseException as stop:
@@ -158,6 +163,18 @@ class Trainer:
             self._adapters[name].data.copy_(mean)
         self._run.write_lines("log.jsonl", self.history())
         self._record_batch_plan()
+
+    @contextmanager
+    def _patched(self) -> Iterator[None]:
+        """Give the model the dropout and the forward passes of training until the end of the block."""
+        with (
+            dropout.installed(self._model, self._dropout_keys) as switched_off,
+            memory_efficient.patched(self._model),
+            self._packing.installed() if self._packing else nullcontext(),
+        ):
+            if switched_off:
+                log.info("train: the base model's own dropout is off (%s)", ", ".join(switched_off))
+            yield
 
     def _take_steps(self) -> None:
         settings, step = self._settings, self.state.step
@@ -207,8 +224,6 @@ class Trainer:
         """Compute the step's gradients, with smaller micro-batches if memory runs out; return the summed loss."""
         longest = max(len(example.input_ids) for example in examples)
         while True:
-            # seed dropout, so that a repeated step has the same dropout
-            torch.manual_seed(self._settings.seed * 1_000_003 + self.state.step)
             self._optimizer.zero_grad()
             batches = micro_batches(
                 examples,
@@ -221,9 +236,11 @@ class Trainer:
                     self._model,
                     batches,
                     self._collator,
+                    step=self.state.step,
                     label_tokens=label_tokens,
                     compute=self._compute,
                     packing=self._packing,
+                    keys=self._dropout_keys,
                     scaler=self._scaler,
                 )
             except (RuntimeError, MemoryError) as error:
