@@ -12,12 +12,13 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from bench.bases import BASES, model_setting
 from job import data
+from job.dataset.tokenization import AnswerTokenizer
 from job.decoding.constraints import ClosedVocabulary, OpenVocabulary, constrain
 from job.quantize import load_model, load_tokenizer
 from job.settings import Settings
 from job.system.device import ComputeSpec
 
-PREFIX, MAX_TAGS = " ", 20
+MAX_TAGS = 20
 
 
 def main() -> None:
@@ -34,10 +35,11 @@ def main() -> None:
     prompts = [example.text + settings.data.separator.rstrip() for example in examples[: options.rows]]
     tokenizer.padding_side = "left"
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(compute.device)
+    answers = AnswerTokenizer(tokenizer, settings.data.separator)
     vocabularies = {
         "unconstrained": None,
-        "open": OpenVocabulary(tokenizer, PREFIX, MAX_TAGS),
-        "closed": ClosedVocabulary(tokenizer, tags, PREFIX, MAX_TAGS),
+        "open": OpenVocabulary(answers, MAX_TAGS),
+        "closed": ClosedVocabulary(answers, tags, MAX_TAGS),
     }
     times: dict[str, list[float]] = {name: [] for name in vocabularies}
     for number in range(options.rounds + 1):

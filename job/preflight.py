@@ -186,12 +186,13 @@ class MachineReport:
 
 
 def check_machine(checked: PreflightResult) -> MachineReport:
-    """Check device, precision, memory, disk and the largest training examples.
+    """Check device, precision, memory, disk, the largest training examples, and that their answers can be decoded.
 
     Raises InvalidInputError with every problem found. Imports torch and transformers, and downloads config and
     tokenizer of the base model if they are not cached.
     """
     from job import estimate
+    from job.decoding.gold_answers import tokenizer_problems
     from job.system.device import ComputeSpec, gpu_unavailable_reason
 
     settings, examples = checked.settings, checked.examples
@@ -204,6 +205,7 @@ def check_machine(checked: PreflightResult) -> MachineReport:
     assert longest.labels[-1] == tokenizer.eos_token_id, "the last label must be the end of sequence"
     memory = estimate.estimate(settings, compute, [longest])
     problems = [
+        *tokenizer_problems(tokenizer, train_examples, settings),
         *estimate.cpu_problems(memory, settings, compute),
         *estimate.memory_problems(memory, compute),
         *estimate.disk_problems(memory, checked.run.path),

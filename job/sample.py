@@ -54,12 +54,12 @@ class Tagger:
         self._sample: Sample = settings.sample
         self._compute = compute
         self.decoding = decoding
-        prefix = prompts.target([], settings.data.separator).removesuffix("[]")
+        answers = tokenization.AnswerTokenizer(tokenizer, settings.data.separator)
         self._vocabulary: OpenVocabulary | ClosedVocabulary
         if decoding.vocabulary == "open":
-            self._vocabulary = OpenVocabulary(tokenizer, prefix, decoding.max_tags)
+            self._vocabulary = OpenVocabulary(answers, decoding.max_tags)
         else:
-            self._vocabulary = ClosedVocabulary(tokenizer, decoding.tags, prefix, decoding.max_tags)
+            self._vocabulary = ClosedVocabulary(answers, decoding.tags, decoding.max_tags)
 
     def tag(self, texts: Sequence[str]) -> list[TaggedText]:
         """Return the answer for each text, in order.

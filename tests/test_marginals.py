@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import CPU, make_settings
 
+from job.dataset.tokenization import AnswerTokenizer
 from job.decoding.constraints import ClosedVocabulary
 from job.decoding.marginals import TagDistribution, tag_marginals
 from job.quantize import load_model, load_tokenizer
@@ -27,7 +28,7 @@ class Scorer:
     tags: tuple[str, ...] = TAGS
 
     def search(self, *, max_positions: int = 1, token_budget: int = 1000) -> list[TagDistribution]:
-        vocabulary = ClosedVocabulary(self.tokenizer, self.tags, " ", 9)
+        vocabulary = ClosedVocabulary(AnswerTokenizer(self.tokenizer, " ->: "), self.tags, 9)
         width = max(map(len, self.prompts))
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in self.prompts])

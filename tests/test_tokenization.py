@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import copy
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import tiny_tokenizers
 from conftest import make_settings
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from job.dataset import tokenization
-from job.dataset.tokenization import IGNORE_INDEX, encode, encode_prompt
+from job.dataset.prompts import target
+from job.dataset.tokenization import IGNORE_INDEX, AnswerTokenizer, encode, encode_prompt
 from job.errors import InvalidInputError
 from job.settings import Data
 from job.system import paths
@@ -25,8 +29,10 @@ def smollm2_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@pytest.fixture(params=["bloom_tokenizer", "llama_tokenizer", "smollm2_tokenizer"])
+@pytest.fixture(params=["bloom_tokenizer", "llama_tokenizer", "smollm2_tokenizer", *tiny_tokenizers.KINDS])
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    if request.param in tiny_tokenizers.KINDS:
+        return tiny_tokenizers.build(request.param)
     value: PreTrainedTokenizerBase = request.getfixturevalue(request.param)
     return value
 
@@ -57,14 +63,61 @@ def test_separate_tokenization_gives_the_tokens_of_the_full_text(
     examples = [Example(row["quote"], tuple(row["tags"])) for row in rows[:200]]
     for example, encoded in zip(examples, encode(tokenizer, examples, settings), strict=True):
         full_text = f"{example.text} ->: {list(example.tags)}"
-        assert encoded.input_ids == [*tokenizer(full_text).input_ids, tokenizer.eos_token_id]
+        ids = tokenizer(full_text).input_ids
+        assert encoded.input_ids == ids + [tokenizer.eos_token_id] * (ids[-1] != tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("separator", [" ->: ", "\n### Tags:\n", " tags ", "\t", " <|tags|> "])
+@pytest.mark.parametrize("kind", tiny_tokenizers.KINDS)
+def test_answers_have_the_tokens_that_follow_the_separator(kind: str, separator: str) -> None:
+    tokenizer = tiny_tokenizers.build(kind)
+    if separator == " <|tags|> ":
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_tokens(AddedToken("<|tags|>", normalized=False))
+    if separator == "\t":
+        separator = " :\t"
+    for tags in (["life"], ["don't", "日本é", "love"], ['"', "7 days", "x\\y"]):
+        context = f"a text{separator.rstrip()}"
+        n = len(tokenizer(context, add_special_tokens=False).input_ids)
+        expected = tokenizer(context + target(tags, separator), add_special_tokens=False).input_ids[n:]
+        answers = AnswerTokenizer(tokenizer, separator)
+        assert answers.encode([tags]) == [expected]
+        assert answers.decode([expected])[0].strip() == str(tags)
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "prepend", "byte_fallback"])
+def test_tokens_that_span_words_do_not_span_tags(kind: str) -> None:
+    """Text, separator and tags are apart, so that each tag has the same tokens in every list."""
+    make = {"metaspace": tiny_tokenizers.metaspace, "prepend": tiny_tokenizers.prepend}
+    texts = ["life is life, 'love', 'life', and ->: ['love', 'life', 'love']"] * 9
+    tokenizer = make.get(kind, tiny_tokenizers.byte_fallback)(texts, words=False)
+    [whole] = tokenizer(["x ->: ['love', 'life']"], add_special_tokens=False).input_ids
+    assert any("▁" in token[1:] for token in tokenizer.convert_ids_to_tokens(whole))
+    answers = AnswerTokenizer(tokenizer, " ->: ")
+    [ids] = answers.encode([["love", "life"]])
+    assert ids == [
+        *answers.tag_ids(["love"], first=True, last=False)[0],
+        *answers.tag_ids(["life"], first=False, last=True)[0],
+    ]
+    assert answers.decode([ids]) == [" ['love', 'life']"]
+
+
+def test_a_prompt_begins_with_the_tokens_that_the_tokenizer_adds() -> None:
+    texts = ["some text about life"] * 9
+    for options, expected in (({"bos": True}, ["<s>"]), ({"bos": True, "eos": True}, ["<s>"]), ({"eos": True}, [])):
+        tokenizer = tiny_tokenizers.byte_level(texts, **options)
+        prompt = encode_prompt(tokenizer, "some text", Data(), reserved_tokens=8)
+        assert tokenizer.convert_ids_to_tokens(prompt)[: len(expected) + 1] == [*expected, "some"]
+        one_token = tiny_tokenizers.byte_level(texts, **options, bos_token="</s>")
+        ids = encode_prompt(one_token, "some text", Data(), reserved_tokens=8)
+        assert tokenizer.convert_ids_to_tokens(ids)[0] == ("</s>" if expected else "some"), "one token for both ends"
 
 
 def test_the_labels_are_the_tags_and_the_end_of_sequence(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     settings = make_settings(Path("unused"), tmp_path)
     [encoded] = encode(tokenizer, [Example("a song about rain", ("music", "nature"))], settings)
     labels = [label for label in encoded.labels if label != IGNORE_INDEX]
-    assert tokenizer.decode(labels[:-1]) == " ['music', 'nature']"
+    assert tokenizer.decode(labels[:-1]).strip() == "['music', 'nature']"
     assert labels[-1] == tokenizer.eos_token_id
     assert encoded.labels[-len(labels) :] == labels
     settings = make_settings(Path("unused"), tmp_path, train={"completion_only_loss": False})
@@ -99,7 +152,7 @@ def test_many_texts_are_tokenized_once(
     assert {example.text for example in examples} < set(tokenizer.texts)
     tokenizer.texts.clear()
     assert encode(tokenizer, examples, settings) == expected
-    assert tokenizer.texts == ["", " ->:"], "texts and tags come from the cache"
+    assert not {example.text for example in examples} & set(tokenizer.texts), "texts come from the cache"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nowhere")
     assert encode(tokenizer, examples, settings) == expected, "a cache that cannot be written is not needed"
 

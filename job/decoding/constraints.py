@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import ast
+import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import NamedTuple, Protocol
 
 import regex
 import torch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from job.dataset.tokenization import AnswerTokenizer
 
-QUOTES = "'\""
+ESCAPE = regex.compile(r"""\\(?:[\\'"nrt]|x[0-9a-f]{2}|u(?!d[89a-f])[0-9a-f]{4}|U(?:000[1-9a-f]|0010)[0-9a-f]{4})""")
+"""Matches an escape sequence of those that `repr` writes; lone surrogates are no text."""
+TAG = "|".join(
+    rf"{quote}(?:[^{quote}\\\s\p{{Cc}}]|{ESCAPE.pattern})[^{quote}\\\p{{Cc}}]*"
+    rf"(?:{ESCAPE.pattern}[^{quote}\\\p{{Cc}}]*)*{quote}"
+    for quote in "'\""
+)
+"""Matches a tag as `repr` writes it."""
+REPLACEMENT = "\ufffd"
+"""What decoders write for bytes that are not UTF-8."""
 
 
 class DecoderState(Protocol):
@@ -83,30 +93,41 @@ class TrieNode:
 class ClosedVocabulary:
     """Lists of at most `max_tags` different tags of a vocabulary.
 
-    A tag has four forms: first in the list or after another tag, and followed by another tag or by the end. Each form
-    is tokenized with its bracket or comma, because tokenizers may merge these with quotes; no tokenizer merges beyond
-    the space that follows a comma. So an answer has exactly the token ids that the tokenizer gives to the list.
-
-    `prefix` is the white space in front of the list. Of tags that the tokenizer cannot tell apart, the first is kept.
+    A tag has four forms: first in the list or after another tag, and followed by another tag or by the end. An answer
+    has exactly the token ids that training uses for the list.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tags: Iterable[str], prefix: str, max_tags: int) -> None:
+    def __init__(self, answers: AnswerTokenizer, tags: Iterable[str], max_tags: int) -> None:
         self.max_tags = max_tags
-        self.end: int = tokenizer.eos_token_id
+        self.end = answers.end
         self.root, self.next_root = TrieNode(), TrieNode()
         """Where the first tag of a list starts, and where each later one does."""
         self.separator_ids: dict[TrieNode, dict[str, list[int]]] = {}
         """For either root: by tag, the token ids of the tag and the comma after it."""
-        known = {str(tokenizer(f" {tag!r}]", add_special_tokens=False).input_ids): tag for tag in reversed(list(tags))}
-        names = list(known.values())
-        for root, before in ((self.root, f"{prefix}["), (self.next_root, " ")):
-            for after in ",]":
-                texts = [f"{before}{tag!r}{after}" for tag in names]
-                ids_by_tag = dict(zip(names, tokenizer(texts, add_special_tokens=False).input_ids, strict=True))
-                for tag, ids in ids_by_tag.items():
-                    root.add(ids, tag, ends_list=after == "]")
-                if after == ",":
-                    self.separator_ids[root] = ids_by_tag
+        self.same_tokens: dict[str, str] = {}
+        """Tags that are left out, because the tokenizer cannot tell them from the tags that they are mapped to."""
+        names = list(dict.fromkeys(tags))
+        forms = {
+            (first, last): answers.tag_ids(names, first=first, last=last)
+            for first in (True, False)
+            for last in (True, False)
+        }
+        known: dict[tuple[bool, bool, tuple[int, ...]], str] = {}
+        for n, tag in enumerate(names):
+            keys = [(*form, tuple(ids[n])) for form, ids in forms.items()]
+            if other := next((known[key] for key in keys if key in known), None):
+                self.same_tokens[tag] = other
+            else:
+                known |= dict.fromkeys(keys, tag)
+        for (first, last), ids_by_number in forms.items():
+            root = self.root if first else self.next_root
+            ids_by_tag = {
+                tag: ids for tag, ids in zip(names, ids_by_number, strict=True) if tag not in self.same_tokens
+            }
+            for tag, ids in ids_by_tag.items():
+                root.add(ids, tag, ends_list=last)
+            if not last:
+                self.separator_ids[root] = ids_by_tag
 
     def new_state(self) -> ClosedState:
         """Return the state of an answer without tokens."""
@@ -156,32 +177,41 @@ class ClosedState:
 class OpenVocabulary:
     """Lists of at most `max_tags` different tags, whatever tags the model writes.
 
-    A tag holds any characters that a Python string literal takes without an escape, and does not start with white
-    space. `prefix` is the white space in front of the list.
+    Tags are written as Python string literals, and do not start with white space.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prefix: str, max_tags: int) -> None:
+    def __init__(self, answers: AnswerTokenizer, max_tags: int) -> None:
         self.max_tags = max_tags
-        self.end: int = tokenizer.eos_token_id
-        self._opening = f"{prefix}["
-        tag = "(?P<tag>" + "|".join(rf"{q}[^{q}\\\s\p{{Cc}}][^{q}\\\p{{Cc}}]*{q}" for q in QUOTES) + ")"
+        self.end = answers.end
+        self.decode = answers.decode
+        self._opening = answers.opening
+        tag = f"(?P<tag>{TAG})"
         self.pattern = regex.compile(rf"{regex.escape(self._opening)}{tag}(?:, {tag})*\]")
         """Matches a complete list; matches the start of one with `partial=True`."""
-        self._tokenizer = tokenizer
-        special = set(tokenizer.all_special_ids)
-        token_texts = self.decode([[i] for i in range(len(tokenizer))])
-        self._token_texts = ["" if i in special else text for i, text in enumerate(token_texts)]
-        self._allowed: dict[str, torch.Tensor] = {}
+        self.byte_values = answers.byte_values
+        tokenizer = answers.tokenizer
+        token_texts = self.decode([[i] for i in range(answers.num_ids)])
+        never = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+        never |= {i for i, value in self.byte_values.items() if incomplete_character(bytes([value])) is None}
+        self._token_texts = ["" if i in never else text for i, text in enumerate(token_texts)]
+        self._allowed: dict[str | bytes, torch.Tensor] = {}
         self._starting_with: dict[str, torch.Tensor] = {}
 
-    def decode(self, answers: list[list[int]]) -> list[str]:
-        """Decode token ids as if other tokens came before: some tokenizers drop the first space of a text."""
-        ids = [[self.end, *answer] for answer in [[], *answers]]
-        [before, *texts] = self._tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
-        return [text.removeprefix(before) for text in texts]
+    def allowed(self, text: str, incomplete: bytes = b"") -> torch.Tensor:
+        """Return which tokens may follow the start of a list, as bool [tokens]; cached by canonical prefix.
 
-    def allowed(self, text: str) -> torch.Tensor:
-        """Return which tokens may follow the start of a list, as bool [tokens]; cached by canonical prefix."""
+        `incomplete` are the bytes of an incomplete character at the end of the text.
+        """
+        if incomplete:
+            if incomplete not in self._allowed:
+                continuing = [
+                    i
+                    for i, value in self.byte_values.items()
+                    if incomplete_character(incomplete + bytes([value])) is not None
+                ]
+                self._allowed[incomplete] = torch.zeros(len(self._token_texts), dtype=torch.bool)
+                self._allowed[incomplete][continuing] = True
+            return self._allowed[incomplete]
         prefix = self.canonical_prefix(text)
         if prefix not in self._allowed:
             fits = [
@@ -191,16 +221,20 @@ class OpenVocabulary:
             self._allowed[prefix] = torch.tensor(fits)
         return self._allowed[prefix]
 
-    def tokens_starting_with(self, text: str) -> torch.Tensor:
-        """Return which tokens start with a text, as bool [tokens]."""
+    def tokens_ending_tag(self, token: int, rest: str) -> torch.Tensor:
+        """Return which tokens end a tag with the same characters as a token does, as bool [tokens].
+
+        `rest` is what the token writes after the quote of the tag.
+        """
+        text = self._token_texts[token].removesuffix(rest)
         if text not in self._starting_with:
-            self._starting_with[text] = torch.tensor([token.startswith(text) for token in self._token_texts])
+            self._starting_with[text] = torch.tensor([other.startswith(text) for other in self._token_texts])
         return self._starting_with[text]
 
-    def tag_spans(self, text: str) -> list[tuple[int, int]]:
-        """Return start and end of each complete tag in the start of a list, quotes included."""
+    def tag_spans(self, text: str) -> list[tuple[int, int]] | None:
+        """Return start and end of each complete tag, quotes included; None if the text does not start a list."""
         match = self.pattern.fullmatch(text, partial=True)
-        return [] if match is None else match.spans("tag")
+        return None if match is None else match.spans("tag")
 
     def canonical_prefix(self, text: str) -> str:
         """Return the shortest start of a list that the same tokens may follow.
@@ -214,11 +248,22 @@ class OpenVocabulary:
         if spans and not rest.startswith(", "):
             return f"{self._opening}'x'{rest}"
         rest = rest.removeprefix(", ") if spans else rest
-        return self._opening + (f"{rest[0]}x" if len(rest) > 1 else rest)
+        characters, backslash, escape = str(ESCAPE.sub("x", rest[1:])).partition("\\")
+        return self._opening + rest[:1] + ("x" if characters else "") + backslash + escape
 
     def new_state(self) -> OpenState:
         """Return the state of an answer without tokens."""
         return OpenState(self)
+
+
+def incomplete_character(text: bytes) -> bytes | None:
+    """Return the start of a character that UTF-8 ends in, b"" if there is none; None if it is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        decoder.decode(text)
+    except UnicodeDecodeError:
+        return None
+    return decoder.getstate()[0]
 
 
 class OpenState:
@@ -228,6 +273,8 @@ class OpenState:
         self._vocabulary = vocabulary
         self._ids: list[int] = []
         self._text = ""
+        self._incomplete = b""
+        """The bytes of an incomplete character at the end of the text."""
         self._confidence = 1.0
         self.tags: list[tuple[str, float]] = []
         self.closed = False
@@ -236,24 +283,69 @@ class OpenState:
         vocabulary = self._vocabulary
         if self.closed:
             return vocabulary.end
-        allowed = vocabulary.allowed(self._text).to(logits.device)
+        allowed = vocabulary.allowed(self._text, self._incomplete).to(logits.device)
         values = logits[: len(allowed)].float().masked_fill(~allowed, -torch.inf)
-        best = int(values.argmax())
-        [text] = vocabulary.decode([[*self._ids, best]])
-        spans = vocabulary.tag_spans(text)
-        tags = [text[start + 1 : end - 1].strip() for start, end in spans]
-        # no token is allowed where the tokenizer cannot write a list
-        if len(set(tags)) < len(tags) or values[best] == -torch.inf:
+        best, written = self._best(values)
+        if written is None or written.tag in dict(self.tags):
             self.closed = True
             return vocabulary.end
-        if len(tags) == len(self.tags):
+        if written.tag is None:
             self._confidence *= float((values[best] - log_total).exp())
         else:  # the tag ends with its quote: a comma or bracket in the same token is not part of it
-            starting = vocabulary.tokens_starting_with(text[len(self._text) : spans[-1][1]])
-            same = starting.to(allowed.device) & allowed
-            self.tags.append((tags[-1], self._confidence * float((values[same] - log_total).exp().sum())))
+            same = vocabulary.tokens_ending_tag(best, written.rest).to(allowed.device) & allowed
+            self.tags.append((written.tag, self._confidence * float((values[same] - log_total).exp().sum())))
             self._confidence = 1.0
         self._ids.append(best)
-        self._text = text
-        self.closed = len(tags) == vocabulary.max_tags or vocabulary.pattern.fullmatch(text) is not None
+        self._text, self._incomplete = written.text, written.incomplete
+        self.closed = len(self.tags) == vocabulary.max_tags or vocabulary.pattern.fullmatch(written.text) is not None
         return best
+
+    def _best(self, values: torch.Tensor) -> tuple[int, _Written | None]:
+        """Return the most likely token that can be appended, and the answer with it; None if there is none.
+
+        Tokens that turn out not to be allowed get the value -inf. None is allowed where the tokenizer cannot write
+        lists.
+        """
+        while True:
+            best = int(values.argmax())
+            if values[best] == -torch.inf:
+                return best, None
+            if (written := self._with(best)) is not None:
+                return best, written
+            values[best] = -torch.inf
+
+    def _with(self, token: int) -> _Written | None:
+        """Return the answer with one more token; None if that is no list, or changes what was written before.
+
+        The tokens are decoded together: what one writes can depend on those before it.
+        """
+        vocabulary, ids, incomplete = self._vocabulary, [*self._ids, token], b""
+        if token in vocabulary.byte_values:
+            incomplete = incomplete_character(self._incomplete + bytes([vocabulary.byte_values[token]])) or b""
+        # an incomplete character would make some decoders lose the complete one before it
+        [text] = vocabulary.decode([ids[: len(ids) - len(incomplete)]])
+        text += REPLACEMENT * len(incomplete)
+        spans = vocabulary.tag_spans(text)
+        if spans is None or not text.startswith(self._text.rstrip(REPLACEMENT)):
+            return None
+        if len(spans) == len(self.tags):
+            return _Written(text, incomplete, None, "")
+        start, end = spans[-1]
+        tag = unquote(text[start:end])
+        return _Written(text, incomplete, tag, text[end:]) if tag and len(spans) == len(self.tags) + 1 else None
+
+
+class _Written(NamedTuple):
+    """An answer with the token that was added last."""
+
+    text: str
+    incomplete: bytes
+    tag: str | None
+    """The tag that the token has completed."""
+    rest: str
+    """What follows this tag in the text."""
+
+
+def unquote(literal: str) -> str:
+    """Return the tag that a string literal stands for, without surrounding white space."""
+    return str(ast.literal_eval(literal) if "\\" in literal else literal[1:-1]).strip()
