@@ -197,6 +197,14 @@ def _sample(options: argparse.Namespace, settings: Settings) -> None:
     results.show_samples(tagger.tag(texts), settings.sample.output)
 
 
+def _tag(options: argparse.Namespace, settings: Settings) -> None:
+    from job import pipeline, tag
+
+    settings, adapter = pipeline.find_adapter(settings, "BASE", "DATA_SEPARATOR", "DATA_MAX_LENGTH")
+    for line in tag.tag(settings, adapter, pipeline.load_adapter, from_the_start=options.restart):
+        print(line)
+
+
 def _settings(options: argparse.Namespace, settings: Settings) -> None:
     from job.config import environment, recipes, reference
     from job.settings import to_env
@@ -303,6 +311,18 @@ COMMANDS = {
                 "help": "a text to tag, instead of TAGGER_SAMPLE_PROMPTS and TAGGER_SAMPLE_INPUT",
             }
         },
+    ),
+    "tag": Command(
+        _tag,
+        "tag a file, folder or data set of any size, in parts that are not done twice",
+        "Tag TAGGER_TAG_INPUT into TAGGER_TAG_OUTPUT, with the adapter of TAGGER_HUB_REPO, or if that is not set, of "
+        "the run TAGGER_RUN_ID or the newest run. Each row of the output has the tags, their confidences, and an error "
+        "or null. Several workers may do it together (TAGGER_TAG_SHARD), and what one has sealed is not done again. "
+        "Prints a summary.",
+        arguments={
+            "--restart": {"action": "store_true", "help": "delete the parts of an earlier job there, and tag all again"}
+        },
+        resumes=True,
     ),
     "settings": Command(
         _settings,

@@ -184,6 +184,22 @@ def load_tagger_as_trained(settings: Settings, *setting_prefixes: str) -> Tagger
     These are the settings whose names start with one of `setting_prefixes`, given without TAGGER_: `BASE`,
     `DATA_SEPARATOR`.
     """
+    return load_adapter(*find_adapter(settings, *setting_prefixes))
+
+
+def load_adapter(settings: Settings, adapter: str | Path) -> Tagger:
+    """Load an adapter for inference on this machine's device."""
+    from job.sample import load_tagger
+    from job.system.device import ComputeSpec
+
+    return load_tagger(settings, adapter, ComputeSpec.resolve(settings.run.device, settings.train.precision))
+
+
+def find_adapter(settings: Settings, *setting_prefixes: str) -> tuple[Settings, str | Path]:
+    """Return the adapter of TAGGER_HUB_REPO, or of a run on disk, and the settings to load it with.
+
+    Raises InvalidInputError when there is none.
+    """
     adapter: str | Path | None = settings.hub.repo
     if adapter is None:
         run = run_folder.find_run(settings.run)
@@ -192,11 +208,5 @@ def load_tagger_as_trained(settings: Settings, *setting_prefixes: str) -> Tagger
         manifest = hub.published_manifest(settings.hub)
     trained_with = manifest.get("settings", {})
     prefixes = tuple(f"TAGGER_{name}" for name in setting_prefixes)
-    settings = settings.with_result_values(
-        {name: value for name, value in trained_with.items() if name.startswith(prefixes)}
-    )
-
-    from job.sample import load_tagger
-    from job.system.device import ComputeSpec
-
-    return load_tagger(settings, adapter, ComputeSpec.resolve(settings.run.device, settings.train.precision))
+    values = {name: value for name, value in trained_with.items() if name.startswith(prefixes)}
+    return settings.with_result_values(values), adapter

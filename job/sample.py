@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,12 @@ class Tagger:
             self._vocabulary = ClosedVocabulary(answers, decoding.tags, decoding.max_tags)
 
     def tag(self, texts: Sequence[str]) -> list[TaggedText]:
-        """Return the answer for each text, in order.
+        """Return the answer for each text, in order."""
+        answers = dict(self.answers(texts))
+        return [answers[i] for i in range(len(texts))]
+
+    def answers(self, texts: Sequence[str]) -> Iterator[tuple[int, TaggedText]]:
+        """Yield the position of each text and its answer, batch by batch, the longest texts first.
 
         Texts of similar length share a batch, so that little is padded: at most `batch_size` texts, and at most
         BATCH_TOKENS tokens unless a single text has more.
@@ -73,7 +78,6 @@ class Tagger:
             for text in texts
         ]
         by_length = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-        answers: dict[int, TaggedText] = {}
         marginal = self.decoding.decoding == "marginal"
         self._model.eval()
         while by_length:
@@ -84,8 +88,13 @@ class Tagger:
             del by_length[-rows:]
             found = (self._marginal if marginal else self._greedy)([encoded[i] for i in batch])
             for i, answer in zip(batch, found, strict=True):
-                answers[i] = self._tagged_text(texts[i], *answer)
-        return [answers[i] for i in range(len(texts))]
+                yield i, self._tagged_text(texts[i], *answer)
+
+    def cut_to(self, text: str) -> int | None:
+        """Return TAGGER_DATA_MAX_LENGTH if the end of a text is cut off for it; None if the text fits."""
+        reserved = self._sample.max_new_tokens
+        is_cut = tokenization.is_cut(self._tokenizer, text, self._data, reserved_tokens=reserved)
+        return self._data.max_length if is_cut else None
 
     def _tagged_text(self, text: str, raw: str, tags: list[tuple[str, float]], complete: bool) -> TaggedText:
         kept = [(tag, confidence) for tag, confidence in tags if confidence >= self.decoding.threshold]

@@ -34,6 +34,7 @@ from job.config.validators import (
     RepoId,
     RunId,
     Separator,
+    Shard,
     TextList,
     Threshold,
     only_one,
@@ -41,7 +42,7 @@ from job.config.validators import (
 from job.errors import InvalidInputError
 
 PREFIX = "TAGGER_"
-COMMA_SEPARATED = ("TAGGER_LORA_TARGETS", "TAGGER_DATA_TAG_COLUMNS")
+COMMA_SEPARATED = ("TAGGER_LORA_TARGETS", "TAGGER_DATA_TAG_COLUMNS", "TAGGER_TAG_COLUMNS")
 """Lists that are written with commas in an environment variable; other lists are written as JSON."""
 EXPECTED = {
     "greater_than_equal": "a value of at least {}",
@@ -348,6 +349,44 @@ class Sample(SettingsGroup):
     batch_size: int = Field(16, ge=1, le=65536, description="Texts per forward pass when tagging.")
 
 
+class Tag(SettingsGroup):
+    """Settings of `tagger-job tag`, which tags files of any size."""
+
+    input: Identifier | None = Field(
+        None,
+        description="What to tag, named like TAGGER_DATA_DATASET: a file, a folder, a glob, several files separated by "
+        "commas, an s3://, gs://, az:// or hf:// URL, or a data set on the Hub; -: standard input. The text is in "
+        "TAGGER_DATA_TEXT_COLUMN.",
+    )
+    output: Identifier | None = Field(
+        None,
+        description="Where the answers go: a .jsonl, .csv or .parquet file, each also with .gz or .zst; a folder or an "
+        "s3://, gs:// or az:// URL that ends in / (a name such as out.parquet/ says the format of its parts, else "
+        ".jsonl); -: standard output.",
+    )
+    columns: NameList | None = Field(
+        None,
+        min_length=1,
+        description="Columns of the input that the output has too, separated by commas; empty: all.",
+    )
+    max_errors: Annotated[ExampleCount, Field(ge=0)] | None = Field(
+        None,
+        description="Largest number of rows that may remain without an answer (no text, for example), or a fraction "
+        "of the rows below 1; empty: any.",
+    )
+    shard: Shard = Field(
+        "auto",
+        description="Share of the parts that this worker does first: i/n, i counted from 0; auto: by the variables of "
+        "an array job of Kubernetes (write auto/n there), AWS Batch, Cloud Run, Slurm or SkyPilot, else all.",
+    )
+    part_rows: int = Field(
+        1000,
+        ge=1,
+        le=10**9,
+        description="About how many rows a part has. A part is held in memory, and is done again if its worker dies.",
+    )
+
+
 class Run(SettingsGroup):
     """Settings of a run: its folder and the device that it computes on."""
 
@@ -412,6 +451,7 @@ class Settings(BaseSettings):
     eval: Eval = Eval()
     hub: Hub = Hub()
     sample: Sample = Sample()
+    tag: Tag = Tag()
     run: Run = Run()
     modal: Modal = Modal()
 

@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[1]
 JOB = ROOT / "job"
 CHAPTERS = (
     *("preflight", "estimate", "gate", "promote", "push", "merge", "report", "results", "model_card"),
-    *("evaluate", "sample", "train", "lora", "freeze", "quantize", "data"),
+    *("evaluate", "tag", "sample", "train", "lora", "freeze", "quantize", "data"),
 )
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "cloud.modal_launcher", "cloud.modal_worker"),
     ("pipeline",),
     *((chapter,) for chapter in CHAPTERS),
-    ("training", "decoding", "metrics"),
+    ("training", "decoding", "metrics", "tagging"),
     ("dataset",),
     ("hub",),
     ("runs",),

@@ -50,6 +50,15 @@ def _example_count(value: float) -> float:
     return value
 
 
+def _shard(value: str) -> str:
+    match = re.fullmatch(r"(auto|\d{1,7})(?:/(\d{1,7}))?", value)
+    index, count = match.groups() if match else ("", None)
+    valid = index == "auto" and (count is None or int(count) >= 1)
+    if not valid and (count is None or not index or index == "auto" or int(index) >= int(count)):
+        raise ValueError("expected auto, auto/n, or i/n with i from 0 to n - 1, for example 0/8")
+    return value
+
+
 def _threshold(value: object) -> object:
     try:
         if value == "auto" or 0 <= float(str(value)) < 1:
@@ -111,6 +120,7 @@ TextList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_json_list)]
 Separator = Annotated[str, BeforeValidator(_separator)]
 ExampleCount = Annotated[float, AfterValidator(_example_count)]
 Threshold = Annotated[float | Literal["auto"], BeforeValidator(_threshold)]
+Shard = Annotated[str, AfterValidator(_shard)]
 RepoId = Annotated[str, AfterValidator(_repo_id)]
 RunId = Annotated[str, Field(max_length=128), AfterValidator(_run_id)]
 ModalName = Annotated[str, Field(max_length=63), AfterValidator(_modal_name)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.dataset.columns import used_columns
-from job.dataset.readers import Row, check_columns, label_names, read_file, with_label_names
+from job.dataset.readers import Reading, Row, check_columns, label_names, read_file, used_heads, with_label_names
 from job.dataset.sources import find_files, is_saved_dataset
 from job.errors import InvalidInputError
 from job.hub import client as hub
@@ -23,19 +23,26 @@ def read_rows(settings: Data) -> Iterator[Row]:
 
     Raises InvalidInputError when it cannot be read, lacks a column, or when a setting is given that it cannot have.
     """
-    columns = used_columns(settings)
-    if is_on_hub(settings.dataset, DATA_SUFFIXES):
-        yield from _dataset_rows(_from_hub(settings), settings.dataset, columns)
-        return
-    saved = None if is_remote(settings.dataset) else _saved(settings)
-    _refuse_hub_settings(settings, with_split=not isinstance(saved, dict))
-    if isinstance(saved, dict):
-        saved = _split_of(saved, settings)
-    if saved is not None:
-        yield from _dataset_rows(saved, settings.dataset, columns)
+    reading = Reading(tuple(used_columns(settings)))
+    loaded = open_dataset(settings)
+    if loaded is not None:
+        yield from dataset_rows(loaded, settings.dataset, reading)
         return
     for file in find_files(settings.dataset):
-        yield from read_file(file, columns)
+        yield from read_file(file, reading)
+
+
+def open_dataset(settings: Data) -> datasets.Dataset | None:
+    """Return a data set of the Hub, or one that `save_to_disk` wrote; None if the setting names data files.
+
+    Raises InvalidInputError when it cannot be read, or when a setting is given that it cannot have.
+    """
+    if is_on_hub(settings.dataset, DATA_SUFFIXES):
+        return _from_hub(settings)
+    saved = None if is_remote(settings.dataset) else _saved(settings)
+    _refuse_hub_settings(settings, with_split=not isinstance(saved, dict))
+    loaded: datasets.Dataset | None = _split_of(saved, settings) if isinstance(saved, dict) else saved
+    return loaded
 
 
 def _refuse_hub_settings(settings: Data, *, with_split: bool) -> None:
@@ -115,14 +122,16 @@ def _detail(error: Exception) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
-def _dataset_rows(loaded: datasets.Dataset, name: str, columns: Sequence[str]) -> Iterator[Row]:
-    check_columns(name, loaded.column_names, columns)
-    heads = [c if c in loaded.column_names else c.partition(".")[0] for c in columns]
+def dataset_rows(loaded: datasets.Dataset, name: str, reading: Reading) -> Iterator[Row]:
+    """Yield the rows of a loaded data set; raises InvalidInputError when it lacks a column."""
+    check_columns(name, loaded.column_names, reading.columns, reading.remedy)
+    heads = used_heads(loaded.column_names, reading)
     features = loaded.features.to_dict()
     labels = {column: found for column in heads if (found := label_names(features[column]))}
     number = 0
-    for batch in loaded.select_columns(list(dict.fromkeys(heads))).iter(1000):
+    for batch in loaded.select_columns(heads).iter(1000):
         for values in zip(*batch.values(), strict=True):
             number += 1
             place = f"{name} row {number}"
-            yield Row(place, with_label_names(dict(zip(batch, values, strict=True)), labels, place))
+            found = dict(zip(batch, values, strict=True))
+            yield Row(place, with_label_names(found, labels, place, keep_others=reading.keep_defects))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+BLOCK_BYTES = 1 << 20
+"""How much is read from a file at a time; each read from object storage is a request."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -58,8 +61,50 @@ class SourceFile:
             yield pyarrow.CompressedInputStream(stream, compression) if compression else stream
         except OSError as error:
             # a damaged compressed stream ends in an OSError too
-            detail = " ".join(str(error.strerror or error).split())[:200]
-            raise InvalidInputError(f"{self.name} cannot be read: {detail}; expected a readable file") from error
+            raise self._unreadable(error) from error
+
+    @property
+    def is_compressed(self) -> bool:
+        return PurePosixPath(self.name).suffix.lower() in COMPRESSIONS
+
+    def state(self) -> FileState:
+        """Return the size of the file and when it was changed; raises InvalidInputError when it cannot be read."""
+        try:
+            if self.system is None:
+                found = os.stat(self.path)  # noqa: PTH116 - the path of a file, or of a named pipe, as it was given
+                return FileState(found.st_size, found.st_mtime_ns)
+            info = self.system.get_file_info(self.path)
+            if info.size is None:
+                raise FileNotFoundError("there is no such file")
+            return FileState(info.size, info.mtime_ns)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the file as it is stored; raises InvalidInputError when it cannot be read."""
+        import pyarrow
+
+        digest = hashlib.sha256()
+        try:
+            with self.system.open_input_stream(self.path) if self.system else pyarrow.OSFile(self.path, "rb") as stream:
+                while block := stream.read(BLOCK_BYTES):
+                    digest.update(block)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return digest.hexdigest()
+
+    def _unreadable(self, error: OSError) -> InvalidInputError:
+        detail = " ".join(str(error.strerror or error).split())[:200]
+        return InvalidInputError(f"{self.name} cannot be read: {detail}; expected a readable file")
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What tells cheaply that a file has changed."""
+
+    bytes: int
+    modified: int | None
+    """Nanoseconds since 1970; None if the store does not say."""
 
 
 def _refuse_disguised(name: str, compression: str | None, start: bytes) -> None:
@@ -93,7 +138,7 @@ def find_files(dataset: str) -> list[SourceFile]:
     Raises InvalidInputError when there are none, or when one has no known suffix.
     """
     parts = [part.strip() for part in dataset.split(",")] if _is_list(dataset) else [dataset]
-    files = [file for part in parts for file in (_remote(part) if is_remote(part) else _local(part))]
+    files = [file for part in parts for file in (_remote if is_remote(part) else _local)(part)]
     if unknown := [file.name for file in files if not file.format]:
         raise InvalidInputError(
             f"{unknown[0]} is not a data file; expected one that ends in {', '.join(FORMATS)}, each also with .gz or "
@@ -162,10 +207,13 @@ def _remote(url: str) -> list[SourceFile]:
         raise InvalidInputError(
             f"TAGGER_DATA_DATASET={url} cannot be read: {detail}. Check the URL, the network and the credentials"
         ) from error
-    pattern = PurePosixPath
-    files = [
-        e for e in entries if e.type == FileType.File and (pattern(e.path).match(glob) if glob else data_suffix(e.path))
-    ]
+
+    def is_named(file: PurePosixPath) -> bool:
+        """Check a glob, or the suffix; names that begin with . or _ are left out, as on this machine."""
+        below = file.relative_to(path).parts
+        return file.match(glob) if glob else bool(data_suffix(file.name)) and not any(p[0] in "._" for p in below)
+
+    files = [entry for entry in entries if entry.type == FileType.File and is_named(PurePosixPath(entry.path))]
     if not files:
         raise InvalidInputError(f"TAGGER_DATA_DATASET={url} names no data file; expected at least one")
     return [

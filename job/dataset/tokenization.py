@@ -48,6 +48,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, settings: Data,
     return _prompt_ids(prefix_ids + text_ids, separator_ids, text, settings, reserved_tokens)
 
 
+def is_cut(tokenizer: PreTrainedTokenizerBase, text: str, settings: Data, *, reserved_tokens: int) -> bool:
+    """Check whether `encode_prompt` cuts off the end of a text."""
+    ids = tokenizer(strip_separator(text, settings.separator), add_special_tokens=False, verbose=False).input_ids
+    prefix_ids, separator_ids = special_tokens(tokenizer, settings.separator)
+    return len(prefix_ids) + len(ids) + len(separator_ids) + reserved_tokens > settings.max_length
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase, separator: str) -> tuple[list[int], list[int]]:
     """Return the token ids before a text (a beginning-of-sequence token, if the tokenizer adds one) and after it.
 

@@ -10,15 +10,23 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it, so that it is complete or absent."""
+    """Write a text file so that it is complete or absent."""
+    with atomic_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a binary file under a temporary name that is synced and renamed if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp_path = _tmp_path(path)
     try:
-        with tmp_path.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with tmp_path.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         tmp_path.replace(path)
