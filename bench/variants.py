@@ -7,8 +7,7 @@ order, calls `tick` after each, and returns the loss of each (the mean over the 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,11 +29,9 @@ from transformers import (
 from job.dataset.tokenization import IGNORE_INDEX
 from job.settings import Settings
 from job.system.device import ComputeSpec
-from job.training import dropout, memory_efficient
-from job.training.batching import Collator, MicroBatch, micro_batches, num_label_tokens
-from job.training.dropout import DropoutKeys
-from job.training.packing import PackedAttention
-from job.training.trainer import MAX_GRAD_NORM, MICRO_BATCH_TOKENS, accumulate, learning_rate, micro_batch_overhead
+from job.training.batching import MicroBatch, num_label_tokens
+from job.training.gradients import GradientComputer
+from job.training.trainer import MAX_GRAD_NORM, MICRO_BATCH_TOKENS, learning_rate
 from job.types import EncodedExample
 
 Tick = Callable[[], None]
@@ -80,48 +77,37 @@ def job_variants() -> dict[str, Variant]:
 def _job(
     work: Work, *, recompute: bool = False, split: bool = False, packed: bool = False, efficient: bool = False
 ) -> Run:
-    base: Any = work.model.get_base_model()
-    packing = PackedAttention(base) if packed and PackedAttention.supports(base) else None
-    collator = Collator(work.tokenizer.pad_token_id, packed=packing is not None)
+    computer = GradientComputer(
+        work.model, work.tokenizer.pad_token_id, work.compute, seed=work.settings.train.seed, packed=packed
+    )
     if recompute:
         work.model.enable_input_require_grads()
+        base: Any = work.model.get_base_model()
         base.activation_checkpointing_enable({"use_reentrant": True} if efficient else None)
     parameters = [parameter for parameter in work.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
     scaler = torch.amp.GradScaler(work.compute.device.type, enabled=work.compute.precision == "fp16")
-    keys = DropoutKeys(work.settings.train.seed)
-    limit, overhead = MICRO_BATCH_TOKENS[work.compute.device.type], micro_batch_overhead(work.compute)
-    rows = work.settings.train.batch_size
+    scaler.scale(torch.zeros((), device=work.compute.device))
+    limit, rows = MICRO_BATCH_TOKENS[work.compute.device.type], work.settings.train.batch_size
 
     def run(tick: Tick) -> list[float]:
         losses = []
-        work.model.train()
-        with (
-            dropout.installed(work.model, keys),
-            memory_efficient.patched(work.model) if efficient else nullcontext(),
-            packing.installed() if packing else nullcontext(),
-        ):
+        with computer.installed(efficient=efficient):
             for number, step in enumerate(work.steps):
                 optimizer.param_groups[0]["lr"] = learning_rate(work.settings.train, number)
-                label_tokens = num_label_tokens(step)
-                batches: Iterable[MicroBatch] = (
-                    MicroBatch(step[i : i + rows], list(range(i, i + rows))) for i in range(0, len(step), rows)
-                )
                 if split:
-                    batches = micro_batches(step, limit=limit, overhead=overhead, padded=packing is None)
-                loss = accumulate(
-                    work.model,
-                    batches,
-                    collator,
-                    step=number,
-                    label_tokens=label_tokens,
-                    compute=work.compute,
-                    packing=packing,
-                    keys=keys,
-                    scaler=scaler,
+                    batches = computer.split(step, limit=limit)
+                else:
+                    starts = range(0, len(step), rows)
+                    batches = [MicroBatch(step[i : i + rows], list(range(i, i + rows))) for i in starts]
+                scale = scaler.get_scale()
+                sums = computer.compute(
+                    batches, step=number, label_tokens=num_label_tokens(step), count=len(batches), loss_scale=scale
                 )
+                outcome = computer.exact.load(sums, loss_scale=scale)
+                assert not outcome.out_of_memory, "out of memory"
                 _update_weights(optimizer, scaler)
-                losses.append(loss / label_tokens)
+                losses.append(outcome.loss)
                 tick()
         return losses
 
@@ -133,7 +119,6 @@ def _update_weights(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScal
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_GRAD_NORM)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad()
 
 
 # ---- other ways to train the adapters ------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ def estimate(settings: Settings, compute: ComputeSpec, micro_batch: Sequence[Enc
     """Estimate what a run with these settings needs, where `micro_batch` is the largest one.
 
     With gradient checkpointing, which `auto` falls back to, only the inputs of the layers are kept. An adapter
-    parameter takes 16 bytes (itself, its gradient, two moments of Adam), and 4 more if weights are averaged.
+    parameter takes 24 bytes (itself, its gradient and its exact sum, two moments of Adam), and 4 more if weights are
+    averaged.
     Raises InvalidInputError when the base model's config.json cannot be read.
     """
     linear, other, trainable, config = _count_parameters(settings)
@@ -65,7 +66,7 @@ def estimate(settings: Settings, compute: ComputeSpec, micro_batch: Sequence[Enc
     return MemoryEstimate(
         parameters=linear + other,
         weights=linear * linear_bytes + other * itemsize,
-        adapters=(16.0 + 4.0 * averaging) * trainable,
+        adapters=(24.0 + 4.0 * averaging) * trainable,
         activations=len(micro_batch) * width * token_bytes,
         logits=LOGIT_BYTES * num_label_tokens(micro_batch) * config.vocab_size,
         # the adapter, two checkpoints with Adam's moments and the averaged weights, and 64 MiB for all other files

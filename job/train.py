@@ -14,6 +14,7 @@ from job.runs.run_folder import RunFolder
 from job.settings import Train
 from job.system.device import ComputeSpec
 from job.training.batching import num_label_tokens
+from job.training.exchange import Exchange, SingleProcess
 from job.training.trainer import Trainer
 from job.types import EncodedExample, TrainResult
 
@@ -28,13 +29,15 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     compute: ComputeSpec,
     run: RunFolder,
+    exchange: Exchange | None = None,
 ) -> TrainResult:
     """Train the model's adapters in place, from the run's newest checkpoint if it has one.
 
     The loss of a step is the mean over its label tokens and does not depend on the micro-batches. When memory runs out,
     micro-batches are halved and the step is repeated. With TAGGER_TRAIN_WEIGHT_AVERAGING, the result is the mean of the
     adapters' weights after each of the last steps. An interruption saves the last complete step. If a checkpoint cannot
-    be written, a warning is logged and training continues.
+    be written, a warning is logged and training continues. With an `exchange`, the other processes compute their share
+    of each step (`trainer.follow`), and have the trained weights at the end.
 
     Raises InvalidInputError for an example without a label token, and DivergedError when the loss or the weights of the
     adapters are not finite.
@@ -50,7 +53,7 @@ def train(
             settings.warmup_steps,
             settings.max_steps,
         )
-    trainer = Trainer(model, examples, settings, tokenizer, compute, run)
+    trainer = Trainer(model, examples, settings, tokenizer, compute, run, exchange or SingleProcess())
     trainer.resume()
     trainer.run()
     if not all(torch.isfinite(parameter).all() for parameter in model.parameters() if parameter.requires_grad):

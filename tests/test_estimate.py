@@ -36,7 +36,7 @@ def test_weights_and_adapters_match_a_loaded_model(
     need = estimate(settings, CPU, LONGEST)
     assert need.weights == weight_bytes
     assert need.parameters == parameters
-    assert need.adapters == 16 * trainable
+    assert need.adapters == 24 * trainable
     averaged = estimate(make_settings(settings.base.model, tmp_path, train={"weight_averaging": 0.5}), CPU, LONGEST)
     assert averaged.adapters - need.adapters == 4 * trainable
     assert averaged.disk - need.disk == 8 * trainable, "averaged weights in each of two checkpoints"

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -29,11 +28,8 @@ from job.lora import add_adapters
 from job.quantize import load_model
 from job.settings import Base, Lora
 from job.system.device import ComputeSpec
-from job.training import memory_efficient
-from job.training.batching import Collator, micro_batches, num_label_tokens
-from job.training.dropout import DropoutKeys
-from job.training.packing import PackedAttention
-from job.training.trainer import accumulate, micro_batch_overhead
+from job.training.batching import num_label_tokens
+from job.training.gradients import GradientComputer
 from job.types import EncodedExample
 
 ROOT = Path(__file__).parents[1]
@@ -101,30 +97,16 @@ def own(
     recompute: bool = False,
 ) -> tuple[float, Gradients]:
     """Compute loss and gradients as the job does: packed, memory-efficient, only the labelled positions."""
-    base: Any = model.get_base_model()
-    assert PackedAttention.supports(base)
-    packing = PackedAttention(base)
-    if recompute:
-        model.enable_input_require_grads()
-        base.activation_checkpointing_enable({"use_reentrant": True})
-    parts = micro_batches(rows, limit=limit, overhead=micro_batch_overhead(compute), padded=False)
-    scaler = torch.amp.GradScaler(compute.device.type, enabled=False)
-    label_tokens = num_label_tokens(rows)
-    with memory_efficient.patched(model), packing.installed():
-        summed = accumulate(
-            model,
-            parts,
-            Collator(0, packed=True),
-            step=0,
-            label_tokens=label_tokens,
-            compute=compute,
-            packing=packing,
-            keys=DropoutKeys(42),
-            scaler=scaler,
-        )
-    if recompute:
-        base.activation_checkpointing_disable()
-    return summed / label_tokens, taken(model)
+    computer = GradientComputer(model, 0, compute, seed=42)
+    assert computer.packing is not None
+    computer.set_recompute(recompute)
+    parts = computer.split(rows, limit=limit)
+    with computer.installed():
+        sums = computer.compute(parts, step=0, label_tokens=num_label_tokens(rows), count=len(parts))
+        outcome = computer.exact.load(sums)
+    computer.set_recompute(False)
+    assert outcome.finite and not outcome.out_of_memory and not outcome.too_large
+    return outcome.loss, taken(model)
 
 
 def difference(found: Gradients, expected: Gradients) -> float:

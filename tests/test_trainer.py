@@ -22,8 +22,9 @@ from job.errors import JobError
 from job.settings import Train
 from job.system import logging_setup
 from job.training import checkpoints, trainer
+from job.training.gradients import is_out_of_memory
 from job.training.packing import PackedAttention
-from job.training.trainer import is_out_of_memory, learning_rate
+from job.training.trainer import learning_rate
 from job.types import EncodedExample
 
 ROOT = Path(__file__).parents[1]
@@ -243,7 +244,7 @@ def test_out_of_memory_halves_the_micro_batches_and_no_more(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert "micro-batches now have at most 62 tokens" in caplog.text
     manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
-    assert manifest["batch_plan"] == {"micro_batch_tokens": 62, "recompute": False}
+    assert manifest["batch_plan"] == {"micro_batch_tokens": 62, "parts": 1, "recompute": False}
 
 
 def test_training_survives_real_memory_exhaustion(tmp_path: Path, llama: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -70,18 +71,44 @@ def partition_by_cost(lengths: Sequence[int], *, limit: int, overhead: int, padd
     return (slice(start, end) for start, end in pairwise(bounds))
 
 
+def partition_evenly(lengths: Sequence[int], groups: int, *, padded: bool) -> list[slice]:
+    """Split ascending lengths into at most `groups` consecutive groups, the largest of them as small as possible."""
+    low, high = lengths[-1], len(lengths) * lengths[-1] if padded else sum(lengths)
+    while low < high:
+        limit = (low + high) // 2
+        if len(_fill(lengths, limit, padded=padded)) <= groups:
+            high = limit
+        else:
+            low = limit + 1
+    return _fill(lengths, low, padded=padded)
+
+
+def _fill(lengths: Sequence[int], limit: int, *, padded: bool) -> list[slice]:
+    """Split ascending lengths, none above `limit` tokens, into groups that are filled up to it one after another."""
+    bounds, tokens = [0], 0
+    for end, length in enumerate(lengths):
+        tokens = (end + 1 - bounds[-1]) * length if padded else tokens + length
+        if tokens > limit:
+            bounds.append(end)
+            tokens = length
+    return [slice(start, end) for start, end in pairwise([*bounds, len(lengths)])]
+
+
 def micro_batches(
-    examples: Sequence[EncodedExample], *, limit: int, overhead: int, padded: bool
-) -> Iterator[MicroBatch]:
+    examples: Sequence[EncodedExample], *, limit: int, overhead: int, padded: bool, parts: int = 1
+) -> list[MicroBatch]:
     """Split the examples of a step, sorted by length, into micro-batches (see partition_by_cost).
 
-    The split changes memory and speed, and the step's result only by rounding. The longest examples come
-    first: the others then fit into the memory that these have used, and a lack of memory shows immediately.
+    For several processes the number of micro-batches is a multiple of `parts`, if there are as many examples, and they
+    are of similar size. The split changes memory and speed, and the step's result only by rounding. The longest
+    examples come first: the others then fit into the memory that these have used, and a lack of memory shows at once.
     """
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     lengths = [len(examples[i].input_ids) for i in by_length]
     groups = list(partition_by_cost(lengths, limit=limit, overhead=overhead, padded=padded))
-    return (MicroBatch([examples[i] for i in by_length[group]], by_length[group]) for group in reversed(groups))
+    if parts > 1:
+        groups = partition_evenly(lengths, parts * math.ceil(len(groups) / parts), padded=padded)
+    return [MicroBatch([examples[i] for i in by_length[group]], by_length[group]) for group in reversed(groups)]
 
 
 def num_label_tokens(examples: Sequence[EncodedExample]) -> int:

@@ -35,6 +35,8 @@ class TrainerState:
     """Completed optimizer steps."""
     micro_batch_tokens: int = 0
     """The current limit of tokens in a micro-batch."""
+    parts: int = 1
+    """Into how many micro-batches a step is divided at least: the number of processes that the run began with."""
     recompute: bool = False
     """Whether the backward pass recomputes activations (gradient checkpointing)."""
     loss_scale: dict[str, float] = field(default_factory=dict)

@@ -32,9 +32,17 @@ class BatchPlan:
 
 
 def plan_batches(
-    config: Any, examples: Sequence[EncodedExample], settings: Train, compute: ComputeSpec, *, max_tokens: int
+    config: Any,
+    examples: Sequence[EncodedExample],
+    settings: Train,
+    compute: ComputeSpec,
+    *,
+    max_tokens: int,
+    processes: int = 1,
 ) -> BatchPlan:
     """Choose micro-batches that fit into the memory now free, of at most `max_tokens`; a configured size is kept.
+
+    On a CPU, the free memory is shared by the job's `processes` on this machine.
 
     With gradient checkpointing `auto`, activations are recomputed only if the longest example does not fit
     otherwise. `config` is the configuration of the base model.
@@ -42,7 +50,8 @@ def plan_batches(
     config = config.get_text_config()
     longest = max(len(example.input_ids) for example in examples)
     label_share = num_label_tokens(examples) / sum(len(example.input_ids) for example in examples)
-    free = MEMORY_FRACTION * compute.free_memory() - (CUDA_OVERHEAD if compute.device.type == "cuda" else 0.0)
+    on_gpu = compute.device.type == "cuda"
+    free = MEMORY_FRACTION * compute.free_memory() / (1 if on_gpu else processes) - on_gpu * CUDA_OVERHEAD
 
     def tokens_that_fit(*, recompute: bool) -> int:
         activations = activation_bytes(config, longest, compute.dtype.itemsize, recompute=recompute)

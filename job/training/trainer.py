@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,13 +20,12 @@ from job.runs import shutdown
 from job.runs.run_folder import RunFolder
 from job.settings import Train
 from job.system.device import ComputeSpec
-from job.training import checkpoints, dropout, memory_efficient
-from job.training.batching import Collator, MicroBatch, examples_of_step, micro_batches, num_label_tokens
+from job.training import checkpoints
+from job.training.batching import num_label_tokens
 from job.training.checkpoints import TrainerState
-from job.training.dropout import DropoutKeys
-from job.training.loss import mean_loss
+from job.training.exchange import Exchange
+from job.training.gradients import FRACTION_BITS, StepComputer, StepRequest
 from job.training.memory_budget import plan_batches
-from job.training.packing import PackedAttention
 from job.types import EncodedExample
 
 log = logging.getLogger(__name__)
@@ -36,8 +33,8 @@ log = logging.getLogger(__name__)
 MICRO_BATCH_TOKENS = {"cpu": 256, "cuda": 8192}
 """Maximum tokens of a micro-batch if memory allows; larger ones are barely faster and take more memory."""
 
-MICRO_BATCH_OVERHEAD_TOKENS = {"cpu": 96, "cuda": 2048}
-"""Cost of one more micro-batch, as a number of tokens: weights are dequantized again, kernels are launched."""
+FEWER_FRACTION_BITS = 20
+"""By how many places the fixed point of the gradients' sum moves if they are too large for it."""
 
 MAX_GRAD_NORM = 1.0
 
@@ -54,42 +51,12 @@ def learning_rate(settings: Train, step: int) -> float:
     return settings.learning_rate * factors[settings.lr_scheduler_type]
 
 
-def accumulate(
-    model: peft.PeftModel,
-    batches: Iterable[MicroBatch],
-    collator: Collator,
-    *,
-    step: int,
-    label_tokens: int,
-    compute: ComputeSpec,
-    packing: PackedAttention | None,
-    keys: DropoutKeys,
-    scaler: torch.amp.GradScaler,
-) -> float:
-    """Accumulate the scaled gradients of a step's mean loss over its micro-batches; return the summed loss.
-
-    `label_tokens` is the number of label tokens in all micro-batches together.
-    """
-    total = torch.zeros((), device=compute.device)
-    for micro_batch in batches:
-        batch = {name: tensor.to(compute.device) for name, tensor in collator(micro_batch.examples).items()}
-        if packing is not None:
-            packing.set_sequence_lengths(micro_batch.lengths, compute.device)
-        keys.set_tokens(step, micro_batch.indices, micro_batch.lengths, compute.device, packed=packing is not None)
-        with compute.autocast():
-            loss = mean_loss(model, batch, label_tokens=label_tokens)
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    return float(total) * label_tokens
-
-
-def micro_batch_overhead(compute: ComputeSpec) -> int:
-    """Return the cost of one more micro-batch on this device, as a number of tokens."""
-    return MICRO_BATCH_OVERHEAD_TOKENS.get(compute.device.type, MICRO_BATCH_OVERHEAD_TOKENS["cuda"])
-
-
 class Trainer:
-    """Train adapters step by step, with checkpoints from which a later attempt resumes (on a CPU, bitwise)."""
+    """Train adapters step by step, with checkpoints from which a later attempt resumes (on a CPU, bitwise).
+
+    It runs in process 0, which alone changes weights, decides and writes files. The other processes only compute
+    their shares of the gradients (`follow`).
+    """
 
     def __init__(
         self,
@@ -99,29 +66,33 @@ class Trainer:
         tokenizer: PreTrainedTokenizerBase,
         compute: ComputeSpec,
         run: RunFolder,
+        exchange: Exchange,
     ) -> None:
-        self._model, self._examples, self._settings = model, examples, settings
-        self._compute, self._run = compute, run
-        base: Any = model.get_base_model()
-        self._packing = PackedAttention(base) if PackedAttention.supports(base) else None
-        self._collator = Collator(tokenizer.pad_token_id, packed=self._packing is not None)
-        self._dropout_keys = DropoutKeys(settings.seed)
+        self._examples, self._settings = examples, settings
+        self._run, self._exchange = run, exchange
+        self._computer = StepComputer(model, examples, settings, tokenizer.pad_token_id, compute)
         self._adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(self._adapters.values(), lr=0.0, weight_decay=0.0)
         self._scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
+        self._scaler.scale(torch.zeros((), device=compute.device))  # it creates its state at the first use
         self.swa_weights: dict[str, torch.Tensor] = {}
         """For each adapter weight its mean over the averaged steps so far."""
         max_tokens = MICRO_BATCH_TOKENS.get(compute.device.type, MICRO_BATCH_TOKENS["cuda"])
+        config = model.get_base_model().config
         # reuse the previous attempt's batch plan: a different split would round differently
-        plan = run.manifest.get("batch_plan") or asdict(
-            plan_batches(base.config, examples, settings, compute, max_tokens=max_tokens)
-        )
+        plan = run.manifest.get("batch_plan") or {
+            **asdict(
+                plan_batches(config, examples, settings, compute, max_tokens=max_tokens, processes=exchange.local_size)
+            ),
+            "parts": exchange.size,
+        }
         self.state = TrainerState(**plan)
         self.step_is_complete = True
         """False while weights and optimizer are being updated: a checkpoint would then hold half a step."""
         self._saved_step = 0
+        self._sent_step: int | None = None
+        """The step whose weights the other processes have."""
         self._last_save = self._last_count = time.monotonic()
-        self._set_recompute(self.state.recompute)
 
     def resume(self) -> None:
         """Load the newest intact checkpoint, if there is one."""
@@ -141,7 +112,6 @@ class Trainer:
                 self.swa_weights[name] = mean.to(parameter.device)
         if self.state.loss_scale:
             self._scaler.load_state_dict(self.state.loss_scale)
-        self._set_recompute(self.state.recompute)
         if self.state.step >= self._settings.max_steps:
             log.info("train: all %d steps are in %s", self.state.step, self._run.checkpoints)
         else:
@@ -150,8 +120,9 @@ class Trainer:
     def run(self) -> None:
         """Take the remaining steps, with checkpoints in between and at the end."""
         self.try_write("the batch plan", self._record_batch_plan)
-        self._model.train()
-        with self._patched():
+        with self._computer.installed() as switched_off:
+            if switched_off:
+                log.info("train: the base model's own dropout is off (%s)", ", ".join(switched_off))
             try:
                 self._take_steps()
             except BaseException as stop:
@@ -161,20 +132,10 @@ class Trainer:
                 raise
         for name, mean in self.swa_weights.items():
             self._adapters[name].data.copy_(mean)
+        self._exchange.send({"do": "trained"})
+        broadcast_weights(self._exchange, self._adapters.values())
         self._run.write_lines("log.jsonl", self.history())
         self._record_batch_plan()
-
-    @contextmanager
-    def _patched(self) -> Iterator[None]:
-        """Give the model the dropout and the forward passes of training until the end of the block."""
-        with (
-            dropout.installed(self._model, self._dropout_keys) as switched_off,
-            memory_efficient.patched(self._model),
-            self._packing.installed() if self._packing else nullcontext(),
-        ):
-            if switched_off:
-                log.info("train: the base model's own dropout is off (%s)", ", ".join(switched_off))
-            yield
 
     def _take_steps(self) -> None:
         settings, step = self._settings, self.state.step
@@ -194,59 +155,66 @@ class Trainer:
                         self._save()
 
     def _record_batch_plan(self) -> None:
+        state = self.state
         self._run.update(
-            batch_plan={"micro_batch_tokens": self.state.micro_batch_tokens, "recompute": self.state.recompute}
+            batch_plan={
+                "micro_batch_tokens": state.micro_batch_tokens,
+                "parts": state.parts,
+                "recompute": state.recompute,
+            }
         )
 
     def _step(self) -> None:
         """Take one optimizer step; raises DivergedError when its loss is not finite."""
         settings, step = self._settings, self.state.step
-        per_step = settings.batch_size * settings.gradient_accumulation_steps
-        examples = examples_of_step(self._examples, step, per_step=per_step, seed=settings.seed)
-        label_tokens = num_label_tokens(examples)
-        loss = self._compute_gradients(examples, label_tokens)
+        examples = self._computer.examples_of(step)
+        loss = self._compute_gradients(max(len(example.input_ids) for example in examples))
         if not math.isfinite(loss):
             raise DivergedError(
-                f"the loss is {loss / label_tokens} at step {step + 1}: training diverged or overflowed. "
+                f"the loss is {loss} at step {step + 1}: training diverged or overflowed. "
                 "Lower TAGGER_TRAIN_LEARNING_RATE, or use TAGGER_TRAIN_PRECISION=fp32"
             )
+        labels = num_label_tokens(examples)
         with shutdown.deferred():
             # Modal's timeout is not deferred, so this flag keeps it from saving half a step
             self.step_is_complete = False
             rate = learning_rate(settings, step)
             norm = self._update_weights(rate)
-            self.state.steps.append({"loss": loss, "labels": label_tokens, "grad_norm": norm, "learning_rate": rate})
+            self.state.steps.append({"loss": loss * labels, "labels": labels, "grad_norm": norm, "learning_rate": rate})
             self.state.step += 1
             self._average_weights()
             self.step_is_complete = True
 
-    def _compute_gradients(self, examples: Sequence[EncodedExample], label_tokens: int) -> float:
-        """Compute the step's gradients, with smaller micro-batches if memory runs out; return the summed loss."""
-        longest = max(len(example.input_ids) for example in examples)
+    def _compute_gradients(self, longest: int) -> float:
+        """Compute the step's gradients, with smaller micro-batches if memory runs out; return the mean loss.
+
+        `longest` is the length of the step's longest example, in tokens.
+        """
+        state, fraction_bits = self.state, FRACTION_BITS
         while True:
-            self._optimizer.zero_grad()
-            batches = micro_batches(
-                examples,
-                limit=self.state.micro_batch_tokens,
-                overhead=micro_batch_overhead(self._compute),
-                padded=self._packing is None,
+            scale = self._scaler.get_scale()
+            request = StepRequest(
+                state.step, state.micro_batch_tokens, state.parts, state.recompute, scale, fraction_bits
             )
-            try:
-                return accumulate(
-                    self._model,
-                    batches,
-                    self._collator,
-                    step=self.state.step,
-                    label_tokens=label_tokens,
-                    compute=self._compute,
-                    packing=self._packing,
-                    keys=self._dropout_keys,
-                    scaler=self._scaler,
-                )
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            self.handle_oom(longest)  # outside of the except block, whose traceback keeps tensors alive
+            outcome = self._computer.exact.load(self._sums(request), loss_scale=scale, fraction_bits=fraction_bits)
+            if outcome.out_of_memory:
+                self.handle_oom(longest)
+            elif outcome.too_large:
+                fraction_bits -= FEWER_FRACTION_BITS
+            else:
+                return outcome.loss
+
+    def _sums(self, request: StepRequest) -> torch.Tensor:
+        """Return the exact sums over all micro-batches of a step, computed by all processes."""
+        exchange = self._exchange
+        if exchange.size > 1:
+            send_weights = self._sent_step != request.step
+            exchange.send({"do": "gradients", "weights": send_weights, **asdict(request)})
+            if send_weights:
+                broadcast_weights(exchange, self._adapters.values())
+                self._sent_step = request.step
+        self._computer.set_recompute(request.recompute)
+        return exchange.sum(self._computer.share(request, exchange.rank, exchange.size))
 
     def _update_weights(self, rate: float) -> float:
         """Apply the clipped gradients with this learning rate; return their norm before clipping."""
@@ -279,10 +247,6 @@ class Trainer:
         `longest` is the length of the step's longest example, in tokens.
         """
         state = self.state
-        self._optimizer.zero_grad()
-        gc.collect()
-        if self._compute.device.type == "cuda":
-            torch.cuda.empty_cache()
         if state.micro_batch_tokens > longest:
             state.micro_batch_tokens = max(longest, state.micro_batch_tokens // 2)
             log.warning("train: out of memory; micro-batches now have at most %d tokens", state.micro_batch_tokens)
@@ -290,7 +254,7 @@ class Trainer:
             state.micro_batch_tokens = 1
             log.warning("train: out of memory; each micro-batch is now a single example")
         elif self._settings.gradient_checkpointing == "auto" and not state.recompute:
-            self._set_recompute(True)
+            state.recompute = True
             log.warning("train: out of memory; activations are now recomputed")
         else:
             raise JobError(
@@ -298,16 +262,6 @@ class Trainer:
                 + ("" if state.recompute else "set TAGGER_TRAIN_GRADIENT_CHECKPOINTING=auto, ")
                 + "or use a larger machine"
             )
-
-    def _set_recompute(self, on: bool) -> None:
-        self.state.recompute = on
-        base: Any = self._model.get_base_model()
-        if on:
-            self._model.enable_input_require_grads()
-            # reentrant: the other form does not free what bitsandbytes' layers store outside of autograd
-            base.activation_checkpointing_enable({"use_reentrant": True})
-        else:
-            base.activation_checkpointing_disable()
 
     def _save_is_due(self) -> bool:
         step, settings = self.state.step, self._settings
@@ -386,6 +340,34 @@ class Trainer:
             bar.write(line)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether the device or this process is out of memory; on a CPU only PyTorch's message says so."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+def follow(
+    model: peft.PeftModel,
+    examples: Sequence[EncodedExample],
+    settings: Train,
+    tokenizer: PreTrainedTokenizerBase,
+    compute: ComputeSpec,
+    exchange: Exchange,
+) -> None:
+    """Compute this process's share of each step until process 0 has trained; the model then has its weights."""
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    computer = StepComputer(model, examples, settings, tokenizer.pad_token_id, compute)
+    with computer.installed():
+        while (message := exchange.receive()).pop("do") == "gradients":
+            if message.pop("weights"):
+                broadcast_weights(exchange, adapters)
+            request = StepRequest(**message)
+            computer.set_recompute(request.recompute)
+            exchange.sum(computer.share(request, exchange.rank, exchange.size))
+    broadcast_weights(exchange, adapters)
+
+
+def broadcast_weights(exchange: Exchange, adapters: Iterable[torch.nn.Parameter]) -> None:
+    """Give the adapters of all processes the weights of process 0."""
+    if exchange.size == 1:
+        return
+    adapters = list(adapters)
+    flat = torch.cat([parameter.detach().flatten() for parameter in adapters]).cpu()
+    exchange.broadcast(flat)
+    if exchange.rank > 0:
+        for parameter, values in zip(adapters, torch.split(flat, [p.numel() for p in adapters]), strict=True):
+            parameter.data.copy_(values.view_as(parameter))

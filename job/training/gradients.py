@@ -1,0 +1,282 @@
+"""The gradients of a step: its micro-batches, their share of a process, and their exact sum."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+
+from job.settings import Train
+from job.system.device import ComputeSpec
+from job.training import dropout, memory_efficient
+from job.training.batching import Collator, MicroBatch, examples_of_step, micro_batches, num_label_tokens
+from job.training.dropout import DropoutKeys
+from job.training.loss import mean_loss
+from job.training.packing import PackedAttention
+from job.types import EncodedExample
+
+MICRO_BATCH_OVERHEAD_TOKENS = {"cpu": 96, "cuda": 2048}
+"""Cost of one more micro-batch, as a number of tokens: weights are dequantized again, kernels are launched."""
+
+FRACTION_BITS = 50
+"""Gradients are summed as multiples of 2^-50, about 1e-15, below 2^12 = 4096 in total."""
+
+CACHED_NUMBERS = 2**15
+"""How many numbers of each kind fit into a CPU's cache."""
+
+_LOSS, _BAD_LOSS, _BAD_GRADIENTS, _TOO_LARGE, _OUT_OF_MEMORY = range(-5, 0)
+"""Places at the end of the sums: the loss, and how many micro-batches had a loss or gradients that are not finite, had
+too large gradients for the fixed point, or did not fit into memory."""
+_PLACES = 5
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """How to compute a step; equal in all processes that compute it."""
+
+    step: int
+    """Counted from 0."""
+    micro_batch_tokens: int
+    parts: int
+    """Into how many micro-batches the step is divided at least, as far as it has examples."""
+    recompute: bool
+    loss_scale: float
+    """The factor of fp16's gradient scaling, a power of two."""
+    fraction_bits: int = FRACTION_BITS
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What became of the micro-batches of a step."""
+
+    loss: float
+    """Mean over the label tokens; NaN if one is not finite."""
+    finite: bool
+    """Whether all gradients are finite."""
+    too_large: bool
+    """Whether a gradient does not fit into the fixed point."""
+    out_of_memory: bool
+
+
+class ExactSum:
+    """A sum of fp32 gradients and losses that does not depend on its order: they are added as int64.
+
+    Each number is multiplied by 2^fraction_bits and rounded to a whole number. Addition of whole numbers is
+    associative, so every division among processes gives bitwise the same sum (Demmel and Nguyen, 2013, "Fast
+    Reproducible Floating-Point Summation", with one bin whose place is fixed).
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], device: torch.device) -> None:
+        self._parameters = parameters
+        size = sum(parameter.numel() for parameter in parameters)
+        self._gradient = torch.zeros(size, device=device)
+        self.sums = torch.zeros(size + _PLACES, dtype=torch.int64, device=device)
+        """The sums of the gradients, then those of the _PLACES."""
+        # on a CPU, in pieces that stay in its cache between the passes over them
+        piece = CACHED_NUMBERS if device.type == "cpu" else max(1, size)
+        self._pieces = list(
+            zip(torch.split(self._gradient, piece), torch.split(self.sums[:-_PLACES], piece), strict=True)
+        )
+        self._whole = torch.empty(min(piece, size), dtype=torch.int64, device=device)
+
+    def reset(self) -> None:
+        """Set the sums to zero, and let the parameters accumulate their gradients in one buffer."""
+        self.sums.zero_()
+        self._set_views()
+
+    def _set_views(self) -> None:
+        self._gradient.zero_()
+        parts = torch.split(self._gradient, [parameter.numel() for parameter in self._parameters])
+        for parameter, part in zip(self._parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def add(self, loss: torch.Tensor, *, count: int, loss_scale: float, fraction_bits: int) -> None:
+        """Add the loss and the scaled gradients of one of `count` micro-batches, and clear the gradients."""
+        scale = 2.0**fraction_bits / loss_scale
+        lowest, highest = torch.aminmax(self._gradient)
+        largest = torch.maximum(-lowest, highest) * scale
+        finite = largest.isfinite()
+        fits = largest < 2.0**62 / count
+        for gradient, sums in self._pieces:
+            sums += self._whole[: len(gradient)].copy_(gradient.mul_(scale).round_())
+            gradient.zero_()
+        loss_is_finite = loss.isfinite()
+        safe_loss = torch.where(loss_is_finite, loss, 0.0).double() * 2.0**FRACTION_BITS
+        places = (safe_loss.round(), ~loss_is_finite, ~finite, finite & ~fits)
+        self.sums[_LOSS:_OUT_OF_MEMORY] += torch.stack([place.to(torch.int64) for place in places])
+
+    def mark_out_of_memory(self) -> None:
+        """Record that micro-batches are missing in the sums."""
+        self.sums.zero_()
+        self.sums[_OUT_OF_MEMORY] = 1
+
+    def load(self, sums: torch.Tensor, *, loss_scale: float = 1.0, fraction_bits: int = FRACTION_BITS) -> StepOutcome:
+        """Set the parameters' gradients to the sums, scaled; all to infinity if one was not finite."""
+        loss, bad_loss, bad, too_large, out_of_memory = sums[-_PLACES:].tolist()
+        self._set_views()
+        scale = 2.0**-fraction_bits * loss_scale
+        self._gradient.copy_(sums[:-_PLACES].to(self._gradient.device).double().mul_(scale))
+        if bad:
+            self._gradient.fill_(math.inf)
+        mean = math.nan if bad_loss else loss * 2.0**-FRACTION_BITS
+        return StepOutcome(mean, not bad, too_large > 0, out_of_memory > 0)
+
+
+class GradientComputer:
+    """Compute the gradients of micro-batches with the forward passes of training."""
+
+    def __init__(
+        self, model: peft.PeftModel, pad_token_id: int, compute: ComputeSpec, *, seed: int, packed: bool = True
+    ) -> None:
+        self._model, self._compute = model, compute
+        self._recompute: bool | None = None
+        base: Any = model.get_base_model()
+        self._base = base
+        self.packing = PackedAttention(base) if packed and PackedAttention.supports(base) else None
+        self._collator = Collator(pad_token_id, packed=self.packing is not None)
+        self._keys = DropoutKeys(seed)
+        self._seed = seed
+        self.exact = ExactSum([p for p in model.parameters() if p.requires_grad], compute.device)
+
+    @contextmanager
+    def installed(self, *, efficient: bool = True) -> Iterator[list[str]]:
+        """Put the model into training mode, with the dropout and the forward passes of training within the block.
+
+        Yields the names of the base model's own dropout rates, which are switched off.
+        """
+        self._model.train()
+        with (
+            dropout.installed(self._model, self._keys) as switched_off,
+            memory_efficient.patched(self._model) if efficient else nullcontext(),
+            self.packing.installed() if self.packing else nullcontext(),
+        ):
+            yield switched_off
+
+    def set_recompute(self, on: bool) -> None:
+        """Choose whether the backward pass recomputes activations (gradient checkpointing)."""
+        if on == self._recompute:
+            return
+        self._recompute = on
+        if on:
+            self._model.enable_input_require_grads()
+            # reentrant: the other form does not free what bitsandbytes' layers store outside of autograd
+            self._base.activation_checkpointing_enable({"use_reentrant": True})
+        else:
+            self._base.activation_checkpointing_disable()
+
+    def split(self, examples: Sequence[EncodedExample], *, limit: int, parts: int = 1) -> list[MicroBatch]:
+        """Split the examples of a step into micro-batches."""
+        overhead = micro_batch_overhead(self._compute)
+        return micro_batches(examples, limit=limit, overhead=overhead, padded=self.packing is None, parts=parts)
+
+    def compute(
+        self,
+        batches: Sequence[MicroBatch],
+        *,
+        step: int,
+        label_tokens: int,
+        count: int,
+        loss_scale: float = 1.0,
+        fraction_bits: int = FRACTION_BITS,
+    ) -> torch.Tensor:
+        """Return the sums of ExactSum over some of the `count` micro-batches of a step.
+
+        The loss of a step is the mean over its `label_tokens`. If memory runs out, only that is recorded.
+        """
+        self.exact.reset()
+        try:
+            for batch in batches:
+                loss = self._backward(batch, step, label_tokens, loss_scale)
+                self.exact.add(loss, count=count, loss_scale=loss_scale, fraction_bits=fraction_bits)
+            return self.exact.sums
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # outside of the except block, whose traceback keeps tensors alive
+        self.exact.mark_out_of_memory()
+        gc.collect()
+        if self._compute.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self.exact.sums
+
+    def _backward(self, micro_batch: MicroBatch, step: int, label_tokens: int, loss_scale: float) -> torch.Tensor:
+        device, lengths = self._compute.device, micro_batch.lengths
+        batch = {name: tensor.to(device) for name, tensor in self._collator(micro_batch.examples).items()}
+        if self.packing is not None:
+            self.packing.set_sequence_lengths(lengths, device)
+        self._keys.set_tokens(step, micro_batch.indices, lengths, device, packed=self.packing is not None)
+        # nothing else draws random numbers; what an architecture draws must not depend on other micro-batches
+        torch.manual_seed(self._seed * 1_000_003 + step)
+        with self._compute.autocast():
+            loss = mean_loss(self._model, batch, label_tokens=label_tokens)
+        (loss * loss_scale).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+
+class StepComputer(GradientComputer):
+    """Compute a process's share of a step, from the request alone."""
+
+    def __init__(
+        self,
+        model: peft.PeftModel,
+        examples: Sequence[EncodedExample],
+        settings: Train,
+        pad_token_id: int,
+        compute: ComputeSpec,
+    ) -> None:
+        super().__init__(model, pad_token_id, compute, seed=settings.seed)
+        self._examples, self._settings = examples, settings
+        self._step: tuple[int, list[EncodedExample]] = (-1, [])
+
+    def examples_of(self, step: int) -> list[EncodedExample]:
+        """Return the examples of a step."""
+        if step != self._step[0]:
+            per_step = self._settings.batch_size * self._settings.gradient_accumulation_steps
+            found = examples_of_step(self._examples, step, per_step=per_step, seed=self._settings.seed)
+            self._step = (step, found)
+        return self._step[1]
+
+    def share(self, request: StepRequest, rank: int, size: int) -> torch.Tensor:
+        """Return the sums over the micro-batches of process `rank` of `size`."""
+        examples = self.examples_of(request.step)
+        batches = self.split(examples, limit=request.micro_batch_tokens, parts=request.parts)
+        costs = [self._cost(batch) for batch in batches]
+        return self.compute(
+            [batches[i] for i in deal(costs, size)[rank]],
+            step=request.step,
+            label_tokens=num_label_tokens(examples),
+            count=len(batches),
+            loss_scale=request.loss_scale,
+            fraction_bits=request.fraction_bits,
+        )
+
+    def _cost(self, batch: MicroBatch) -> int:
+        tokens = sum(batch.lengths) if self.packing else len(batch.lengths) * max(batch.lengths)
+        return tokens + micro_batch_overhead(self._compute)
+
+
+def micro_batch_overhead(compute: ComputeSpec) -> int:
+    """Return the cost of one more micro-batch on this device, as a number of tokens."""
+    return MICRO_BATCH_OVERHEAD_TOKENS.get(compute.device.type, MICRO_BATCH_OVERHEAD_TOKENS["cuda"])
+
+
+def deal(costs: Sequence[float], size: int) -> list[list[int]]:
+    """Divide items among `size` processes: the most expensive first, each to the one with the least so far."""
+    shares: list[list[int]] = [[] for _ in range(size)]
+    totals = [0.0] * size
+    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = totals.index(min(totals))
+        shares[least].append(item)
+        totals[least] += costs[item]
+    return shares
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether the device or this process is out of memory; on a CPU only PyTorch's message says so."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
