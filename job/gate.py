@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -186,15 +187,15 @@ def _fetch_published(repo: str, revision: str, seconds: float) -> Path | None:
     """
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    def fetch(name: str) -> Path:
-        return hub.retry(lambda: hub.download(repo, revision, name), seconds, "gate")
+    def fetch(name: str, download: Callable[[str, str, str], Path] = hub.download_metadata) -> Path:
+        return hub.retry(lambda: download(repo, revision, name), seconds, "gate")
 
     try:
         folder = fetch("adapter_config.json").parent
     except RemoteEntryNotFoundError:
         return None
     try:
-        fetch("adapter_model.safetensors")
+        fetch("adapter_model.safetensors", hub.download)
     except RemoteEntryNotFoundError:
         raise InvalidInputError("it has no adapter_model.safetensors") from None
     with suppress(RemoteEntryNotFoundError):  # older adapters have no decoding configuration
@@ -219,11 +220,13 @@ def _evaluate_published(
     from job.sample import load_tagger
 
     try:
-        old_values = (hub.published_json(repo, revision, "manifest.json") or {}).get("settings", {})
-        kept = {name: old_values[name] for name in KEEP_FROM_PUBLISHED if name in old_values}
-        old_settings = settings.with_result_values(kept).with_published_decoding()
-    except (hub.HubFileError, TypeError, ValueError) as error:
+        old_values = hub.read_manifest(repo, revision).get("settings", {})
+    except hub.HubFileError as error:
         raise InvalidInputError(f"its manifest.json cannot be read ({error})") from None
+    kept = {name: old_values[name] for name in KEEP_FROM_PUBLISHED if name in old_values}
+    # the published adapter's own base model may be older
+    own_base = settings.base.model_copy(update={"revision": None})
+    old_settings = settings.model_copy(update={"base": own_base}).with_result_values(kept).with_published_decoding()
     if any(name in old_values and old_values[name] != settings.values()[name] for name in SPLIT_SETTINGS):
         log.warning("gate: the published adapter was trained on another split and may have seen held-out texts")
     examples = [Example(prediction.text, prediction.gold) for prediction in predictions]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from job import preflight, report, results
+from job.errors import InvalidInputError
 from job.hub import client as hub
 from job.preflight import PreflightResult
 from job.runs import run_folder
 from job.runs.run_folder import RunFolder
 from job.settings import Settings
+from job.system.paths import PACKAGE_PREFIX, WEIGHT_SUFFIXES, is_local
 from job.types import Prediction, Scores, Summary
 
 if TYPE_CHECKING:
@@ -182,7 +184,7 @@ def load_tagger_as_trained(settings: Settings, *setting_prefixes: str) -> Tagger
     """Load the adapter of TAGGER_HUB_REPO, or of a run on disk, with some settings of its training.
 
     These are the settings whose names start with one of `setting_prefixes`, given without TAGGER_: `BASE`,
-    `DATA_SEPARATOR`.
+    `DATA_SEPARATOR`. What is set here wins over the manifest of a repo.
     """
     return load_adapter(*find_adapter(settings, *setting_prefixes))
 
@@ -200,13 +202,33 @@ def find_adapter(settings: Settings, *setting_prefixes: str) -> tuple[Settings, 
 
     Raises InvalidInputError when there is none.
     """
-    adapter: str | Path | None = settings.hub.repo
-    if adapter is None:
+    adapter: str | Path
+    if settings.hub.repo is None:
         run = run_folder.find_run(settings.run)
-        adapter, manifest = run.adapter, run.manifest
+        adapter, trained_with = run.adapter, run.manifest["settings"]
     else:
-        manifest = hub.published_manifest(settings.hub)
-    trained_with = manifest.get("settings", {})
+        adapter = settings.hub.repo
+        trained_with = _without_explicit(hub.published_manifest(settings.hub).get("settings", {}), settings, adapter)
     prefixes = tuple(f"TAGGER_{name}" for name in setting_prefixes)
     values = {name: value for name, value in trained_with.items() if name.startswith(prefixes)}
     return settings.with_result_values(values), adapter
+
+
+def _without_explicit(trained_with: Mapping[str, Any], settings: Settings, repo: str) -> dict[str, Any]:
+    """Return the settings in a repo's manifest without those that are set here: a repo never overrides the operator.
+
+    Raises InvalidInputError if the base model is not set here, and the repo names a file or folder as one.
+    """
+    explicit = settings.explicit_names()
+    base = trained_with.get("TAGGER_BASE_MODEL")
+    is_path = isinstance(base, str) and is_local(base, WEIGHT_SUFFIXES) and not base.startswith(PACKAGE_PREFIX)
+    if is_path and "TAGGER_BASE_MODEL" not in explicit:
+        raise InvalidInputError(
+            f"the adapter in {repo} was trained on {base}, a file or folder of the machine that trained it; set "
+            "TAGGER_BASE_MODEL to that model on this machine"
+        )
+    for name, value in settings.values().items():
+        matters = name.startswith("TAGGER_BASE_") or name in ("TAGGER_DATA_SEPARATOR", "TAGGER_DATA_MAX_LENGTH")
+        if matters and name in explicit and name in trained_with and trained_with[name] != value:
+            log.warning("%s=%s is used, although the adapter in %s was trained with another value", name, value, repo)
+    return {name: value for name, value in trained_with.items() if name not in explicit}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
 
 from job import data, gate, push, quantize, results
 from job.config.earlier_versions import current_settings, differences
@@ -93,7 +95,9 @@ def check(settings: Settings) -> PreflightResult:
     problems.collect(gate.check_split, settings, examples)
     if settings.sample.threshold == "auto":
         examples = problems.collect(split_calibration, examples, settings.data) or examples
-    problems.collect(drop_rare_tags, examples.train, settings.data.min_tag_count)
+    trained_on = problems.collect(drop_rare_tags, examples.train, settings.data.min_tag_count) or ()
+    known_tags = (tag for example in trained_on for tag in example.tags)
+    problems.collect(decoding.check_tags, known_tags, "Check TAGGER_DATA_TAG_DELIMITER and TAGGER_DATA_MIN_TAG_COUNT")
     if vocabulary:  # the settings hold only the file's name, which stays the same when its content changes
         digest = hashlib.sha256(repr((examples.fingerprint, vocabulary)).encode()).hexdigest()
         examples = replace(examples, fingerprint=digest)
@@ -139,16 +143,33 @@ def skip_known_rejection(checked: PreflightResult) -> None:
         return
     try:
         branch = push.candidate_branch(checked.run, hub.branch_head(repo, settings.hub.revision))
-        verdict = (hub.published_json(repo, branch, "metrics.json") or {}).get("gate") or {}
+        metrics = hub.published_json(repo, branch, "metrics.json") or {}
     except (httpx2.HTTPError, OSError, hub.HubFileError) as error:
         raise hub.hub_unreachable(error) from None
-    limits = {"gate": settings.eval.gate, "min_f1": settings.eval.min_f1, "tolerance": settings.eval.tolerance}
-    rejected = verdict.get("verdict", "pass") != "pass" and limits.items() <= verdict.items()
+    try:
+        gate = _PublishedGate.model_validate(metrics.get("gate") or {"verdict": "pass"})
+    except ValidationError:
+        raise InvalidInputError(
+            f"metrics.json on the branch {branch} of {repo} has no verdict of the gate that can be read; delete the "
+            "branch"
+        ) from None
+    limits = (settings.eval.gate, settings.eval.min_f1, settings.eval.tolerance)
+    rejected = gate.verdict != "pass" and (gate.gate, gate.min_f1, gate.tolerance) == limits
     if rejected and same_inputs(checked, branch):
         raise GateRejected(
-            f"{verdict['verdict']}: {verdict['reason']}. The adapter was not published, and is not trained again, "
+            f"{gate.verdict}: {gate.reason}. The adapter was not published, and is not trained again, "
             f"because nothing has changed since; it is on the branch {branch}"
         )
+
+
+class _PublishedGate(BaseModel):
+    """The entries of a verdict in a published metrics.json that are used."""
+
+    verdict: Literal["pass", "fail", "insufficient evidence"]
+    reason: Annotated[str, Field(max_length=10_000)] = ""
+    gate: str = ""
+    min_f1: float = 0.0
+    tolerance: float = 0.0
 
 
 def same_inputs(checked: PreflightResult, revision: str | None) -> bool:
@@ -157,12 +178,11 @@ def same_inputs(checked: PreflightResult, revision: str | None) -> bool:
         return False
     published_at = checked.settings.hub.model_copy(update={"repo": checked.repo, "revision": revision})
     manifest = hub.published_manifest(published_at)
-    old, new = manifest.get("settings"), checked.settings.result_values()
-    return (
-        isinstance(old, dict)
-        and not any(differences(current_settings(old), new))
-        and manifest.get("dataset", {}).get("fingerprint") == checked.examples.fingerprint
-    )
+    old = manifest.get("settings")
+    if not old:
+        return False
+    changed = differences(current_settings(old), checked.settings.result_values())
+    return not any(changed) and manifest.get("dataset", {}).get("fingerprint") == checked.examples.fingerprint
 
 
 @dataclass(frozen=True)

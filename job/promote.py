@@ -45,7 +45,7 @@ def promote(repo: str, revision: str, settings: Hub, *, parent_commit: str | Non
 
 def _promote_once(client: HfApi, repo: str, source: str, *, branch: str | None, parent_commit: str) -> str:
     """Return the commit of `branch` that holds the files of `source`, made now unless it exists already."""
-    commits = client.list_repo_commits(repo, revision=branch)
+    commits = hub.list_commits(repo, branch)
     commit_marker = _commit_marker(source)
     newer = commits_after(commits, parent_commit)
     for commit in newer:
@@ -62,7 +62,7 @@ def _promote_once(client: HfApi, repo: str, source: str, *, branch: str | None, 
     operations = _commit_operations(client, repo, source, parent_commit)
     if not operations:
         return parent_commit
-    source_message = client.list_repo_commits(repo, revision=source)[0].message
+    source_message = hub.list_commits(repo, source)[0].message
     shutdown.check()  # an interrupted run publishes nothing
     return client.create_commit(
         repo,
@@ -79,10 +79,7 @@ def was_promoted(run: RunFolder, repo: str, settings: Hub, base_commit: str) -> 
     candidate = run.manifest.get("candidate")
     if candidate is None:
         return False
-    client = hub.api()
-    commits = hub.retry(
-        lambda: client.list_repo_commits(repo, revision=settings.revision), 60 * settings.retry_minutes, "promote"
-    )
+    commits = hub.retry(lambda: hub.list_commits(repo, settings.revision), 60 * settings.retry_minutes, "promote")
     newer = commits_after(commits, base_commit)
     return len(newer) < len(commits) and any(_commit_marker(candidate) in commit.message for commit in newer)
 

@@ -79,7 +79,7 @@ def push(run: RunFolder, repo: str, settings: Hub, verdict: Verdict | None = Non
     commit_marker = _commit_marker(run, verdict)
 
     def push_once() -> Published:
-        commits = client.list_repo_commits(repo, revision=branch)
+        commits = hub.list_commits(repo, branch)
         newer = commits_after(commits, base_commit)
         commit = next((commit.commit_id for commit in newer if commit_marker in commit.message), None)
         if commit is None:

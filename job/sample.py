@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,6 @@ import httpx2
 import peft
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from pydantic import BaseModel, PositiveInt
 from safetensors import SafetensorError
 
 from job import quantize
@@ -22,6 +22,8 @@ from job.errors import InvalidInputError
 from job.freeze import freeze
 from job.hub import client as hub
 from job.settings import Data, Sample, Settings
+from job.system import adapter_files
+from job.system.adapter_files import AdapterConfig
 from job.system.device import ComputeSpec
 from job.types import Published, TaggedText
 
@@ -167,7 +169,9 @@ def load_tagger(settings: Settings, adapter: Published | Path | str, compute: Co
     """Load the base model and an adapter: one that was just published, one in a folder (a Path), or a Hub repo's.
 
     A repo is read at TAGGER_HUB_REVISION. The base model is frozen as in training, so that it computes the same
-    numbers. Raises InvalidInputError when the adapter is absent or damaged, or was trained on another base model.
+    numbers; where TAGGER_BASE_REVISION is not set, it has the revision that the adapter names.
+    Raises InvalidInputError when the adapter is absent or damaged, is not one of LoRA alone, or was trained on another
+    base model.
     """
     source: Path | str
     revision: str | None
@@ -186,30 +190,17 @@ def load_tagger(settings: Settings, adapter: Published | Path | str, compute: Co
             f"set TAGGER_BASE_MODEL={config.base_model_name_or_path}"
         )
     decoding = load_config(settings.sample, source, revision)
-    base = settings.base.model_copy(update={"revision": config.revision or settings.base.revision})
+    base = settings.base.model_copy(update={"revision": settings.base.revision or config.revision})
     model = quantize.load_model(base, compute)
     freeze(model)
-    adapted = _load_adapter(model, source, revision)
+    adapted = _load_adapter(model, config, source, revision)
     return Tagger(adapted, quantize.load_tokenizer(base), settings, compute, decoding)
 
 
-class _AdapterConfig(BaseModel):
-    """The fields of adapter_config.json that are used here, or whose types PEFT does not check."""
-
-    peft_type: peft.PeftType
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    """Commit of the base model."""
-    r: PositiveInt = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    target_modules: list[str] | str | None = None
-
-
-def _adapter_config(source: Path | str, revision: str | None) -> _AdapterConfig:
+def _adapter_config(source: Path | str, revision: str | None) -> AdapterConfig:
     try:
-        folder = source if isinstance(source, Path) else hub.download(source, revision, CONFIG_NAME).parent
-        return _AdapterConfig.model_validate_json((folder / CONFIG_NAME).read_bytes())
+        folder = source if isinstance(source, Path) else hub.download_metadata(source, revision, CONFIG_NAME).parent
+        return adapter_files.read_config(folder)
     except READ_ERRORS as error:
         raise InvalidInputError(
             f"there is no adapter to read in {source}: {describe_read_error(error)}. "
@@ -233,9 +224,16 @@ def _adapter_folder(source: Path | str, revision: str | None) -> Path:
     return folder
 
 
-def _load_adapter(model: PreTrainedModel, source: Path | str, revision: str | None) -> peft.PeftModel:
+def _load_adapter(
+    model: PreTrainedModel, config: AdapterConfig, source: Path | str, revision: str | None
+) -> peft.PeftModel:
     try:
-        return peft.PeftModel.from_pretrained(model, str(_adapter_folder(source, revision)))
+        folder = _adapter_folder(source, revision)
+        shapes = adapter_files.weight_shapes(folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+            adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config.to_peft())
+        adapter_files.check_weights(adapted, shapes)
     except (*READ_ERRORS, RuntimeError) as error:
         # torch reports tensors of other shapes as a RuntimeError that starts like this; others are not the file's
         if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" not in str(error):
@@ -244,3 +242,4 @@ def _load_adapter(model: PreTrainedModel, source: Path | str, revision: str | No
             f"the weights of the adapter in {source} cannot be read: {hub.error_message(error)}; train or fetch it "
             "again"
         ) from error
+    return adapted

@@ -479,6 +479,11 @@ class Settings(BaseSettings):
         values = {name: dumped[group][field] for name, group, field in iter_fields()}
         return {name: mask_urls(value) if isinstance(value, str) else value for name, value in values.items()}
 
+    def explicit_names(self) -> set[str]:
+        """Return the names of the variables that were set, not those that have their default."""
+        groups = {group: getattr(self, group).model_fields_set for group in type(self).model_fields}
+        return {name for name, group, field in iter_fields() if field in groups[group]}
+
     def result_values(self) -> dict[str, Any]:
         """Return the values that change what a run trains or measures. They identify the run."""
         return {name: value for name, value in self.values().items() if changes_result(name)}

@@ -7,10 +7,12 @@ request without an answer.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -89,15 +91,18 @@ class Fault:
     """How the server treats the next `times` requests whose `METHOD path` matches `pattern`.
 
     `status` answers with that status, `drop` hangs up in the middle of the request, `lose_answer` serves it and hangs
-    up, `before` only calls `action`. Every kind calls `action` first.
+    up, `before` only calls `action`, `answer` answers with `status` and `content`, whatever was asked. `dribble` sends
+    a byte of the answer's content at a time, and `dribble_headers` a byte of its headers, until the client hangs up.
+    Every kind calls `action` first.
     """
 
     pattern: str
-    kind: Literal["status", "drop", "lose_answer", "before"]
+    kind: Literal["status", "drop", "lose_answer", "before", "answer", "dribble", "dribble_headers"]
     times: int = 1
     status: int = 503
     headers: dict[str, str] = field(default_factory=dict)
     action: Callable[[], object] | None = None
+    content: bytes = b""
 
 
 class Hub:
@@ -146,6 +151,12 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.kind == "status":
             self._answer(fault.status, {"error": "told to fail"}, fault.headers)
             return
+        if fault is not None and fault.kind == "answer":
+            self._answer(fault.status, fault.content, fault.headers)
+            return
+        if fault is not None and fault.kind.startswith("dribble"):
+            self._dribble(fault)
+            return
         for pattern, method in _ROUTES:
             if match := re.fullmatch(pattern, call):
                 method(self, body, *match.groups())
@@ -153,6 +164,16 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(404, {"error": f"no route for {call}"}, {"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_POST = do_PUT = do_GET
+
+    def _dribble(self, fault: Fault) -> None:
+        self.close_connection = True
+        headers = {"Content-Length": "100000", "Connection": "close", **fault.headers}
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n" + (head if fault.kind == "dribble" else "X-Slow: ").encode())
+        with contextlib.suppress(OSError):  # the client has hung up
+            while True:
+                self.wfile.write(fault.content or b" ")
+                time.sleep(0.05)
 
     def _hang_up(self) -> None:
         self.close_connection = True

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hub import Hub, Repo
 
-from job.decoding.config import CONFIG_NAME, DEFAULT_CONFIG, DEFAULT_MAX_TAGS, initial_config, load_config
+from job.decoding.config import CONFIG_NAME, DEFAULT_CONFIG, DEFAULT_MAX_TAGS, check_tags, initial_config, load_config
 from job.errors import InvalidInputError
 from job.settings import Sample
 from job.types import Example
@@ -108,6 +108,11 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes) -> 
         ("vocabulary", "all"),
         ("tags", [1]),
         ("tags", "abc"),
+        ("tags", ["rain", " "]),
+        ("tags", ["rain", "rain"]),
+        ("tags", ["\ud800"]),
+        ("tags", ["x" * 5000]),
+        ("tags", [str(i) for i in range(200_001)]),
         ("temperature", 0.7),
     ],
 )
@@ -140,3 +145,14 @@ def test_an_unusable_vocabulary_file_is_refused(tmp_path: Path, content: bytes |
         file.write_bytes(content)
     with pytest.raises(InvalidInputError, match=message):
         initial_config(Sample(vocabulary=str(file)), TRAIN)
+
+
+def test_tags_that_tagger_json_could_not_hold_are_refused_before_training(tmp_path: Path) -> None:
+    check_tags(["rain", "x" * 4096], "")
+    with pytest.raises(InvalidInputError, match=r"a tag has 4097 characters \('xxx.* Check the delimiter"):
+        check_tags(["rain", "x" * 4097], "Check the delimiter")
+    with pytest.raises(InvalidInputError, match="200001 different tags; at most 200000 are possible"):
+        check_tags(map(str, range(200_001)), "")
+    (tmp_path / "tags.txt").write_text("x" * 4097)
+    with pytest.raises(InvalidInputError, match="a tag has 4097 characters .* Shorten TAGGER_SAMPLE_VOCABULARY"):
+        load_config(Sample(vocabulary=str(tmp_path / "tags.txt")), tmp_path)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from job.config.validators import is_unicode
 from job.errors import InvalidInputError
 from job.hub import client as hub
 from job.settings import Sample
@@ -22,7 +23,26 @@ CONFIG_NAME = "tagger.json"
 DEFAULT_MAX_TAGS = 20
 """Default of both `max_tags` and `max_positions`."""
 
+MAX_KNOWN_TAGS = 200_000
+"""The most tags that an adapter may know: a vocabulary is held in memory as a trie."""
+MAX_TAG_CHARACTERS = 4096
+
 _Count = Annotated[int, Field(ge=1, le=1000)]
+
+
+def _usable(tag: str) -> str:
+    if not tag.strip() or not is_unicode(tag):
+        raise ValueError("a tag is empty, or no text")
+    return tag
+
+
+def _distinct(tags: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(tags)) < len(tags):
+        raise ValueError("a tag is listed twice")
+    return tags
+
+
+_Tag = Annotated[str, Field(max_length=MAX_TAG_CHARACTERS), AfterValidator(_usable)]
 
 
 class DecodingConfig(BaseModel):
@@ -34,7 +54,7 @@ class DecodingConfig(BaseModel):
     decoding: Literal["greedy", "marginal"]
     vocabulary: Literal["open", "closed"]
     """closed: an answer holds only tags from `tags`."""
-    tags: tuple[str, ...]
+    tags: Annotated[tuple[_Tag, ...], Field(max_length=MAX_KNOWN_TAGS), AfterValidator(_distinct)]
     """Tags of the training examples, the most frequent first, or the lines of a vocabulary file."""
     threshold: Annotated[float, Field(ge=0, lt=1)]
     """Tags with a lower confidence are left out of the answer."""
@@ -73,6 +93,20 @@ def initial_config(settings: Sample, train: Sequence[Example]) -> DecodingConfig
     return with_overrides(settings, DEFAULT_CONFIG.model_copy(update={"tags": tags}))
 
 
+def check_tags(tags: Iterable[str], advice: str) -> None:
+    """Raise InvalidInputError, which ends with the advice, if tagger.json could not hold these tags."""
+    distinct = set(tags)
+    if len(distinct) > MAX_KNOWN_TAGS:
+        raise InvalidInputError(
+            f"there are {len(distinct)} different tags; at most {MAX_KNOWN_TAGS} are possible. {advice}"
+        )
+    if longest := max((tag for tag in distinct if len(tag) > MAX_TAG_CHARACTERS), key=len, default=""):
+        raise InvalidInputError(
+            f"a tag has {len(longest)} characters ({longest[:40]!r}...); at most {MAX_TAG_CHARACTERS} are possible. "
+            f"{advice}"
+        )
+
+
 def load_config(settings: Sample, adapter: Path | str, revision: str | None = None) -> DecodingConfig:
     """Read tagger.json of an adapter, in a folder (a Path) or in a Hub repo, and let the settings override it.
 
@@ -100,7 +134,7 @@ def _saved_config(adapter: Path | str, revision: str | None) -> DecodingConfig:
 
 def _local_config(folder: Path) -> DecodingConfig | None:
     file = folder / CONFIG_NAME
-    return DecodingConfig.model_validate_json(file.read_bytes()) if file.is_file() else None
+    return DecodingConfig.model_validate(hub.read_json(file)) if file.is_file() else None
 
 
 def _published_config(repo: str, revision: str | None) -> DecodingConfig | None:
@@ -175,4 +209,5 @@ def read_vocabulary_file(settings: Sample) -> tuple[str, ...] | None:
     tags = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not tags:
         raise InvalidInputError(f"TAGGER_SAMPLE_VOCABULARY={file} has no tags; expected one a line")
+    check_tags(tags, f"Shorten TAGGER_SAMPLE_VOCABULARY={file}")
     return tags

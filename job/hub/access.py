@@ -6,6 +6,7 @@ from typing import Literal
 
 from job.errors import InvalidInputError
 from job.hub import client
+from job.hub.answers import Account
 from job.types import HubRevision, TokenInfo
 
 RepoType = Literal["model", "dataset"]
@@ -25,7 +26,8 @@ def token_info() -> TokenInfo:
     if not (client.token() or "").isascii():
         raise InvalidInputError("HF_TOKEN is not valid: it contains a character that no token has; copy it again")
     try:
-        account = client.retry(client.api().whoami, client.CHECK_SECONDS, "hub")
+        answer = client.retry(client.api().whoami, client.CHECK_SECONDS, "hub")
+        account = Account.model_validate(answer)  # the shape was checked when it came
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise InvalidInputError(
@@ -35,18 +37,17 @@ def token_info() -> TokenInfo:
         raise client.hub_unreachable(error) from None
     except (httpx2.HTTPError, OSError) as error:
         raise client.hub_unreachable(error) from None
-    access = account.get("auth", {}).get("accessToken", {})
-    fine_grained = access.get("fineGrained", {})
-    writable = {
-        scope["entity"]["name"]
-        for scope in fine_grained.get("scoped", [])
-        if "repo.write" in scope.get("permissions", []) and "name" in scope.get("entity", {})
-    }
+    auth = account.auth and account.auth.accessToken
+    scopes = (auth and auth.fineGrained and auth.fineGrained.scoped) or []
     return TokenInfo(
-        user=account["name"],
-        organizations=tuple(org["name"] for org in account.get("orgs", [])),
-        role=access.get("role", "write"),
-        writable=frozenset(writable),
+        user=account.name,
+        organizations=tuple(organization.name for organization in account.orgs or ()),
+        role=(auth and auth.role) or "write",
+        writable=frozenset(
+            scope.entity.name
+            for scope in scopes
+            if "repo.write" in (scope.permissions or ()) and scope.entity is not None and scope.entity.name is not None
+        ),
     )
 
 
@@ -164,4 +165,11 @@ def _revision_info(repo_type: RepoType, name: str, revision: str | None) -> HubR
             f"the base model {name} has no weights in safetensors, and pickles are not read because they can run "
             "code; choose another revision or model (TAGGER_BASE_MODEL)"
         )
-    return HubRevision(str(info.sha), getattr(getattr(info, "card_data", None), "license", None))
+    return HubRevision(str(info.sha), licence_of(info))
+
+
+def licence_of(info: object) -> str | None:
+    """Return the licence that a repo's card names, the first of several; None for anything that is no name."""
+    found = getattr(getattr(info, "card_data", None), "license", None)
+    first = found[0] if isinstance(found, list) and found else found
+    return first.strip() or None if isinstance(first, str) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import random
@@ -13,14 +14,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from job.config.redaction import MASK, mask_urls, redact
 from job.errors import InvalidInputError, PublishError
+from job.hub.answers import HubAnswerError, HubTimeoutError
 from job.settings import Hub
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import GitCommitInfo, HfApi
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+LONGEST_MESSAGE = 1000
+"""Characters of an error's message that are shown."""
 SECRET_FILE = Path("/run/secrets/hf_token")
 CHECK_SECONDS = 30.0
 """How long a check before training is retried. Short, because a failure then loses no work."""
@@ -39,18 +43,21 @@ def token() -> str | None:
 
 
 def api() -> HfApi:
-    """Return a client that gives up on a silent connection after 60 s; the library's default never does."""
-    import httpx2
-    from huggingface_hub import HfApi, set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
+    """Return a client whose answers are checked, and limited in size and time."""
+    from huggingface_hub import HfApi
 
-    def with_timeout() -> httpx2.Client:
-        client = default_client_factory()
-        client.timeout = httpx2.Timeout(60, connect=10)
-        return client
-
-    set_client_factory(with_timeout)
+    bound_requests()
     return HfApi(token=token() or False, library_name="tagger-job")
+
+
+@functools.cache
+def bound_requests() -> None:
+    """Make every later request of huggingface_hub, by other libraries too, one whose answer is checked and limited."""
+    from huggingface_hub import set_client_factory
+
+    from job.hub.transport import bounded_client
+
+    set_client_factory(bounded_client)
 
 
 def commit_url(repo: str, commit: str) -> str:
@@ -71,13 +78,16 @@ def retry(step: Callable[[], T], seconds: float, what: str) -> T:
     """Return the result of `step`, retried for up to `seconds` while it fails with a transient error.
 
     The waits are 1, 2, 4, ... 60 s with 20% jitter, or the Hub's Retry-After if that is longer. `what` starts the log
-    line of each failure. Raises the last error of `step`.
+    line of each failure. Raises the last error of `step`; an answer that is none of the Hub's is not waited out.
     """
+    from job.hub.transport import step_budget
+
     deadline = time.monotonic() + seconds
     pause = 1.0
     while True:
         try:
-            return step()
+            with step_budget():
+                return step()
         except Exception as error:
             delay = retry_delay(error)
             if delay is None:
@@ -95,11 +105,12 @@ def retry_delay(error: BaseException) -> float | None:
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
+    if isinstance(error, HubTimeoutError):
+        return 0.0
     if isinstance(error, HfHubHTTPError):
         if error.response.status_code not in RETRYABLE_STATUSES:
             return None
-        retry_after = error.response.headers.get("Retry-After", "")
-        return float(retry_after) if retry_after.isdigit() else 0.0
+        return float(error.response.extensions.get("retry_after", 0.0))
     if isinstance(error, httpx2.TransportError) and not isinstance(error, httpx2.UnsupportedProtocol):
         return 0.0
     # huggingface_hub wraps the error of a large file's upload
@@ -110,6 +121,7 @@ def error_message(error: BaseException) -> str:
     """Return the message of a client's error, on one line and with secrets masked."""
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
     text = " ".join(str(cause).split()) or type(cause).__name__
+    text = text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE - 3]}..."
     secret = token()
     return redact(text.replace(secret, MASK) if secret else text)
 
@@ -117,16 +129,27 @@ def error_message(error: BaseException) -> str:
 def published_manifest(settings: Hub) -> dict[str, Any]:
     """Return the manifest published with the repo's adapter; empty if there is none.
 
+    If it has `settings` and `dataset`, both are JSON objects; what is in them has not been checked.
+
     Raises InvalidInputError if it cannot be read.
     """
     assert settings.repo is not None
     try:
-        return published_json(settings.repo, settings.revision, "manifest.json") or {}
+        return read_manifest(settings.repo, settings.revision)
     except HubFileError as error:
         raise InvalidInputError(
             f"manifest.json of the adapter in {settings.repo} cannot be read ({error}); check TAGGER_HUB_REPO, "
             "TAGGER_HUB_REVISION and HF_TOKEN"
         ) from None
+
+
+def read_manifest(repo: str, revision: str | None) -> dict[str, Any]:
+    """Return the manifest at a revision of a repo, as `published_manifest` does; raises HubFileError."""
+    manifest = published_json(repo, revision, "manifest.json") or {}
+    for name in ("settings", "dataset"):
+        if not isinstance(manifest.get(name, {}), dict):
+            raise HubFileError(f"manifest.json: {name} is not a JSON object")
+    return manifest
 
 
 class HubFileError(Exception):
@@ -142,14 +165,26 @@ def published_json(repo: str, revision: str | None, name: str) -> dict[str, Any]
     from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
     try:
-        path = retry(lambda: download(repo, revision, name), CHECK_SECONDS, "hub")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(retry(lambda: download_metadata(repo, revision, name), CHECK_SECONDS, "hub"))
     except (RemoteEntryNotFoundError, RevisionNotFoundError):
         return None
     except (httpx2.HTTPError, OSError, ValueError) as error:
         raise HubFileError(error_message(error)) from None
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that must hold a JSON object; raises ValueError with a short reason, or OSError."""
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name} is not UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise HubFileError(f"{name} is not a JSON object")
+        raise ValueError(f"{path.name} is not a JSON object")
     return content
 
 
@@ -157,7 +192,19 @@ def download(repo: str, revision: str | None, name: str) -> Path:
     """Return the path of a repo's file in the cache, downloading it if it is missing there."""
     from huggingface_hub import hf_hub_download
 
+    bound_requests()
     return Path(hf_hub_download(repo, name, revision=revision, token=token() or False))
+
+
+def download_metadata(repo: str, revision: str | None, name: str) -> Path:
+    """Return the path of a small file of a repo, as `download` does; raises HubAnswerError when it is not small."""
+    from job.hub.transport import MAX_ANSWER_BYTES, small_files
+
+    with small_files():
+        path = download(repo, revision, name)
+    if path.stat().st_size > MAX_ANSWER_BYTES:  # cached by another program
+        raise HubAnswerError(f"{name} of {repo} has more than {MAX_ANSWER_BYTES} bytes")
+    return path
 
 
 @contextmanager
@@ -169,6 +216,14 @@ def publish_errors(what: str, remedy: str) -> Iterator[None]:
         yield
     except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
         raise PublishError(f"{what} ({error_message(error)}); {remedy}") from None
+
+
+def list_commits(repo: str, revision: str | None) -> list[GitCommitInfo]:
+    """Return the commits of a branch (None: main), the newest first; raises HubAnswerError if there are none."""
+    commits = api().list_repo_commits(repo, revision=revision)
+    if not commits:
+        raise HubAnswerError(f"the Hub names no commit of {repo} at {revision or 'main'}")
+    return commits
 
 
 def branch_head(repo: str, branch: str | None) -> str:
