@@ -91,17 +91,15 @@ def report(run: Path) -> str:
         ]
         parts.append(f'<line x1="{PADDING}" x2="760" y1="{y + 8}" y2="{y + 8}" stroke="#ddd"/>')
     y += 30
-    loss = plots.curve("training loss", [e["step"] for e in history], [e["loss"] for e in history])
-    bars = plots.bars(
-        "F1 of the most frequent tags",
-        [tag["tag"] for tag in tags],
-        [tag["f1"] for tag in tags],
-        [tag["f1_interval"] for tag in tags],
-    )
-    for picture in (loss, bars):
-        height = int(re.search(r'viewBox="0 0 \d+ (\d+)"', picture)[1])  # type: ignore[index]
-        parts.append(picture.replace("<svg ", f'<svg x="{PADDING}" y="{y}" width="640" height="{height}" ', 1))
-        y += height + 8
+    with plots.style():
+        loss = plots.curve("Training loss", [e["step"] for e in history], [e["loss"] for e in history])
+        names, f1, ends = ([tag[column] for tag in tags] for column in ("tag", "f1", "f1_interval"))
+        bars = plots.intervals("F1 of tags with 95% intervals", names, f1, ends)
+        pictures = [plots.svg(figure, name, on_page=False) for name, figure in (("loss", loss), ("tags", bars))]
+    heights = [float(re.search(r'viewBox="0 0 \S+ (\S+)"', picture)[1]) for picture in pictures]  # type: ignore[index]
+    for x, height, picture in zip((PADDING, 400), heights, pictures, strict=True):
+        parts.append(picture.replace("<svg ", f'<svg x="{x}" y="{y}" width="364" height="{height * 1.1:.0f}" ', 1))
+    y += round(1.1 * max(heights))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 {y + PADDING}" role="img" font-size="14"'
         ' font-family="system-ui, sans-serif" fill="#222">\n<title>The report of a run</title>\n'

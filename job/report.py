@@ -1,52 +1,83 @@
-"""The report of a run, and the model card: what the results are, on a page."""
+"""The report of a run: report.json for programs, report.md for CI, report.html for people."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from job import results
+from job.cloud.gpus import price_per_second
+from job.dataset.tags import normalise_tag
+from job.metrics.confusions import best_and_worst, confused_tags
 from job.model_card import model_card, score_table
 from job.runs import markup, plots
-from job.runs.markup import Block, Picture
 from job.runs.run_folder import RunFolder
-from job.settings import Settings
-from job.types import Published, Scores
+from job.settings import Settings, iter_fields, to_env
+from job.types import Prediction, Published, Scores, ThresholdScores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
 
 TAGS_SHOWN = 15
 """How many tags the report shows, the most frequent first; tags.jsonl has all."""
+PAIRS_SHOWN = ANSWERS_SHOWN = 10
+NEVER_FOUND_SHOWN = 40
+TEXT_SHOWN = 400
+"""Characters of a text or a setting; longer ones are shortened."""
+TAGGERS = {
+    "adapter": "this adapter",
+    "published": "published adapter",
+    "base": "base model alone",
+    "tfidf": "TF-IDF",
+    "most_common_tags": "most common tags",
+}
+"""The taggers that are compared, in the order of the report."""
 
 
 def save_card(
     adapter: Path, settings: Settings, scores: Mapping[str, Scores], run: RunFolder, *, licence: str | None
 ) -> None:
     """Write the model card over the one that peft made, and the loss curve that it shows."""
-    history = run.read_lines("log.jsonl")
-    run.write("loss.svg", _curve("training loss", history, "loss"))
+    loss = _picture("loss", lambda: _history("Training loss", run, "loss"), on_page=False)
+    if loss is not None:
+        run.write("loss.svg", loss)
     (adapter / "README.md").write_text(
         model_card(settings, scores, run.manifest["versions"], licence), encoding="utf-8"
     )
 
 
 def save_report(run: RunFolder, outcome: str, published: Published | None = None) -> None:
-    """Write report.json (its schema is job/runs/report.schema.json) and the same on a page: report.md and report.html.
+    """Write report.json (its schema is job/runs/report.schema.json) and the same for readers: report.md, report.html.
 
     `outcome` is `judged` once the gate has decided, and finally `published`, `not pushed` or `refused`. A run whose
     report stays `judged` passed the gate and could not be published.
     """
-    data = _report_data(run, outcome, published)
-    run.write("report.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-    title, blocks = f"{run.path.name}: {outcome}", _report_blocks(run, data)
-    run.write("report.md", markup.markdown(title, blocks))
-    run.write("report.html", markup.html(title, blocks))
+    try:
+        data = report_data(run, outcome, published)
+        run.write("report.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        page = _page(run, data, published)
+        for name in ("report.md", "report.html"):
+            run.write(name, markup.render(f"{name}.jinja", **page))
+    except OSError:
+        raise
+    except Exception:  # a report that cannot be made must not keep an adapter from being published
+        log.warning("report: %s has no complete report; this is a defect of the job", run.path, exc_info=True)
 
 
-def _report_data(run: RunFolder, outcome: str, published: Published | None) -> dict[str, Any]:
+def report_data(run: RunFolder, outcome: str, published: Published | None) -> dict[str, Any]:
     """Return the content of report.json."""
     values, metrics = run.manifest["settings"], results.metrics(run)
     dataset = {name: values[f"TAGGER_DATA_{name.upper()}"] for name in ("dataset", "revision")}
+    decoding = json.loads((run.adapter / "tagger.json").read_text(encoding="utf-8"))
+    predictions = results.predictions(run)
+    confused = confused_tags([entry.gold for entry in predictions], [entry.predicted for entry in predictions])
     return {
         "schema_version": 1,
         "run_id": run.path.name,
@@ -57,35 +88,205 @@ def _report_data(run: RunFolder, outcome: str, published: Published | None) -> d
         "base": {name: values[f"TAGGER_BASE_{name.upper()}"] for name in ("model", "revision", "quantize")},
         "data": dataset | run.manifest["dataset"],
         **{name: metrics[name] for name in ("split", "scores", "gate", "training")},
-        "seconds": run.manifest["timings"],
+        "seconds": dict(run.manifest["timings"]),
+        "threshold": decoding["threshold"],
+        "confused_tags": list(map(asdict, confused[:PAIRS_SHOWN])),
+        "tags_never_found": list(_never_found(run, decoding["tags"])),
+        "cost": _cost(run),
     }
 
 
-def _report_blocks(run: RunFolder, data: Mapping[str, Any]) -> list[Block]:
-    """Return the report's paragraphs, tables and pictures, in the order of the page."""
-    gate, split, dataset = data["gate"], data["split"], data["data"]
-    history, tags = run.read_lines("log.jsonl"), run.read_lines("tags.jsonl")[:TAGS_SHOWN]
-    tagged = f", tagged {data['tag']}" if data["tag"] else ""
-    names, f1, intervals = ([tag[column] for tag in tags] for column in ("tag", "f1", "f1_interval"))
-    return [
-        f"{gate['verdict'].capitalize()}, by TAGGER_EVAL_GATE={gate['gate']}: {gate['reason']}.",
-        f"The adapter is at {data['adapter']}{tagged}.",
-        score_table(results.scores(run)),
-        f"On {split['examples']} held-out examples (split {split['sha256'][:16]}), after training on "
-        f"{dataset['train']} of {dataset['dataset']}. The interval is that of micro-F1.",
-        Picture(_curve("training loss", history, "loss")),
-        Picture(_curve("learning rate", history, "learning_rate")),
-        [["tag", "examples", "predicted", "precision", "recall", "F1", "95%"], *map(_tag_row, tags)],
-        Picture(plots.bars("F1 of the most frequent tags", names, f1, intervals)),
-        "Seconds: " + ", ".join(f"{chapter} {seconds:g}" for chapter, seconds in data["seconds"].items()) + ".",
-    ]
+def _never_found(run: RunFolder, known_tags: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the tags of held-out examples that no answer found, and whether the adapter knows them."""
+    known = {normalise_tag(tag) for tag in known_tags}
+    for tag in run.read_lines("tags.jsonl"):
+        if tag["gold"] and not tag["recall"]:
+            yield {"tag": tag["tag"], "gold": tag["gold"], "known": tag["tag"] in known}
 
 
-def _curve(title: str, history: Sequence[Mapping[str, Any]], column: str) -> str:
-    return plots.curve(title, [entry["step"] for entry in history], [entry[column] for entry in history])
+def _cost(run: RunFolder) -> dict[str, Any] | None:
+    """Return what the run cost on its device, over all attempts; None where no price is known."""
+    price = price_per_second(run.manifest.get("device") or "")
+    if price is None:
+        return None
+    dollars = price * sum(run.manifest["timings"].values())
+    source = "Modal's list price of this GPU alone"
+    return {"dollars": round(dollars, 4), "dollars_per_hour": round(3600 * price, 4), "source": source}
+
+
+def _page(run: RunFolder, data: Mapping[str, Any], published: Published | None) -> dict[str, Any]:
+    """Return what the templates of report.md and report.html need."""
+    manifest, tags = run.manifest, run.read_lines("tags.jsonl")
+    scores, verdict = results.scores(run), data["gate"]["verdict"]
+    found = {name: scores[name] for name in TAGGERS if name in scores}
+    best, worst = best_and_worst(results.predictions(run), ANSWERS_SHOWN)
+    thresholds = _thresholds(run)
+    never_found = data["tags_never_found"]
+    return {
+        "report": data,
+        "tone": {"pass": "pass", "fail": "fail"}.get(verdict, "open"),
+        "link": data["adapter"] if data["adapter"].startswith(("https://", "http://")) else None,
+        "started": manifest.get("started", "at an unknown time"),
+        "device": manifest.get("device"),
+        "versions": manifest["versions"],
+        "taggers": [{"key": key, "name": TAGGERS[key], "scores": score} for key, score in found.items()],
+        "score_table": score_table(scores),
+        "thresholds": thresholds,
+        "tags": tags[:TAGS_SHOWN],
+        "tag_count": len(tags),
+        "tag_table": [TAG_COLUMNS, *map(_tag_row, tags[:TAGS_SHOWN])],
+        "confused_table": [["missed", "given instead", "texts"], *map(_pair_row, data["confused_tags"])],
+        "unknown": sum(not tag["known"] for tag in never_found),
+        "shown_never_found": NEVER_FOUND_SHOWN,
+        "best": list(map(_answer, best)),
+        "worst": list(map(_answer, worst)),
+        "chapters": list(_chapters(data["seconds"])),
+        "total_time": _duration(sum(data["seconds"].values())),
+        "settings": list(changed_settings(manifest["settings"])),
+        "steps": list(_next_steps(run, data, published)),
+        "pictures": _pictures(run, found, thresholds, tags[:TAGS_SHOWN], data["threshold"]),
+    }
+
+
+TAG_COLUMNS = ["tag", "examples", "predicted", "precision", "recall", "F1", "95%"]
 
 
 def _tag_row(tag: Mapping[str, Any]) -> list[str]:
     low, high = tag["f1_interval"]
     figures = [f"{tag[name]:.3f}" for name in ("precision", "recall", "f1")]
     return [tag["tag"], str(tag["gold"]), str(tag["predicted"]), *figures, f"{low:.3f} to {high:.3f}"]
+
+
+def _pair_row(pair: Mapping[str, Any]) -> list[str]:
+    return [pair["gold"], pair["predicted"], f"{pair['texts']} of {pair['gold_texts']}"]
+
+
+def _thresholds(run: RunFolder) -> list[ThresholdScores]:
+    """Return the scores at each threshold; nothing if none was chosen on examples."""
+    name = "thresholds.jsonl"
+    return [ThresholdScores(**point) for point in run.read_lines(name)] if run.is_intact(name) else []
+
+
+def _answer(prediction: Prediction) -> dict[str, Any]:
+    """Return a prediction with each tag marked as right, wrong or missed, and its confidence if it is known."""
+    gold, predicted = ({normalise_tag(tag) for tag in side} for side in (prediction.gold, prediction.predicted))
+    confidences = prediction.confidences or (None,) * len(prediction.predicted)
+    return {
+        "text": _shortened(prediction.text),
+        "predicted": [
+            {"name": tag, "confidence": confidence, "kind": "right" if normalise_tag(tag) in gold else "wrong"}
+            for tag, confidence in zip(prediction.predicted, confidences, strict=True)
+        ],
+        "gold": [
+            {"name": tag, "confidence": None, "kind": "" if normalise_tag(tag) in predicted else "missed"}
+            for tag in prediction.gold
+        ],
+    }
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= TEXT_SHOWN else f"{text[: TEXT_SHOWN - 1].rstrip()}…"
+
+
+def _chapters(seconds: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    total = sum(seconds.values()) or 1.0
+    for name, value in seconds.items():
+        yield {"name": name.replace("_", " "), "time": _duration(value), "share": value / total}
+
+
+def _duration(seconds: float) -> str:
+    """Return a time as people write it: 4.1 s, 12 min 5 s, 3 h 20 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def changed_settings(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the settings of a manifest that differ from the defaults, with their descriptions."""
+    unset = Settings.model_construct()
+    defaults, of_result = unset.values(), unset.result_values()
+    for name, group, field in iter_fields():
+        if name in values and values[name] != defaults[name]:
+            yield {
+                "name": name,
+                "value": _shortened(to_env(values[name], name)).replace("\n", "\\n"),
+                "default": to_env(defaults[name], name),
+                "description": type(getattr(unset, group)).model_fields[field].description,
+                "changes_result": name in of_result,
+            }
+
+
+def _next_steps(run: RunFolder, data: Mapping[str, Any], published: Published | None) -> Iterator[dict[str, str]]:
+    """Yield how to use this adapter, to publish it if it is not, and to go back to the one before it."""
+    settings = run.manifest["settings"]
+    changed = {setting["name"]: settings[setting["name"]] for setting in changed_settings(settings)}
+
+    def command(arguments: str, *names: str, **values: str) -> str:
+        kept = {name: str(changed[name]) for name in names if name in changed} | values
+        return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in kept.items()), "tagger-job", arguments])
+
+    on_disk = {"TAGGER_RUN_ID": run.path.name}
+    if data["outcome"] == "published" and published is not None:
+        repo = {"TAGGER_HUB_REPO": published.repo}
+        yield {"title": "Tag texts", "command": command("sample 'a text'", "TAGGER_HUB_REVISION", **repo), "note": ""}
+        if earlier := data["gate"]["parent_commit"] or _version_before(published.tag):
+            rollback = command(f"promote --revision {shlex.quote(earlier)}", "TAGGER_HUB_REVISION", **repo)
+            yield {"title": "Go back to what was published before", "command": rollback, "note": "needs HF_TOKEN"}
+        return
+    use = command("sample 'a text'", "TAGGER_RUN_DIR", **on_disk)
+    yield {"title": "Tag texts", "command": use, "note": "where the folder of the run is"}
+    if published is not None:
+        repo = {"TAGGER_HUB_REPO": published.repo}
+        promote = command(f"promote --revision {published.revision}", "TAGGER_HUB_REVISION", **repo)
+        yield {"title": "Publish it in spite of the gate", "command": promote, "note": "needs HF_TOKEN"}
+    elif data["outcome"] != "refused":
+        push = command("push", "TAGGER_RUN_DIR", "TAGGER_HUB_REPO", "TAGGER_HUB_REVISION", **on_disk)
+        yield {"title": "Publish it", "command": push, "note": "needs HF_TOKEN"}
+
+
+def _version_before(tag: str | None) -> str | None:
+    """Return v2 for v3; None for the first version and for other names."""
+    number = (tag or "").removeprefix("v")
+    return f"v{int(number) - 1}" if number.isdecimal() and int(number) > 1 else None
+
+
+def _pictures(
+    run: RunFolder,
+    scores: Mapping[str, Scores],
+    thresholds: Sequence[ThresholdScores],
+    tags: Sequence[Mapping[str, Any]],
+    threshold: float,
+) -> dict[str, str | None]:
+    """Return the pictures of the page by name; None for one that could not be drawn."""
+    names, f1, ends = ([tag[column] for tag in tags] for column in ("tag", "f1", "f1_interval"))
+    draw: dict[str, Callable[[], Figure]] = {
+        "taggers": lambda: plots.intervals(
+            "Micro-F1 with 95% intervals",
+            [TAGGERS[name] for name in scores],
+            [score.f1 for score in scores.values()],
+            [score.intervals["f1"] for score in scores.values()],
+        ),
+        "loss": lambda: _history("Training loss", run, "loss"),
+        "learning_rate": lambda: _history("Learning rate", run, "learning_rate"),
+        "thresholds": lambda: plots.by_threshold("Scores at other thresholds", thresholds, threshold),
+        "tags": lambda: plots.intervals("F1 of tags with 95% intervals", names, f1, ends),
+    }
+    if not thresholds:
+        del draw["thresholds"]
+    return {name: _picture(name, figure) for name, figure in draw.items()}
+
+
+def _history(title: str, run: RunFolder, column: str) -> Figure:
+    history = run.read_lines("log.jsonl")
+    return plots.curve(title, [entry["step"] for entry in history], [entry[column] for entry in history])
+
+
+def _picture(name: str, draw: Callable[[], Figure], *, on_page: bool = True) -> str | None:
+    """Return a picture as SVG; None, with a warning, if it cannot be drawn: a run is worth more than its pictures."""
+    try:
+        with plots.style():
+            return plots.svg(draw(), name, on_page=on_page)
+    except Exception as error:
+        log.warning("report: the picture %s could not be drawn (%s: %s)", name, type(error).__name__, error)
+        return None

@@ -1,15 +1,9 @@
-"""Texts and tags cannot break the Markdown or the HTML of a page."""
+"""Texts and tags cannot break the Markdown of a page. tests/test_report.py has the same for HTML."""
+
+import pytest
+from jinja2 import UndefinedError
 
 from job.runs import markup
-
-NASTY_TEXT = "<script>alert(1)</script> | & 'x'"
-
-
-def test_html_escapes_titles_texts_and_cells() -> None:
-    blocks: list[markup.Block] = [NASTY_TEXT, [["tag", "F1"], [NASTY_TEXT, "0.5"]], markup.Picture("<svg></svg>")]
-    html = markup.html(NASTY_TEXT, blocks)
-    assert "<script>" not in html and html.count("&lt;script&gt;") == 4  # title, heading, text, cell
-    assert "<svg></svg>" in html and "<th>F1</th>" in html and "<td>0.5</td>" in html
 
 
 def test_markdown_escapes_cells() -> None:
@@ -19,5 +13,6 @@ def test_markdown_escapes_cells() -> None:
     assert row == r"| &lt;img src=x&gt; !\[\](y) \`z\` \*w\* |"
 
 
-def test_markdown_leaves_out_pictures() -> None:
-    assert markup.markdown("title", [markup.Picture("<svg></svg>"), "text"]) == "# title\n\ntext\n"
+def test_a_value_that_a_template_lacks_is_an_error() -> None:
+    with pytest.raises(UndefinedError):
+        markup.render("report.md.jinja")

@@ -118,7 +118,7 @@ def test_better_adapters_are_promoted_and_worse_ones_rejected(
     page = next(Path("elsewhere").glob("*/report.md")).read_text()
     assert "Fail, by TAGGER_EVAL_GATE=published: the adapter's micro-F1 is" in page
     html = next(Path("elsewhere").glob("*/report.html")).read_text()
-    assert html.count("<svg") == 3 and "<td>rain</td>" in html
+    assert html.count("<svg") == 4 and '<td dir="auto">rain</td>' in html
     assert {"| published |", "| tfidf |", "| rain |"} <= {
         line[: line.index("|", 1) + 1] for line in page.split("\n") if "|" in line
     }

@@ -17,6 +17,8 @@ NOISY_LOGGERS = {
     "bitsandbytes.autograd._functions": logging.ERROR,
     # a warning when an optional CPU kernel cannot be loaded from the Hub
     "bitsandbytes.backends.cpu.ops": logging.ERROR,
+    # warnings when it cannot keep a cache of fonts in the home folder, and when it makes one
+    "matplotlib": logging.ERROR,
     # a line per HTTP request
     "httpx2": logging.WARNING,
 }
