@@ -13,6 +13,7 @@ import modal
 
 from job.cloud import modal_launcher
 from job.config import environment
+from job.system import streams
 
 HOURS = 60 * 60
 ROOT = Path(__file__).parent
@@ -83,6 +84,7 @@ def tag_texts(texts: list[str], env: dict[str, str]) -> dict[str, Any]:
 @app.local_entrypoint()
 def main(*arguments: str) -> None:
     """Run the command of `request`, which has the arguments already."""
+    streams.protect()
     env, texts = request.env, request.texts
     with modal_launcher.exit_on_job_error():
         match request.command:

@@ -31,7 +31,8 @@ from job.errors import (
     print_error,
 )
 from job.runs import shutdown
-from job.system import logging_setup
+from job.system import logging_setup, streams
+from job.system.printable import printable_line
 
 if TYPE_CHECKING:
     from job.settings import Settings
@@ -47,12 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """Run one command as a program; after an interruption, exit without waiting for the threads of libraries."""
+    streams.protect()
     with shutdown.handled(then=signal.SIG_IGN):  # when it is over, a signal must not change its exit code
         code = _run_until_interrupted(None)
-    if code == INTERRUPTED:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        if code == INTERRUPTED:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     sys.exit(code)
 
 
@@ -77,9 +79,6 @@ def _run_command(options: argparse.Namespace) -> int:
         for name, value in environment.third_party_variables(options.recipe).items():
             os.environ.setdefault(name, value)
         COMMANDS[options.command].run(options, environment.load(options.recipe))
-    except BrokenPipeError:  # the reader of the output, such as head, has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CRASHED
     except JobError as error:
         shutdown.check()  # a library may have turned the interruption into an error
         print_error(str(error))
@@ -96,10 +95,15 @@ def _run_command(options: argparse.Namespace) -> int:
     return DONE
 
 
+def show(result: object) -> None:
+    """Print a line of results on standard output; what it quotes from others is made harmless."""
+    print(printable_line(str(result)))
+
+
 def _run(options: argparse.Namespace, settings: Settings) -> None:
     from job import pipeline
 
-    print(pipeline.run(settings))
+    show(pipeline.run(settings))
 
 
 def _check(options: argparse.Namespace, settings: Settings) -> None:
@@ -109,28 +113,29 @@ def _check(options: argparse.Namespace, settings: Settings) -> None:
     checked = preflight.check(settings)
     machine = preflight.check_machine(checked)
     if options.json:
-        print(json.dumps(preflight.report_as_json(checked, machine), indent=2, ensure_ascii=False))
+        report = preflight.report_as_json(checked, machine)
+        print(json.dumps(report, indent=2, ensure_ascii=not streams.is_utf(sys.stdout)))
         return
-    print(f"base model: {checked.settings.base.model} at {checked.settings.base.revision or 'this machine'}")
+    show(f"base model: {checked.settings.base.model} at {checked.settings.base.revision or 'this machine'}")
     for line in describe(summarise(checked.examples, checked.settings.data)):
-        print(line)
-    print(f"run: {checked.run.path}{', already complete' if checked.run.complete else ''}")
-    print(f"push: {checked.repo or 'nothing will be pushed'}")
+        show(line)
+    show(f"run: {checked.run.path}{', already complete' if checked.run.complete else ''}")
+    show(f"push: {checked.repo or 'nothing will be pushed'}")
     for line in machine.describe():
-        print(line)
+        show(line)
 
 
 def _prefetch(options: argparse.Namespace, settings: Settings) -> None:
     from job import data, quantize
 
-    print(f"data: {len(data.load(settings.data).train)} examples to train on")
-    print(f"base model: {quantize.resolve_weights(settings.base)}")
+    show(f"data: {len(data.load(settings.data).train)} examples to train on")
+    show(f"base model: {quantize.resolve_weights(settings.base)}")
 
 
 def _retrain(options: argparse.Namespace, settings: Settings) -> None:
     from job import pipeline
 
-    print(pipeline.retrain(settings))
+    show(pipeline.retrain(settings))
 
 
 def _evaluate(options: argparse.Namespace, settings: Settings) -> None:
@@ -144,8 +149,9 @@ def _evaluate(options: argparse.Namespace, settings: Settings) -> None:
     from job.evaluate import evaluate
 
     scores, _ = evaluate(tagger, held_out)
-    print(f"split: {len(held_out)} held-out examples, {split_digest(held_out)}")
-    print("\n".join(markup.markdown_table(model_card.score_table({"adapter": scores}))))
+    show(f"split: {len(held_out)} held-out examples, {split_digest(held_out)}")
+    for line in markup.markdown_table(model_card.score_table({"adapter": scores})):
+        show(line)
 
 
 def _push(options: argparse.Namespace, settings: Settings) -> None:
@@ -169,7 +175,7 @@ def _push(options: argparse.Namespace, settings: Settings) -> None:
     from job.system.device import ComputeSpec
 
     run.lock()
-    print(pipeline.finish(run, settings, repo, ComputeSpec.resolve(settings.run.device, settings.train.precision)))
+    show(pipeline.finish(run, settings, repo, ComputeSpec.resolve(settings.run.device, settings.train.precision)))
 
 
 def _promote(options: argparse.Namespace, settings: Settings) -> None:
@@ -184,7 +190,7 @@ def _promote(options: argparse.Namespace, settings: Settings) -> None:
     repo = push.repo_name(settings, access.token_info())
     with hub.publish_errors(f"{repo} could not be changed", "run the same command again"):
         published = promote.promote(repo, options.revision, settings.hub)
-    print(f"{published.url} is published, as {published.tag}")
+    show(f"{published.url} is published, as {published.tag}")
 
 
 def _sample(options: argparse.Namespace, settings: Settings) -> None:
@@ -202,7 +208,7 @@ def _tag(options: argparse.Namespace, settings: Settings) -> None:
 
     settings, adapter = pipeline.find_adapter(settings, "BASE", "DATA_SEPARATOR", "DATA_MAX_LENGTH")
     for line in tag.tag(settings, adapter, pipeline.load_adapter, from_the_start=options.restart):
-        print(line)
+        show(line)
 
 
 def _settings(options: argparse.Namespace, settings: Settings) -> None:
@@ -211,19 +217,19 @@ def _settings(options: argparse.Namespace, settings: Settings) -> None:
 
     if options.recipes:
         for name in recipes.recipe_names():
-            print(f"{name:<12} {recipes.describe_recipe(name)}")
+            show(f"{name:<12} {recipes.describe_recipe(name)}")
         return
     if options.env_example or options.markdown:
         print(reference.env_example() if options.env_example else reference.settings_markdown(), end="")
         return
     sources = environment.sources(options.recipe)
     for name, value in settings.values().items():
-        print(f"{name}={to_env(value, name)}   # {sources.get(name, 'default')}")
+        show(f"{name}={to_env(value, name)}   # {sources.get(name, 'default')}")
     in_files = environment.third_party_variables(options.recipe)
     for name in ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"):
         if (value := os.environ.get(name)) is not None:
             source = "a file" if in_files.get(name) == value else "environment"
-            print(f"{name}={'***' if name == 'HF_TOKEN' else redact(value)}   # {source}")
+            show(f"{name}={'***' if name == 'HF_TOKEN' else redact(value)}   # {source}")
 
 
 @dataclass(frozen=True)

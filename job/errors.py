@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from job.config.redaction import redact
+from job.system.printable import printable
 
 DONE, CRASHED, INVALID_INPUT, GATE_REJECTED, PUBLISH_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 75
 
@@ -95,5 +96,5 @@ class PublishError(JobError):
 
 
 def print_error(message: str) -> None:
-    """Print a message to standard error, with `error: ` before each line."""
-    print("\n".join(f"error: {line}" for line in redact(message).splitlines()), file=sys.stderr)
+    """Print a message to standard error, with `error: ` before each line, and without what steers a terminal."""
+    print("\n".join(f"error: {line}" for line in printable(redact(message)).split("\n")), file=sys.stderr)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from job.system.printable import printable_line
+
 MIN_PROBABILITY = 0.01
 """Tags with a lower probability are never reported. Thresholds are multiples of this value."""
 
@@ -116,9 +118,9 @@ class TaggedText:
     """Probability of each tag: at its position in the list, or with marginal decoding anywhere in the list."""
 
     def __str__(self) -> str:
-        """Return one line: the prompt, the tags, and the raw answer if it is not a complete list."""
+        """Return one printable line: the prompt, the tags, and the raw answer if it is not a complete list."""
         malformed = "" if self.well_formed else f"   (not a complete list: {self.raw!r})"
-        return f"{self.prompt} {list(self.tags)}{malformed}"
+        return printable_line(f"{self.prompt} {list(self.tags)}{malformed}")
 
 
 @dataclass(frozen=True)

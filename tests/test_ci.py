@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,3 +89,113 @@ def test_retrain_on_modal_installs_only_the_client(tmp_path: Path, code: int) ->
     _, install, retrain, *_ = (tmp_path / "seen").read_text().splitlines()
     assert install == "-m pip install --quiet --no-deps --require-hashes -r requirements-modal.lock"
     assert retrain == f"-m modal run modal_app.py::retrain --to {runs}"
+
+
+SAVE = (
+    "import os, signal, sys, time\n"
+    "def save(number, frame):\n    time.sleep(0.3); open(os.environ['SEEN'], 'a').write(signal.Signals(number).name)\n"
+    "    sys.exit(75)\n"
+    "for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, save)\n"
+    "open(os.environ['READY'], 'w').close(); time.sleep(30)"
+)
+"""A job that takes a moment to save its state."""
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> dict[str, str]:
+    """Return an environment with a checkout of the script, and a folder for programs that comes first in PATH."""
+    (tmp_path / "checkout" / ".ci").mkdir(parents=True)
+    (tmp_path / "checkout" / ".ci" / "retrain").write_bytes((ROOT / ".ci" / "retrain").read_bytes())
+    (tmp_path / "checkout" / ".ci" / "retrain").chmod(0o755)
+    (tmp_path / "checkout" / "job").symlink_to(ROOT / "job")
+    (tmp_path / "bin").mkdir()
+    return {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SEEN": str(tmp_path / "seen"),
+        "READY": str(tmp_path / "ready"),
+    }
+
+
+def write_program(path: Path, code: str = SAVE) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!{sys.executable}\n{code}\n")
+    path.chmod(0o755)
+
+
+def start(tools: dict[str, str], **environ: str) -> subprocess.Popen[str]:
+    script = Path(tools["SEEN"]).parent / "checkout" / ".ci" / "retrain"
+    process = subprocess.Popen([script], env=tools | environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not Path(tools["READY"]).exists():
+        time.sleep(0.02)
+        assert process.poll() is None
+    return process
+
+
+@pytest.mark.parametrize("signalled", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("where", ["plain", "image", "modal"])
+def test_retrain_passes_a_signal_on_and_waits(
+    tools: dict[str, str], tmp_path: Path, where: str, signalled: signal.Signals
+) -> None:
+    environ = {"plain": {}, "image": {"RETRAIN_IMAGE": "tagger-job"}, "modal": {"RETRAIN_ON": "modal"}}[where]
+    write_program(tmp_path / "bin" / "make", "")
+    write_program(tmp_path / "checkout" / ".venv" / "bin" / "tagger-job")
+    write_program(tmp_path / "bin" / "docker")
+    # `python3 -m venv FOLDER` makes a client whose `python -m modal run` is the job
+    write_program(
+        tmp_path / "bin" / "python3",
+        "import os, pathlib, sys\n"
+        f"if sys.argv[1] == '-c': os.execv({sys.executable!r}, sys.argv)\n"
+        "python = pathlib.Path(sys.argv[3], 'bin', 'python'); python.parent.mkdir()\n"
+        f"python.write_text('#!{sys.executable}\\nimport sys\\nif \"pip\" in sys.argv: sys.exit()\\n' + {SAVE!r})\n"
+        "python.chmod(0o755)",
+    )
+    process = start(tools, **environ)
+    process.send_signal(signalled)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, Path(tools["SEEN"]).read_text()) == (75, signalled.name), err
+    assert out.startswith(f"**75**: {EXIT_CODES[75].meaning}")
+
+
+@pytest.mark.parametrize("ends_with", ["2", "143"])
+def test_a_signal_during_the_installation_ends_with_75(tools: dict[str, str], tmp_path: Path, ends_with: str) -> None:
+    """`make` reports an interruption with 2, which would mean that settings are wrong."""
+    code = SAVE.replace("sys.exit(75)", f"os._exit({ends_with})")
+    write_program(tmp_path / "bin" / "make", code)
+    process = start(tools)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 75, err
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-", ">&- 2>&- <&-", "> >(head -c 0)", "2> >(head -c 0)"])
+@pytest.mark.parametrize("code", [0, 3])
+def test_whoever_reads_its_output_does_not_change_the_code(
+    tools: dict[str, str], tmp_path: Path, redirection: str, code: int
+) -> None:
+    write_program(tmp_path / "bin" / "docker", f"import sys; print('a line'); sys.exit({code})")
+    script = shlex.quote(str(tmp_path / "checkout" / ".ci" / "retrain"))
+    environ = {**tools, "RETRAIN_IMAGE": "tagger-job", "GITHUB_ACTIONS": "true", "GITHUB_OUTPUT": str(tmp_path / "out")}
+    done = subprocess.run(["bash", "-c", f"{script} {redirection}"], env=environ, capture_output=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "out").read_text() == f"code={code}\n"
+
+
+def test_a_report_gives_ci_no_commands(tools: dict[str, str], tmp_path: Path) -> None:
+    report = tmp_path / "report.md"
+    report.write_text(
+        "::error::forged\n| \x1b[31mred | ##vso[task.complete] |\r\n  ::add-mask::x\n| caf\u00e9 :: ## |\n"
+    )
+    write_program(
+        tmp_path / "bin" / "docker",
+        "import os, shutil, time; os.makedirs('runs/a'); time.sleep(0.02); "
+        f"shutil.copy({str(report)!r}, 'runs/a/report.md')",
+    )
+    script = tmp_path / "checkout" / ".ci" / "retrain"
+    environ = {**tools, "RETRAIN_IMAGE": "tagger-job"}
+    done = subprocess.run([script], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[2:] == [
+        ":error::forged",
+        "| [31mred | # #vso[task.complete] |",
+        "  :add-mask::x",
+        "| caf\u00e9 :: ## |",
+    ]

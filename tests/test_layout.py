@@ -29,8 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("settings",),
     ("types",),
     ("errors",),
-    # tables and functions that the settings need to validate, and what errors need to mask secrets
-    ("config.validators", "config.redaction", "cloud.gpus"),
+    # tables and functions that the settings need to validate, and what errors need to be printed
+    ("config.validators", "config.redaction", "cloud.gpus", "system.printable"),
 )
 """From top to bottom. A module imports only from layers below its own, or from its own package."""
 

@@ -254,8 +254,12 @@ def test_invalid_settings_are_refused_before_any_request(tmp_path: Path) -> None
     assert modal.requests == []
 
 
-@pytest.mark.parametrize("detach", [[], ["--detach"]])
-def test_ctrl_c_ends_with_75_and_writes_no_outcome(tmp_path: Path, detach: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("signalled", "detach"), [(signal.SIGINT, []), (signal.SIGINT, ["--detach"]), (signal.SIGTERM, [])]
+)
+def test_a_signal_to_the_caller_ends_with_75_and_writes_no_outcome(
+    tmp_path: Path, signalled: signal.Signals, detach: list[str]
+) -> None:
     modal = Modal(tmp_path, {})
     modal.has_gpus = False
     words = [MODAL, "run", *detach, str(modal.checkout / "modal_app.py"), "--output", "outcome.json"]
@@ -264,7 +268,7 @@ def test_ctrl_c_ends_with_75_and_writes_no_outcome(tmp_path: Path, detach: list[
         while not modal.requested("FunctionGetOutputs"):
             time.sleep(0.05)
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signalled)
         assert process.wait(timeout=30) == 75
         assert process.stderr is not None
         assert b"the same command resumes from what is on the volume" in process.stderr.read()

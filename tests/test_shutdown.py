@@ -55,6 +55,17 @@ def test_an_interruption_that_a_library_swallowed_is_raised_again() -> None:
             shutdown.check()
 
 
+@pytest.mark.parametrize("number", shutdown.SIGNALS)
+def test_a_program_that_only_waits_is_interrupted_too(number: signal.Signals) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts it in the background
+    try:
+        with shutdown.interrupts(), pytest.raises(KeyboardInterrupt):
+            interrupt(number)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def interrupt_process(
     cleanup: str, *signals: tuple[float, signal.Signals], grace: float = 8.0
 ) -> tuple[int, float, str]:
@@ -101,3 +112,25 @@ def test_a_process_that_takes_too_long_to_save_is_ended() -> None:
     assert code == 75
     assert seconds < 4
     assert "work that could not be saved in time is lost" in stderr
+
+
+@pytest.mark.parametrize("stderr", ["closed", "full"])
+def test_a_process_ends_in_time_though_its_last_words_are_not_read(stderr: str) -> None:
+    prepare = {
+        "closed": "import os; os.close(2)",
+        "full": "import os; os.set_blocking(2, False)\ntry:\n    while True: os.write(2, b'x' * 4096)\n"
+        "except BlockingIOError: os.set_blocking(2, True)",
+    }[stderr]
+    code = (
+        f"{prepare}\nimport time\nfrom job.runs import shutdown\nshutdown.GRACE_SECONDS = 0.3\n"
+        "with shutdown.handled():\n    try:\n        print('ready', flush=True)\n        time.sleep(30)\n"
+        f"    except KeyboardInterrupt:\n        {COMPUTE}"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 75

@@ -16,10 +16,12 @@ from job.cloud.gpus import price_per_second
 from job.config import environment
 from job.dataset.texts import check_texts, read_texts
 from job.errors import INTERRUPTED, InvalidInputError, JobError, print_error
+from job.runs import shutdown
 from job.runs.atomic import atomic_directory, atomic_write, json_lines
 from job.runs.run_folder import check_writable, read_manifest
 from job.settings import Modal, Settings
 from job.system.paths import DATA_SUFFIXES, HUB_EQUIVALENTS, PACKAGE_PREFIX, WEIGHT_SUFFIXES, is_local
+from job.system.printable import printable_line
 from job.types import TaggedText
 
 if TYPE_CHECKING:
@@ -251,13 +253,14 @@ DEPLOY = Command(_validate_deploy, "Deploy the app, which retrains on a schedule
 def exit_on_job_error(next_attempt: str = "the same command starts over") -> Iterator[None]:
     """End the process with the message and exit code of a JobError that is raised inside, without a traceback.
 
-    Ends it with 75 after Ctrl-C, and when the time of the last attempt is up: Modal's own exit code after Ctrl-C is
-    0, that of a completed run. `next_attempt` tells the user what the same command does after that.
+    Ends it with 75 after SIGINT (Ctrl-C) or SIGTERM, and when the time of the last attempt is up: Modal's own exit code
+    after Ctrl-C is 0, that of a completed run. `next_attempt` tells the user what the same command does after that.
     """
     import modal
 
     try:
-        yield
+        with shutdown.interrupts():
+            yield
     except JobError as error:
         _exit(error)
     except (KeyboardInterrupt, modal.exception.FunctionTimeoutError) as end:
@@ -273,7 +276,7 @@ def wait(call: modal.FunctionCall[dict[str, Any]], request: Request, runs: modal
         outcome = call.get()
         if request.options.output is not None:
             atomic_write(request.options.output, json.dumps(outcome, indent=2, ensure_ascii=False) + "\n")
-        print("\n".join(summary(outcome, request.modal.gpu)))
+        _show(summary(outcome, request.modal.gpu))
         if request.options.to is not None and "run_id" in outcome:
             try:
                 fetch(runs, outcome["run_id"], request.options.to)
@@ -303,11 +306,11 @@ def exit_with(outcome: Mapping[str, Any]) -> None:
 def status(runs: modal.Volume, run_id: str | None) -> None:
     """Print the state of a run, or of all runs, as last committed to the volume."""
     if run_id is not None:
-        print("\n".join(run_status(runs, run_id)))
+        _show(run_status(runs, run_id))
         return
     for entry in runs.iterdir("/", recursive=False):
         with suppress(InvalidInputError):  # a folder that is not a run
-            print("\n".join(run_status(runs, entry.path.strip("/"))))
+            _show(run_status(runs, entry.path.strip("/")))
 
 
 def run_status(runs: modal.Volume, run_id: str) -> list[str]:
@@ -385,6 +388,11 @@ def collect(texts: Sequence[str], outcomes: Iterable[Mapping[str, Any]]) -> list
     if [answer["text"] for answer in answers] != list(texts):
         raise RuntimeError("the answers do not belong to the texts that were sent; nothing is written")
     return answers
+
+
+def _show(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(printable_line(line))
 
 
 def show_answers(answers: Iterable[Mapping[str, Any]]) -> None:

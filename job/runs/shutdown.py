@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from job.errors import INTERRUPTED
@@ -50,6 +50,20 @@ def handled(then: signal.Handlers | None = None) -> Iterator[None]:
             signal.signal(number, handler if then is None else then)
         signal.set_wakeup_fd(old_fd)
         os.close(writer)  # this ends the thread
+
+
+@contextmanager
+def interrupts() -> Iterator[None]:
+    """Let SIGTERM and SIGINT raise KeyboardInterrupt during this context, for a program that only waits for a job.
+
+    A shell starts a program in the background with SIGINT ignored; here it is not.
+    """
+    old_handlers = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -99,5 +113,7 @@ def _watch(reader: int) -> None:
 
 
 def _end(why: str) -> NoReturn:
-    os.write(2, f"interrupted: {why}; the same command resumes from what is saved\n".encode())
+    with suppress(OSError):  # standard error may be closed
+        if select.select([], [2], [], 0)[1]:  # a reader that has stopped reading would block the end
+            os.write(2, f"interrupted: {why}; the same command resumes from what is saved\n".encode())
     os._exit(INTERRUPTED)

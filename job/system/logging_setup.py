@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 from job.config.redaction import redact
+from job.system.printable import printable
 
 NOISY_LOGGERS = {
     # a warning for every int8 matrix product whose inputs are not fp16
@@ -31,11 +32,12 @@ _format_warning = warnings.formatwarning
 def configure() -> None:
     """Log the job's lines to standard error with the time of day, and raise the level of NOISY_LOGGERS.
 
-    Secrets are masked in log lines, warnings and tracebacks, those of libraries included.
+    In log lines, warnings and tracebacks, those of libraries included, secrets are masked, and terminal escapes and
+    commands for CI that they quote from others are harmless.
     """
     # libraries have handlers of their own, so records are masked where all of them are made
-    logging.setLogRecordFactory(_redacted_record)
-    warnings.formatwarning = lambda *args, **kwargs: redact(_format_warning(*args, **kwargs))
+    logging.setLogRecordFactory(_harmless_record)
+    warnings.formatwarning = lambda *args, **kwargs: _harmless(_format_warning(*args, **kwargs))
     sys.excepthook = lambda _, error, __: _print_traceback(error)
     threading.excepthook = lambda caught: None if caught.exc_value is None else _print_traceback(caught.exc_value)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -48,18 +50,22 @@ def configure() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
-def _redacted_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+def _harmless(text: str) -> str:
+    return printable(redact(text))
+
+
+def _harmless_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     record = _make_record(*args, **kwargs)
     try:
         message = record.getMessage()
     except (TypeError, ValueError):  # the arguments do not fit the message; logging reports it where it is written
         return record
-    record.msg, record.args = redact(message), ()
+    record.msg, record.args = _harmless(message), ()
     if record.exc_info and record.exc_info[1] is not None:
-        record.exc_text = redact("".join(traceback.format_exception(record.exc_info[1])).rstrip("\n"))
+        record.exc_text = _harmless("".join(traceback.format_exception(record.exc_info[1])).rstrip("\n"))
     return record
 
 
 def _print_traceback(error: BaseException) -> None:
     if sys.stderr is not None:
-        sys.stderr.write(redact("".join(traceback.format_exception(error))))
+        sys.stderr.write(_harmless("".join(traceback.format_exception(error))))
