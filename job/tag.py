@@ -66,7 +66,7 @@ def _one_pass(
     job: Job, shard: shards.Shard, load: Callable[[], TextTagger], progress: Progress, settings: Settings
 ) -> dict[str, Any] | None:
     parts = worker.work(job, shard.own, load, progress)
-    return worker.finish(parts, settings.tag.max_errors)
+    return worker.finish(parts, settings.tag.max_errors, verify=shard.count == 1)
 
 
 def new_job(settings: Settings) -> Job:

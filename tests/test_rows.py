@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+import s3
 from hub import Hub, Repo
 
 from job.dataset.rows import read_rows
@@ -73,59 +71,12 @@ def test_a_file_in_a_repo_is_read_by_its_url(with_configs: Hub) -> None:
     assert values("hf://datasets/tiny/configs/de.jsonl") == rows("de")
 
 
-class Store(BaseHTTPRequestHandler):
-    """As much of S3 as listing and reading need."""
-
-    objects: dict[str, bytes]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        bucket, _, key = unquote(url.path).lstrip("/").partition("/")
-        query = parse_qs(url.query)
-        if "list-type" in query:
-            prefix = query.get("prefix", [""])[0]
-            found = "".join(
-                f"<Contents><Key>{name}</Key><Size>{len(content)}</Size>"
-                "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
-                for name, content in sorted(self.objects.items())
-                if name.startswith(prefix)
-            )
-            body = f"<ListBucketResult><Name>{bucket}</Name><IsTruncated>false</IsTruncated>{found}</ListBucketResult>"
-            self.answer(200, body.encode())
-        elif key in self.objects:
-            content = self.objects[key]
-            start, _, end = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
-            self.answer(206 if "Range" in self.headers else 200, content[int(start) : int(end or len(content)) + 1])
-        else:
-            self.answer(404 if key else 200, b"")
-
-    def answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
-    objects: dict[str, bytes] = {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneStore", (Store,), {"objects": objects}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    yield objects
-    server.shutdown()
-    server.server_close()
+    with s3.serve() as (served, variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        yield served.objects
 
 
 def test_objects_folders_and_globs_of_s3_are_read(store: dict[str, bytes]) -> None:
@@ -133,5 +84,7 @@ def test_objects_folders_and_globs_of_s3_are_read(store: dict[str, bytes]) -> No
     assert values("s3://bucket/data/a.jsonl") == rows("a")
     assert values("s3://bucket/data/") == rows("a") + rows("b")
     assert values("s3://bucket/data/b*.jsonl") == rows("b")
+    store |= {"data/_parts/parts.json": b"none", "data/.hidden.jsonl": b"none", "data/c/_SUCCESS.json": b"none"}
+    assert values("s3://bucket/data") == rows("a") + rows("b")
     with pytest.raises(InvalidInputError, match="names no data file"):
         values("s3://bucket/data/absent.jsonl")

@@ -58,7 +58,7 @@ class SlicedData:
         remedy = "Set TAGGER_DATA_TEXT_COLUMN" + (" and TAGGER_TAG_COLUMNS" if columns else "")
         wanted = (*text_columns(settings), *(columns or ()))
         self.reading = Reading(wanted, every=columns is None, keep_defects=True, remedy=remedy)
-        self._dataset = open_dataset(settings)
+        self._dataset = _without_decoding(open_dataset(settings))
         self.files: list[SourceFile] = [] if self._dataset is not None else find_files(settings.dataset)
         self.seen: tuple[str, ...] = ()
         """Columns of the first rows, once there are slices."""
@@ -189,6 +189,14 @@ class SlicedData:
                 yield from ((n, _json_type(row.values[n]) if is_json else pyarrow.string()) for n in names)
                 if not is_json and names:
                     break
+
+
+def _without_decoding(dataset: Any) -> Any:
+    """Keep images and sounds as bytes."""
+    for name, feature in {} if dataset is None else dataset.features.items():
+        if getattr(feature, "decode", False) is True:
+            dataset = dataset.cast_column(name, type(feature)(decode=False))
+    return dataset
 
 
 def _slices_of_rows(file: int, total: int, rows: int) -> Iterator[Slice]:

@@ -21,6 +21,8 @@ FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BLOCK_BYTES = 1 << 20
 """How much is read from a file at a time; each read from object storage is a request."""
+HEAD_BYTES = 1024
+"""Read first, to tell what a file is; enough for the error that object storage may send instead."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -51,12 +53,12 @@ class SourceFile:
         try:
             system = self.system
             stream = system.open_input_file(self.path) if system else pyarrow.OSFile(self.path, "rb")
-            if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            start = stream.read(HEAD_BYTES)
+            if start.startswith(_LFS_POINTER):
                 raise InvalidInputError(
                     f"{self.name} is a pointer of Git LFS, not the file itself; run `git lfs pull`, then try again"
                 )
-            stream.seek(0)
-            _refuse_disguised(self.name, compression, stream.read(4))
+            _refuse_disguised(self.name, compression, start[:4])
             stream.seek(0)
             yield pyarrow.CompressedInputStream(stream, compression) if compression else stream
         except OSError as error:
@@ -223,15 +225,19 @@ def _remote(url: str) -> list[SourceFile]:
 
 def file_system(url: str) -> tuple[FileSystem, str]:
     """Return the file system of a URL and the path in it; credentials come from each store's usual variables."""
-    from pyarrow.fs import AzureFileSystem, FileSystem, S3FileSystem
+    from pyarrow.fs import AzureFileSystem, FileSystem, S3FileSystem, resolve_s3_region
 
     scheme, _, path = url.partition("://")
     if scheme == "az":
         account = os.environ.get("AZURE_STORAGE_ACCOUNT", "")
         return AzureFileSystem(account_name=account, account_key=os.environ.get("AZURE_STORAGE_KEY")), path
-    if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")):
-        plain = endpoint.startswith("http://")
-        options: dict[str, Any] = {"endpoint_override": endpoint, "scheme": "http" if plain else "https"}
-        return S3FileSystem(region=os.environ.get("AWS_REGION", "us-east-1"), **options), path
+    if scheme == "s3":
+        # a small object is then written by a single request
+        options: dict[str, Any] = {"allow_delayed_open": True, "region": os.environ.get("AWS_REGION")}
+        if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+            options |= {"endpoint_override": endpoint, "scheme": endpoint.partition("://")[0]}
+            options["region"] = options["region"] or "us-east-1"
+        options["region"] = options["region"] or resolve_s3_region(path.partition("/")[0])
+        return S3FileSystem(**options), path
     system, path = FileSystem.from_uri(url)
     return system, path

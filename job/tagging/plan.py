@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+READERS = 16
+"""Seals that are read at the same time."""
 RECORDS = "_parts"
 """The folder of the plan and the seals, among the parts; readers of data leave it out."""
 PLAN = f"{RECORDS}/parts.json"
@@ -161,6 +164,8 @@ class Parts:
 
     def __init__(self, job: Job, folder: Folder, plan: Plan) -> None:
         self.job, self.folder, self.plan = job, folder, plan
+        self._sealed: set[int] = set()
+        """Parts that are known to be sealed; seals are never changed."""
 
     def __len__(self) -> int:
         return len(self.plan.parts)
@@ -193,26 +198,35 @@ class Parts:
         if self.is_joined():
             return []
         sizes = self.folder.list()
-        missing = []
-        for part in range(len(self)):
-            seal = self.seal(part) if self.seal_file(part) in sizes else None
-            if seal is not None:
+        unknown = [part for part in range(len(self)) if part not in self._sealed]
+        found = [part for part in unknown if self.seal_file(part) in sizes]
+        with ThreadPoolExecutor(READERS) as readers:  # in object storage each is a request
+            for part, seal in zip(found, readers.map(self.seal, found), strict=True):
+                if seal is None:
+                    continue
                 self.check_tagger(seal.tagger)
-            if seal is None or (sizes.get(self.file(part)) != seal.size and not self.is_intact(seal)):
-                missing.append(part)
+                if sizes.get(self.file(part)) == seal.size or self.is_intact(seal):
+                    self._sealed.add(part)
+        missing = [part for part in unknown if part not in self._sealed]
         return [] if self.is_joined() else missing  # the worker that joined the parts deletes their seals
 
     def is_intact(self, seal: Seal) -> bool:
-        """Check a part against its seal, and delete the seal of one that is torn, so that the part is done again."""
-        intact = self.folder.digest(self.file(seal.part)) == seal.sha256
-        if not intact and not self.is_joined():
-            log.warning("tag: %s is not what its seal says; it is done again", self.file(seal.part))
-            self.folder.delete(self.seal_file(seal.part))
-        return intact
+        """Check a part against its seal; a part that is torn loses it."""
+        if self.folder.digest(self.file(seal.part)) == seal.sha256:
+            return True
+        self.unseal(seal.part)
+        return False
+
+    def unseal(self, part: int) -> None:
+        """Delete the seal of a part that is torn, so that the part is done again."""
+        self._sealed.discard(part)
+        if not self.is_joined():
+            log.warning("tag: %s is not what its seal says; it is done again", self.file(part))
+            self.folder.delete(self.seal_file(part))
 
     def is_sealed(self, part: int) -> bool:
         """Check whether another worker has done a part by now."""
-        return self.seal(part) is not None or self.is_joined()
+        return part in self._sealed or self.seal(part) is not None or self.is_joined()
 
     def is_joined(self) -> bool:
         """Check whether the parts have been joined to one file, and deleted."""
@@ -271,11 +285,12 @@ def open_parts(job: Job, data: SlicedData) -> Parts:
     if content is None:
         _refuse_other_files(folder, names)
     if content in (None, RESTARTED):
-        slices = data.slices(job.part_rows)
+        slices = storage.retry_input(lambda: data.slices(job.part_rows))
         if job.columns is None and (left_out := [name for name in data.seen if name in OWN_COLUMNS]):
             log.warning("tag: the output has columns of its own in place of %s of the input", ", ".join(left_out))
-        schema = pack_schema(output_schema(data.schema(slices), job.columns)) if job.format.is_table else None
-        plan = Plan(data.fingerprint(), asked, schema, slices)
+        table = storage.retry_input(lambda: data.schema(slices)) if job.format.is_table else None
+        schema = None if table is None else pack_schema(output_schema(table, job.columns))
+        plan = Plan(storage.retry_input(data.fingerprint), asked, schema, slices)
         storage.write(folder, PLAN, plan.to_json())
         return Parts(job, folder, plan)
     try:

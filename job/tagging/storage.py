@@ -120,7 +120,7 @@ class RemoteFolder:
 
         self.name = url
         self._is_proven = False
-        """Whether a request has succeeded."""
+        """Whether a file has been written."""
         try:
             self._system, self._path = file_system(url)
         except (OSError, ValueError, pyarrow.ArrowException) as error:
@@ -176,6 +176,7 @@ class RemoteFolder:
                         stream.write(block)
 
             self._retry(step, f"written: {name}")
+            self._is_proven = True
 
     def _writer(self, name: str) -> Any:
         return self._system.open_output_stream(f"{self._path}/{name}")
@@ -193,20 +194,18 @@ class RemoteFolder:
         if self._is_proven:
             return retry(step, f"{self.name} cannot be {what}")
         try:
-            found = retry(step, f"{self.name} cannot be {what}", attempts=3)
-        except JobError as error:  # the first request: nothing has been spent
+            return retry(step, f"{self.name} cannot be {what}", attempts=4)
+        except JobError as error:  # before the first file is written, nothing has been spent
             raise InvalidInputError(_unusable(self.name, error.__cause__ or error)) from error
-        self._is_proven = True
-        return found
 
 
-def retry(step: Callable[[], T], what: str, attempts: int = ATTEMPTS) -> T:
+def retry(step: Callable[[], T], what: str, attempts: int | None = None) -> T:
     """Return the result of a step on object storage, repeated while it fails; raises JobError with the last failure.
 
     A failure is an OSError, or an InvalidInputError that was caused by one. One that says that something does not
     exist or is forbidden is final.
     """
-    pause = 0.5
+    pause, attempts = 0.5, attempts or ATTEMPTS
     for attempt in range(1, attempts + 1):
         try:
             return step()
@@ -216,11 +215,25 @@ def retry(step: Callable[[], T], what: str, attempts: int = ATTEMPTS) -> T:
                 raise
             is_final = isinstance(cause, (FileNotFoundError, PermissionError)) or FINAL.search(str(cause))
             if attempt == attempts or is_final:
-                raise JobError(f"{what} ({_detail(cause)}); sealed parts are kept, run the command again") from cause
+                raise JobError(f"{what} ({_detail(cause)}); sealed parts are kept, run the command again") from error
             log.warning("tag: %s (%s); retrying in %g s", what, _detail(cause), pause)
             time.sleep(pause)
             pause *= 2
     raise AssertionError("the loop returns or raises")
+
+
+def retry_input(step: Callable[[], T]) -> T:
+    """Return the result of a step that finds or inspects the input, repeated while object storage fails.
+
+    Raises InvalidInputError with the last failure, because nothing has been spent yet.
+    """
+    try:
+        return retry(step, "the input cannot be read", attempts=6)
+    except InvalidInputError:
+        raise
+    except JobError as error:
+        refusal = error.__cause__
+        raise refusal if isinstance(refusal, InvalidInputError) else InvalidInputError(str(refusal)) from error
 
 
 def _unusable(url: str, error: BaseException) -> str:

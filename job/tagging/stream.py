@@ -13,7 +13,7 @@ from job.dataset.readers import NOT_JSON, Row, parse_json
 from job.dataset.slices import SlicedData
 from job.tagging.formats import json_line
 from job.tagging.plan import Job
-from job.tagging.worker import Tally, TextTagger, tag_rows
+from job.tagging.worker import Tally, TextTagger, read_slice, tag_rows
 
 _END = object()
 
@@ -32,7 +32,7 @@ def tag_stream(batches: Iterator[list[Row]], job: Job, tagger: TextTagger, to: I
 
 def batches_of_data(data: SlicedData, part_rows: int, rows: int) -> Iterator[list[Row]]:
     """Yield the rows of files in batches."""
-    found = (row for piece in data.slices(part_rows) for row in data.read(piece))
+    found = (row for piece in data.slices(part_rows) for row in read_slice(data, piece))
     while batch := list(islice(found, rows)):
         yield batch
 

@@ -43,7 +43,7 @@ class TextTagger(Protocol):
 def open_data(job: Job) -> SlicedData:
     """Open the input; errors name the setting that it comes from."""
     try:
-        return SlicedData(job.data, job.columns)
+        return storage.retry_input(lambda: SlicedData(job.data, job.columns))
     except InvalidInputError as error:
         raise renamed(error) from None
 
@@ -215,14 +215,16 @@ class _TornPartError(Exception):
     """A part is not what its seal says; it has been unsealed."""
 
 
-def finish(parts: Parts, max_errors: float | None) -> dict[str, Any] | None:
+def finish(parts: Parts, max_errors: float | None, *, verify: bool = True) -> dict[str, Any] | None:
     """Verify all parts, join them where one file is wanted, and write _SUCCESS.json; return its content.
 
+    Without `verify`, parts that another worker has verified are not read again.
     Returns None when a part was torn, which then has no seal any more. Any number of workers may do this.
     Raises InvalidInputError when more rows than TAGGER_TAG_MAX_ERRORS could not be tagged.
     """
-    if parts.is_joined():
-        return parts.success()
+    success = parts.success()
+    if success is not None and (not verify or parts.is_joined()):
+        return success
     tally = Tally()
     try:
         if parts.job.is_folder:
@@ -247,8 +249,7 @@ def _verified(parts: Parts, tally: Tally) -> Iterator[bytes]:
         seal = parts.seal(part)
         content = None if seal is None else parts.folder.read(parts.file(part))
         if seal is None or content is None or hashlib.sha256(content).hexdigest() != seal.sha256:
-            if seal is not None:
-                parts.is_intact(seal)
+            parts.unseal(part)
             raise _TornPartError
         tally.add_seal(seal)
         yield content
