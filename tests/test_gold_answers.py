@@ -26,7 +26,7 @@ def vocabulary(kind: str | None, tmp_path: Path, separator: str = " ->: ") -> Se
 
 
 @pytest.mark.parametrize("kind", tiny_tokenizers.KINDS)
-@pytest.mark.parametrize("separator", [" ->: ", "\n### Tags:\n"])
+@pytest.mark.parametrize("separator", [" ->: ", "\n### Tags:\n", " 🏷:\u3000"])
 def test_a_tokenizer_that_writes_all_answers_is_accepted(kind: str, separator: str, tmp_path: Path) -> None:
     for choice in (None, "seen"):
         settings = vocabulary(choice, tmp_path, separator)
@@ -54,7 +54,7 @@ def test_a_tokenizer_that_changes_answers_needs_a_closed_vocabulary(kind: str, w
 
 
 def test_unicode_normal_forms_of_a_tag_are_the_same_answer(tmp_path: Path) -> None:
-    examples = [Example("decomposed", ("cafe\u0301",)), Example("composed", ("été",))]
+    examples = [Example("decomposed", ("cafe\u0301",)), Example("composed", ("été",)), Example("space", ("a\u00a0b",))]
     assert tokenizer_problems(tiny_tokenizers.build("nfkc"), examples, vocabulary(None, tmp_path)) == []
 
 

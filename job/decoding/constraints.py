@@ -194,15 +194,30 @@ class OpenVocabulary:
         never = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
         never |= {i for i, value in self.byte_values.items() if incomplete_character(bytes([value])) is None}
         self._token_texts = ["" if i in never else text for i, text in enumerate(token_texts)]
+        self._openings = self._partial_openings(answers)
         self._allowed: dict[str | bytes, torch.Tensor] = {}
         self._starting_with: dict[str, torch.Tensor] = {}
+
+    def _partial_openings(self, answers: AnswerTokenizer) -> dict[str, set[int]]:
+        """Return what training writes before the opening is complete, each with the tokens that follow it.
+
+        White space of several bytes, or that the tokenizer does not know, has no tokens whose own text is part of it.
+        """
+        found: dict[str, set[int]] = {}
+        for ids in answers.encode([["x"], ["'"]]):  # a tag in either quote
+            for n, token in enumerate(ids):
+                [text] = self.decode([ids[:n]])
+                if text.startswith(self._opening):
+                    break
+                found.setdefault(text, set()).add(token)
+        return found
 
     def allowed(self, text: str, incomplete: bytes = b"") -> torch.Tensor:
         """Return which tokens may follow the start of a list, as bool [tokens]; cached by canonical prefix.
 
         `incomplete` are the bytes of an incomplete character at the end of the text.
         """
-        if incomplete:
+        if incomplete and text not in self._openings:
             if incomplete not in self._allowed:
                 continuing = [
                     i
@@ -219,6 +234,7 @@ class OpenVocabulary:
                 for token in self._token_texts
             ]
             self._allowed[prefix] = torch.tensor(fits)
+            self._allowed[prefix][list(self._openings.get(text, ()))] = True
         return self._allowed[prefix]
 
     def tokens_ending_tag(self, token: int, rest: str) -> torch.Tensor:
@@ -234,7 +250,9 @@ class OpenVocabulary:
     def tag_spans(self, text: str) -> list[tuple[int, int]] | None:
         """Return start and end of each complete tag, quotes included; None if the text does not start a list."""
         match = self.pattern.fullmatch(text, partial=True)
-        return None if match is None else match.spans("tag")
+        if match is not None:
+            return list(match.spans("tag"))
+        return [] if text in self._openings else None
 
     def canonical_prefix(self, text: str) -> str:
         """Return the shortest start of a list that the same tokens may follow.

@@ -113,12 +113,12 @@ def _walk(new_state: Callable[[], DecoderState], answers: AnswerTokenizer, lists
 
 
 def _same(written: Sequence[str], tags: Sequence[str]) -> bool:
-    """Return whether tags are the same text; many tokenizers write it in Unicode NFC."""
-    return [_composed(tag) for tag in written] == [_composed(tag) for tag in tags]
+    """Return whether tags are the same text, apart from its Unicode normal form and the kind of its white space."""
+    return [_canonical(tag) for tag in written] == [_canonical(tag) for tag in tags]
 
 
-def _composed(tag: str) -> str:
-    return unicodedata.normalize("NFC", tag).strip()
+def _canonical(tag: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", tag).split())
 
 
 def _difference(tags: Sequence[str], text: str) -> str:
