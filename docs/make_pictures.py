@@ -93,8 +93,8 @@ def report(run: Path) -> str:
     y += 30
     with plots.style():
         loss = plots.curve("Training loss", [e["step"] for e in history], [e["loss"] for e in history])
-        names, f1, ends = ([tag[column] for tag in tags] for column in ("tag", "f1", "f1_interval"))
-        bars = plots.intervals("F1 of tags with 95% intervals", names, f1, ends)
+        rows_of_tags = [(tag["tag"], tag["f1"], tag["f1_interval"]) for tag in tags]
+        bars = plots.intervals("F1 of tags with 95% intervals", rows_of_tags)
         pictures = [plots.svg(figure, name, on_page=False) for name, figure in (("loss", loss), ("tags", bars))]
     heights = [float(re.search(r'viewBox="0 0 \S+ (\S+)"', picture)[1]) for picture in pictures]  # type: ignore[index]
     for x, height, picture in zip((PADDING, 400), heights, pictures, strict=True):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,8 @@ def save_card(
     adapter: Path, settings: Settings, scores: Mapping[str, Scores], run: RunFolder, *, licence: str | None
 ) -> None:
     """Write the model card over the one that peft made, and the loss curve that it shows."""
-    loss = _picture("loss", lambda: _history("Training loss", run, "loss"), on_page=False)
+    history = _columns(run.read_lines("log.jsonl"), "step", "loss")
+    loss = _picture("loss", plots.curve, "Training loss", *history, on_page=False)
     if loss is not None:
         run.write("loss.svg", loss)
     (adapter / "README.md").write_text(
@@ -259,34 +261,39 @@ def _pictures(
     threshold: float,
 ) -> dict[str, str | None]:
     """Return the pictures of the page by name; None for one that could not be drawn."""
-    names, f1, ends = ([tag[column] for tag in tags] for column in ("tag", "f1", "f1_interval"))
-    draw: dict[str, Callable[[], Figure]] = {
-        "taggers": lambda: plots.intervals(
-            "Micro-F1 with 95% intervals",
-            [TAGGERS[name] for name in scores],
-            [score.f1 for score in scores.values()],
-            [score.intervals["f1"] for score in scores.values()],
-        ),
-        "loss": lambda: _history("Training loss", run, "loss"),
-        "learning_rate": lambda: _history("Learning rate", run, "learning_rate"),
-        "thresholds": lambda: plots.by_threshold("Scores at other thresholds", thresholds, threshold),
-        "tags": lambda: plots.intervals("F1 of tags with 95% intervals", names, f1, ends),
-    }
-    if not thresholds:
-        del draw["thresholds"]
-    return {name: _picture(name, figure) for name, figure in draw.items()}
-
-
-def _history(title: str, run: RunFolder, column: str) -> Figure:
     history = run.read_lines("log.jsonl")
-    return plots.curve(title, [entry["step"] for entry in history], [entry[column] for entry in history])
+    f1_of_taggers = tuple((TAGGERS[name], s.f1, tuple(s.intervals["f1"])) for name, s in scores.items())
+    f1_of_tags = tuple((tag["tag"], tag["f1"], tuple(tag["f1_interval"])) for tag in tags)
+    loss, rate = _columns(history, "step", "loss"), _columns(history, "step", "learning_rate")
+    pictures = {
+        "taggers": _picture("taggers", plots.intervals, "Micro-F1 with 95% intervals", f1_of_taggers),
+        "loss": _picture("loss", plots.curve, "Training loss", *loss),
+        "learning_rate": _picture("learning_rate", plots.curve, "Learning rate", *rate),
+        "tags": _picture("tags", plots.intervals, "F1 of tags with 95% intervals", f1_of_tags),
+    }
+    if thresholds:
+        points = tuple(thresholds)
+        pictures["thresholds"] = _picture(
+            "thresholds", plots.by_threshold, "Scores at other thresholds", points, threshold
+        )
+    return pictures
 
 
-def _picture(name: str, draw: Callable[[], Figure], *, on_page: bool = True) -> str | None:
+def _columns(rows: Sequence[Mapping[str, Any]], *names: str) -> list[tuple[Any, ...]]:
+    return [tuple(row[name] for row in rows) for name in names]
+
+
+def _picture(name: str, draw: Callable[..., Figure], *values: Hashable, on_page: bool = True) -> str | None:
     """Return a picture as SVG; None, with a warning, if it cannot be drawn: a run is worth more than its pictures."""
     try:
-        with plots.style():
-            return plots.svg(draw(), name, on_page=on_page)
+        return _drawn(name, draw, *values, on_page=on_page)
     except Exception as error:
         log.warning("report: the picture %s could not be drawn (%s: %s)", name, type(error).__name__, error)
         return None
+
+
+@lru_cache(maxsize=16)
+def _drawn(name: str, draw: Callable[..., Figure], *values: Hashable, on_page: bool) -> str:
+    """Draw a picture; the report is written twice, and its pictures are the same."""
+    with plots.style():
+        return plots.svg(draw(*values), name, on_page=on_page)

@@ -35,9 +35,11 @@ FIGURES: dict[str, Callable[[], Any]] = {
     "thresholds": lambda: plots.by_threshold("Scores at other thresholds", CURVE, 0.07),
     "highest threshold": lambda: plots.by_threshold("Scores at other thresholds", CURVE, 0.99),
     "nothing predicted": lambda: plots.by_threshold("Scores", [ThresholdScores(0.0, 0, 0.0, 0.0, 0.0)], 0.0),
-    "nasty names": lambda: plots.intervals("F1 of tags with 95% intervals", NASTY_NAMES, [0.5] * 6, [[0.0, 1.0]] * 6),
-    "low values": lambda: plots.intervals("F1", ["a"] * 15, [0.0] * 15, [[0.0, 0.0]] * 15),
-    "no names": lambda: plots.intervals("F1 of tags with 95% intervals", [], [], []),
+    "nasty names": lambda: plots.intervals(
+        "F1 of tags with 95% intervals", [(name, 0.5, (0.0, 1.0)) for name in NASTY_NAMES]
+    ),
+    "low values": lambda: plots.intervals("F1", [("a", 0.0, (0.0, 0.0))] * 15),
+    "no names": lambda: plots.intervals("F1 of tags with 95% intervals", []),
 }
 
 
@@ -81,7 +83,7 @@ def test_the_check_finds_clipped_and_overlapping_text() -> None:
 
 def test_names_that_the_font_lacks_have_room_for_wide_characters() -> None:
     with plots.style():
-        figure = plots.intervals("F1", ["生" * 40], [0.5], [[0.4, 0.6]])
+        figure = plots.intervals("F1", [("生" * 40, 0.5, (0.4, 0.6))])
         [label] = figure.axes[0].get_yticklabels()
         size = label.get_fontsize() * figure.dpi / 72
         assert label.get_window_extent().x1 >= len(label.get_text()) * size * 0.95
@@ -95,7 +97,7 @@ def test_every_value_is_within_the_axes() -> None:
             for x, y in (point for line in axes.lines for point in line.get_xydata()):
                 assert left <= x <= right and not (y < bottom or y > top), name
         assert plots.curve("loss", [1, 25, 50], [4.0, 2.0, 0.0]).axes[0].lines[0].get_ydata().tolist() == [4, 2, 0]
-        rows = plots.intervals("F1", ["a", "b"], [0.25, 0.5], [(0.2, 0.3), (0.4, 0.6)]).axes[0].lines
+        rows = plots.intervals("F1", [("a", 0.25, (0.2, 0.3)), ("b", 0.5, (0.4, 0.6))]).axes[0].lines
         assert [list(line.get_xdata()) for line in rows] == [[0.2, 0.3], [0.25], [0.4, 0.6], [0.5]]
 
 

@@ -103,28 +103,26 @@ def by_threshold(title: str, points: Sequence[ThresholdScores], chosen: float) -
     return figure
 
 
-def intervals(title: str, names: Sequence[str], values: Sequence[float], ends: Sequence[Sequence[float]]) -> Figure:
+def intervals(title: str, rows: Sequence[tuple[str, float, Sequence[float]]]) -> Figure:
     """Draw a row for each name: a dot at its value, between 0 and 1, on a line for its interval."""
-    figure, axes = _axes(title, 62 + ROW * max(1, len(names)))
-    rows = range(len(names))
-    for row, value, (low, high) in zip(rows, values, ends, strict=True):
+    figure, axes = _axes(title, 62 + ROW * max(1, len(rows)))
+    for row, (_, value, (low, high)) in enumerate(rows):
         axes.plot([low, high], [row, row], color=FIRST, linewidth=2, alpha=0.45, solid_capstyle="butt")
         axes.plot([value], [row], color=FIRST, marker="o", markersize=5, clip_on=False)
         axes.annotate(f"{value:.2f}", (1, row), (4, 0), ("axes fraction", "data"), "offset points", va="center")
-    axes.set_xlim(0, min(1.0, max((high for _, high in ends), default=0.0) * 1.1 or 1.0))
-    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, min(1.0, max((high for _, _, (_, high) in rows), default=0.0) * 1.1 or 1.0))
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
     _plain_numbers(axes)
     axes.tick_params(axis="y", labelcolor=INK, length=0)
-    labels = [shortened(name) for name in names]
-    # the fonts of DejaVu Sans say nothing about the width of scripts that it does not have: reserve that of a W
-    axes.set_yticks(
-        rows, ["".join("W" if is_wide(character) else character for character in label) for label in labels]
-    )
+    labels = [shortened(name) for name, _, _ in rows]
+    # DejaVu Sans does not know how wide the characters are that it does not have: reserve the width of a W for each
+    measured = ["".join("W" if is_wide(character) else character for character in label) for label in labels]
+    axes.set_yticks(range(len(rows)), measured)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    axes.set_yticks(rows, labels)
+    axes.set_yticks(range(len(rows)), labels)
     return figure
 
 
