@@ -7,12 +7,14 @@ import logging
 from typing import TYPE_CHECKING
 
 import peft
+import torch
 
 from job import quantize
 from job.data import inference_texts
 from job.decoding.config import load_config
 from job.decoding.equivalence import same_answer
 from job.errors import JobError
+from job.lora import add_adapters
 from job.sample import Tagger
 from job.system.device import ComputeSpec
 
@@ -21,6 +23,30 @@ if TYPE_CHECKING:
     from job.settings import Settings
 
 log = logging.getLogger(__name__)
+
+
+def merge_problems(settings: Settings) -> list[str]:
+    """Report why the adapters of these settings could not be merged into the base model, if they could not.
+
+    Raises InvalidInputError when config.json of the base model cannot be read.
+    """
+    model = quantize.meta_model(settings.base)
+    if getattr(model.config, "quantization_config", None):
+        return [
+            f"TAGGER_HUB_MERGE=true needs the base model's original weights, and {settings.base.model} has quantized "
+            "ones; set it to false, or TAGGER_BASE_MODEL to the unquantized original"
+        ]
+    tied = model.get_input_embeddings().weight is getattr(model.get_output_embeddings(), "weight", None)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {name for name, module in model.named_modules() if any(module is end for end in ends)}
+    with torch.device("meta"):
+        targets = names & set(add_adapters(model, settings.lora, seed=0).targeted_module_names)
+    if not tied or not targets:
+        return []
+    return [
+        f"TAGGER_HUB_MERGE=true cannot merge an adapter into {', '.join(sorted(targets))}, because embedding and head "
+        "share their weights; leave it out of TAGGER_LORA_TARGETS, or set TAGGER_HUB_MERGE=false"
+    ]
 
 
 def merge(run: RunFolder, settings: Settings, compute: ComputeSpec) -> None:

@@ -89,7 +89,7 @@ def fine_tune(checked: PreflightResult, compute: ComputeSpec) -> None:
     from job.decoding.config import initial_config
     from job.freeze import freeze
     from job.lora import add_adapters, count_parameters, save_adapter
-    from job.quantize import load_model, load_tokenizer
+    from job.quantize import check_causal, describe_weights, load_model, load_tokenizer
     from job.sample import Tagger
     from job.train import train
 
@@ -103,10 +103,12 @@ def fine_tune(checked: PreflightResult, compute: ComputeSpec) -> None:
         encoded = encode(tokenizer, train_examples, settings)
         log.info("quantize: %s as %s on %s", settings.base.model, settings.base.quantize, compute)
         base = load_model(settings.base, compute)
+        check_causal(base, settings.base)
+        weights = describe_weights(base)
         freeze(base)
         model = add_adapters(base, settings.lora, seed=settings.train.seed)
         log.info("lora: %s", count_parameters(model))
-    run.begin(str(compute))
+    run.begin(str(compute), weights)
 
     with run.chapter("train"):
         trained = train(model, encoded, settings.train, tokenizer=tokenizer, compute=compute, run=run)

@@ -218,6 +218,7 @@ def check_machine(checked: PreflightResult) -> MachineReport:
     settings, examples = checked.settings, checked.examples
     compute = ComputeSpec.resolve(settings.run.device, settings.train.precision)
     tokenizer = quantize.load_tokenizer(settings.base)
+    _check_model(settings)
     train_examples = drop_rare_tags(examples.train, settings.data.min_tag_count)
     # a micro-batch holds at least one example, so the longest one decides whether training fits
     encoded = tokenization.encode(tokenizer, _largest(train_examples, settings.data), settings)
@@ -234,6 +235,21 @@ def check_machine(checked: PreflightResult) -> MachineReport:
         raise InvalidInputError(*problems)
     fallback = gpu_unavailable_reason() if settings.run.device == "auto" and compute.device.type == "cpu" else None
     return MachineReport(str(compute), fallback, len(longest.input_ids), memory)
+
+
+def _check_model(settings: Settings) -> None:
+    """Check the base model's tensors and positions, and that the adapters can be merged into it if they are to be.
+
+    Raises InvalidInputError with every problem found.
+    """
+    from job.merge import merge_problems
+
+    problems = _Problems()
+    problems.collect(quantize.check_weights, settings.base)
+    problems.collect(quantize.check_positions, settings.base, settings.data.max_length)
+    problems.raise_if_any()
+    if settings.hub.merge and (found := merge_problems(settings)):
+        raise InvalidInputError(*found)
 
 
 def _largest(examples: Sequence[Example], settings: Data) -> list[Example]:

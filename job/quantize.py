@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import re
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +18,17 @@ from job.errors import InvalidInputError
 from job.hub import client as hub
 from job.runs.atomic import atomic_directory
 from job.settings import Base
-from job.system import model_files
+from job.system import compatibility, model_files, prequantized, weight_files
+from job.system.compatibility import UnsuitableModelError
 from job.system.paths import WEIGHT_SUFFIXES, hub_snapshot, is_local, local_path
+from job.system.weight_files import TensorHeader
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from job.system.device import ComputeSpec
+    from job.system.prequantized import Quantization
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +37,9 @@ LOAD_ERRORS = (OSError, ValueError, SafetensorError, StrictDataclassError)
 
 TypeError, KeyError and the like are not among them: those are defects, and end the job with a traceback.
 """
+MAX_REASON = 140
+"""Most characters of a library's message within an error of ours."""
+_ABOUT_CODE = re.compile(r"remote_code|custom code|inspect the repository")
 DOWNLOAD_SECONDS = 600.0
 """Seconds during which a failed download is retried; each retry keeps what has been downloaded."""
 
@@ -48,6 +57,8 @@ def check_local(model: str) -> Path:
                     f"{model} is not a GGUF file (TAGGER_BASE_MODEL); expected one, or a model folder"
                 )
         return path
+    if (path / "adapter_config.json").is_file():
+        raise _is_adapter(model, path)
     if not (path / "config.json").is_file():
         raise InvalidInputError(
             f"{model} has no config.json (TAGGER_BASE_MODEL); expected a folder written by save_pretrained"
@@ -59,6 +70,19 @@ def check_local(model: str) -> Path:
             f"{model} has no weights in safetensors ({why}); convert it with save_pretrained, or name another model"
         )
     return path
+
+
+def _is_adapter(model: str, folder: Path) -> InvalidInputError:
+    """Return the error for a folder with an adapter, of which transformers would load base model and adapter."""
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        base = None
+    instead = f"its base model, {base[:100]}" if isinstance(base, str) and base else "its base model"
+    return InvalidInputError(
+        f"{model} has an adapter in it (adapter_config.json), and adapters are trained on a base model without one; "
+        f"set TAGGER_BASE_MODEL to {instead}, or merge the adapter and save the model to another folder"
+    )
 
 
 def load_tokenizer(settings: Base) -> PreTrainedTokenizerBase:
@@ -73,15 +97,14 @@ def load_tokenizer(settings: Base) -> PreTrainedTokenizerBase:
 
     try:
         folder = resolve_weights(settings, download_weights=False)
-        model_files.check_config(folder)
+        config = _load_config(folder, settings)
         model_files.check_tokenizer(folder)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if tokenizer.eos_token_id is None:
+            raise UnsuitableModelError("its tokenizer has no end-of-sequence token; choose a model that has one")
+        compatibility.fit_tokenizer(tokenizer, config.get_text_config().vocab_size)
     except LOAD_ERRORS as error:
         raise _load_error("tokenizer", settings, error) from error
-    if tokenizer.eos_token_id is None:
-        raise InvalidInputError(
-            f"the tokenizer of {settings.model} has no end-of-sequence token; choose a model that has one"
-        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -96,7 +119,7 @@ def meta_model(settings: Base) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        config = _load_config(resolve_weights(settings, download_weights=False))
+        config = _load_config(resolve_weights(settings, download_weights=False), settings)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except LOAD_ERRORS as error:
@@ -104,13 +127,117 @@ def meta_model(settings: Base) -> PreTrainedModel:
     return model
 
 
-def _load_config(folder: Path) -> PreTrainedConfig:
+def _load_config(folder: Path, settings: Base) -> PreTrainedConfig:
+    """Load config.json, and check that it describes a causal language model that is not quantized in another way."""
     from transformers import AutoConfig
 
-    model_files.check_config(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise _is_adapter(settings.model, folder)
+    source = model_files.check_config(folder)
+    compatibility.check_known(source)
     config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if (found := prequantized.find_quantization(folder, source)) is not None:
+        if _is_leftover(found, folder, settings):
+            compatibility.warn_once("config.json: its quantization_config is not used: the weights are not quantized")
+            del config.quantization_config
+        else:
+            _check_quantization(found, settings, folder, source)
+    compatibility.check_causal_config(config, source)
     model_files.check_architecture(config)
+    if (pad := compatibility.replace_pad_id(config)) is not None:
+        compatibility.warn_once(f"config.json: pad_token_id is {pad} and there is no such token; it is not used")
     return config
+
+
+def _is_leftover(found: Quantization, folder: Path, settings: Base) -> bool:
+    """Return whether config.json describes a quantization that the weights do not have.
+
+    Fine-tuning with bitsandbytes leaves such an entry behind when the adapter is merged into the original weights.
+    """
+    if not found.description.startswith("bitsandbytes"):
+        return False
+    headers = _headers(folder, settings)
+    return headers is not None and not weight_files.quantized_tensors(headers, headers)
+
+
+def _check_quantization(
+    found: Quantization, settings: Base, folder: Path, source: dict[str, Any] | None = None
+) -> None:
+    """Raise UnsuitableModelError unless the settings quantize a checkpoint as it is quantized already."""
+    if found.kind == settings.quantize:
+        return
+    original = prequantized.original_model(folder, source or {})
+    instead = f"TAGGER_BASE_MODEL to the unquantized original{f', {original}' if original else ''}"
+    if found.kind:
+        instead = f"TAGGER_BASE_QUANTIZE={found.kind}, or {instead}"
+    raise UnsuitableModelError(
+        f"its weights are quantized already ({found.description}), which TAGGER_BASE_QUANTIZE={settings.quantize} "
+        f"does not load; set {instead}"
+    )
+
+
+def check_weights(settings: Base) -> None:
+    """Check the tensors of the base model's files against its architecture by name, shape and dtype, without data.
+
+    Of a model on the Hub only the headers of the files are downloaded.
+    Raises InvalidInputError when tensors are missing, have another shape, or are quantized in another way.
+    """
+    try:
+        folder = resolve_weights(settings, download_weights=False)
+        config = _load_config(folder, settings)
+        if (headers := _headers(folder, settings)) is not None:
+            _check_headers(headers, config, folder, settings)
+    except LOAD_ERRORS as error:
+        raise _load_error("weights", settings, error) from error
+
+
+def _headers(folder: Path, settings: Base) -> dict[str, TensorHeader] | None:
+    """Return the header of each tensor by name; None for a model on the Hub that is neither cached nor reachable."""
+    model_files.check_weights_index(folder)
+    names = weight_files.file_names(folder)
+    if is_local(settings.model, WEIGHT_SUFFIXES) or all((folder / name).is_file() for name in names):
+        return weight_files.read_headers(folder)
+    if hub.is_offline():
+        return None
+    headers: dict[str, TensorHeader] = {}
+    for name in names:
+        tensors = hub.safetensors_header(settings.model, settings.revision, name)
+        headers |= {key: TensorHeader(dtype, shape) for key, (dtype, shape) in tensors.items()}
+    return headers
+
+
+def _check_headers(headers: dict[str, TensorHeader], config: PreTrainedConfig, folder: Path, settings: Base) -> None:
+    """Check by their headers that the tensors are those that the config describes.
+
+    Raises ValueError when transformers would not load all of them as they are meant.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config, "quantization_config", None):
+        found = prequantized.describe_tensors(weight_files.quantized_tensors(headers, headers))
+        _check_quantization(found, settings, folder)
+        return
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        tensors = {name: torch.empty(header.shape) for name, header in headers.items()}
+    _, loading_info = type(model).from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        device_map={"": "meta"},
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    if names := weight_files.quantized_tensors(headers, loading_info["unexpected_keys"]):
+        found = prequantized.describe_tensors(names)
+        raise UnsuitableModelError(
+            f"its weights are quantized ({found.description}), and its config.json does not say so; "
+            "set TAGGER_BASE_MODEL to the unquantized original"
+        )
+    _check_complete(loading_info)
+    if unused := sorted(loading_info["unexpected_keys"]):
+        log.info("quantize: %d tensors are not part of the model and not used, such as %s", len(unused), unused[0])
 
 
 def load_model(settings: Base, compute: ComputeSpec) -> PreTrainedModel:
@@ -121,15 +248,24 @@ def load_model(settings: Base, compute: ComputeSpec) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    dtype, device = compute.dtype, compute.device
     try:
         folder = resolve_weights(settings)
-        _load_config(folder)
+        config = _load_config(folder, settings)
         model_files.check_weights_index(folder)
+        headers = weight_files.read_headers(folder)
+        _check_headers(headers, config, folder, settings)
+        weight_files.check_finite(folder, *_number_format(settings.quantize, dtype))
+        quantization_config = _quantization_config(settings.quantize, dtype)
+        if getattr(config, "quantization_config", None):  # transformers uses it and not ours
+            quantization_config = None
+            config.quantization_config |= {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=compute.dtype,
-            quantization_config=_quantization_config(settings.quantize, compute.dtype),
-            device_map={"": compute.device},
+            config=config,
+            dtype=dtype,
+            quantization_config=quantization_config,
+            device_map={"": device},
             generation_config=GenerationConfig(),  # the base model's own is not used, so it is not read
             use_safetensors=True,
             trust_remote_code=False,
@@ -138,13 +274,23 @@ def load_model(settings: Base, compute: ComputeSpec) -> PreTrainedModel:
         )
         model: PreTrainedModel = loaded[0]
         _check_complete(loaded[1])
+        _check_quantized(model)
     except LOAD_ERRORS as error:
         raise _load_error("model", settings, error) from error
     # only the settings decide how tags are generated, not the base model's penalties or sampling
     model.generation_config = GenerationConfig()
-    if settings.quantize == "nf4" and compute.device.type == "cpu":
+    if settings.quantize == "nf4" and device.type == "cpu":
         _keep_nf4_gradients(model)
     return model
+
+
+def _number_format(quantize: str, dtype: torch.dtype) -> tuple[torch.dtype, str]:
+    """Return the dtype that weights are converted to, and what to set if it cannot hold one."""
+    import torch
+
+    if quantize == "int8":
+        return torch.float16, "bitsandbytes converts weights to fp16 for int8; set TAGGER_BASE_QUANTIZE=nf4"
+    return dtype, "set TAGGER_TRAIN_PRECISION=bf16"
 
 
 def _check_complete(loading_info: dict[str, Any]) -> None:
@@ -169,6 +315,45 @@ def _quantization_config(quantize: str, dtype: torch.dtype) -> Any:
     return None
 
 
+def describe_weights(model: PreTrainedModel) -> dict[str, Any]:
+    """Return how a loaded model's weights are stored, for the manifest.
+
+    `linear_layers` counts them by kind: int8, nf4, fp4, or the dtype of those that are not quantized.
+    """
+    import torch
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+    from transformers.pytorch_utils import Conv1D
+
+    def kind(module: Any) -> str:
+        if isinstance(module, Linear8bitLt):
+            return "int8"
+        is_4bit = isinstance(module, Linear4bit)
+        return str(module.weight.quant_state.quant_type if is_4bit else module.weight.dtype).removeprefix("torch.")
+
+    linear = (module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D)))
+    quantizer = getattr(model, "hf_quantizer", None)
+    return {
+        "architecture": model.config.model_type,
+        "linear_layers": dict(Counter(map(kind, linear))),
+        "quantized_in_checkpoint": quantizer is not None and bool(quantizer.pre_quantized),
+    }
+
+
+def _check_quantized(model: PreTrainedModel) -> None:
+    """Raise ValueError when a quantized layer does not have the shape of the layer that it replaces.
+
+    transformers does not compare the shapes of quantized tensors with config.json.
+    """
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    for name, module in model.named_modules():
+        if isinstance(module, (Linear4bit, Linear8bitLt)):
+            weight: Any = module.weight
+            found = tuple((getattr(weight, "quant_state", None) or weight).shape)
+            if found != (expected := (module.out_features, module.in_features)):
+                raise ValueError(f"the weight of {name} has the shape {list(found)} instead of {list(expected)}")
+
+
 def _keep_nf4_gradients(model: PreTrainedModel) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU with AVX512-BF16.
 
@@ -180,6 +365,37 @@ def _keep_nf4_gradients(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def check_positions(settings: Base, max_length: int) -> None:
+    """Check that the base model has a position for each token of the longest example.
+
+    Raises InvalidInputError when it does not, or when config.json cannot be read.
+    """
+    model = meta_model(settings)
+    limit = compatibility.max_positions(model)
+    if limit is not None and max_length > limit:
+        raise InvalidInputError(
+            f"TAGGER_DATA_MAX_LENGTH={max_length} is more than the {limit} positions of {settings.model}; set it to "
+            f"{limit} or less"
+        )
+    trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(trained, int) and max_length > trained:
+        compatibility.warn_once(
+            f"TAGGER_DATA_MAX_LENGTH={max_length} is more than the {trained} positions that {settings.model} was "
+            "trained with; its answers to longer texts may be worse"
+        )
+
+
+def check_causal(model: PreTrainedModel, settings: Base) -> None:
+    """Check that a loaded model is causal, by a forward and a backward pass over a few tokens.
+
+    Raises InvalidInputError when the logits at a position depend on later tokens.
+    """
+    try:
+        compatibility.check_causal(model)
+    except UnsuitableModelError as error:
+        raise _load_error("model", settings, error) from error
 
 
 def hub_identity(settings: Base) -> tuple[str, str | None]:
@@ -216,7 +432,14 @@ def resolve_weights(settings: Base, *, download_weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     def download() -> str:
-        patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if download_weights else [])]
+        patterns = [
+            "*.json",
+            "*.model",
+            "*.txt",
+            "*.jinja",
+            "README.md",
+            *(["*.safetensors"] if download_weights else []),
+        ]
         return snapshot_download(
             settings.model,
             revision=settings.revision,
@@ -275,10 +498,39 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def _load_error(what: str, settings: Base, error: Exception) -> InvalidInputError:
-    at = f" at revision {settings.revision}" if settings.revision else ""
-    reason = " ".join(str(error).split()).removesuffix(".")
-    if is_local(settings.model, WEIGHT_SUFFIXES):
-        advice = "Set TAGGER_BASE_MODEL to a model whose files are complete and belong together"
+    at = f" at revision {settings.revision[:12]}" if settings.revision else ""
+    if isinstance(error, UnsuitableModelError):
+        return InvalidInputError(f"{settings.model}{at} cannot be trained: {str(error).removesuffix('.')}")
+    if is_network_error(error):
+        advice = "check the network, HF_ENDPOINT, and that HF_TOKEN may read it"
+    elif isinstance(error, OSError) and error.errno is not None:
+        advice = "check the disk, and the permissions of its files"
+    elif is_local(settings.model, WEIGHT_SUFFIXES):
+        advice = "set TAGGER_BASE_MODEL to a model whose files are complete and belong together"
     else:
-        advice = "Check TAGGER_BASE_MODEL and TAGGER_BASE_REVISION, the network, and that HF_TOKEN may read it"
-    return InvalidInputError(f"the {what} of {settings.model}{at} cannot be read: {reason}. {advice}")
+        advice = "set TAGGER_BASE_MODEL or TAGGER_BASE_REVISION to a model whose files are complete"
+    return InvalidInputError(f"the {what} of {settings.model}{at} cannot be read: {shorten(str(error))}; {advice}")
+
+
+def is_network_error(error: BaseException) -> bool:
+    """Return whether the Hub did not serve a file: the network, the token or the service failed."""
+    import httpx2
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    return isinstance(error, (httpx2.HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled))
+
+
+def shorten(message: str) -> str:
+    """Return the first sentences of a library's message, on one line of at most MAX_REASON characters.
+
+    Advice to run code from the model's repository is left out, because this job never does that.
+    """
+    text = " ".join(message.split())
+    sentences = [part for part in re.split(r"(?<=[.!?]) (?=[A-Z`'])", text) if not _ABOUT_CODE.search(part)]
+    kept = ""
+    for sentence in sentences:
+        if kept and len(kept) + len(sentence) >= MAX_REASON:
+            break
+        kept = f"{kept} {sentence}".lstrip()
+    kept = kept or "it needs code from its repository, which is not run"
+    return kept.rstrip(" .") if len(kept) <= MAX_REASON else f"{kept[: MAX_REASON - 1].rstrip(' .,;:')}…"

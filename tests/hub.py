@@ -113,6 +113,8 @@ class Hub:
         self.datasets: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.bytes_served: dict[str, int] = {}
+        """The bytes of each file that were downloaded, by its path."""
         self.faults: list[Fault] = []
         self.url = ""
 
@@ -363,8 +365,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
         else:
             content = commit.files[path]
-            etag = hashlib.sha256(content).hexdigest()
-            self._answer(200, content, {"X-Repo-Commit": commit.oid, "ETag": f'"{etag}"'})
+            headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+            part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+            if part and self.command == "GET":
+                start, end = int(part[1]), min(int(part[2]) + 1, len(content))
+                headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+                content = content[start:end]
+            if self.command == "GET":
+                self.hub.bytes_served[path] = self.hub.bytes_served.get(path, 0) + len(content)
+            self._answer(206 if part else 200, content, headers)
 
 
 def _entry(path: str, commit: Commit) -> dict[str, Any]:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from conftest import CPU, HF_HOME, write_gguf
-from transformers import PreTrainedModel
+from hub import Hub, Repo
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from job import quantize
 from job.errors import InvalidInputError
 from job.settings import Base
+from job.system.device import ComputeSpec
 
 
 def load(folder: Path, how: str) -> PreTrainedModel:
@@ -75,8 +81,9 @@ def test_code_in_a_model_folder_is_never_run(llama: Path, tmp_path: Path) -> Non
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
-    with pytest.raises(InvalidInputError, match="cannot be read"):
+    with pytest.raises(InvalidInputError, match="not have the architecture 'own', and code .* is never run") as error:
         load(folder, "none")
+    assert "trust_remote_code" not in str(error.value)
     assert not (tmp_path / "was_run").exists()
 
 
@@ -119,14 +126,14 @@ def test_a_truncated_config_is_refused_by_every_loader(copied_llama: Path) -> No
     truncate(copied_llama / "config.json", 100)
     base = Base(model=str(copied_llama))
     for loader in (quantize.load_tokenizer, quantize.meta_model, lambda base: quantize.load_model(base, CPU)):
-        with pytest.raises(InvalidInputError, match="cannot be read: config.json is not JSON .* Set TAGGER_BASE_MODEL"):
+        with pytest.raises(InvalidInputError, match="cannot be read: config.json is not JSON .* set TAGGER_BASE_MODEL"):
             loader(base)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "own"}, "does not recognize this architecture"),
+        ({"model_type": "own"}, "does not have the architecture 'own'"),
         ({"hidden_size": "64"}, "Field 'hidden_size' expected int, got str"),
         ({"hidden_act": "own"}, "hidden_act is 'own', which transformers"),
         ({"rope_parameters": {"rope_type": "own", "rope_theta": 1.0}}, "rope_type is 'own', which transformers"),
@@ -179,6 +186,195 @@ def test_generation_settings_of_the_base_model_are_ignored(llama: Path, tmp_path
     assert load(folder, "none").generation_config.repetition_penalty in (None, 1.0)
 
 
+def make_bitsandbytes(llama: Path, folder: Path, kind: str) -> Path:
+    """Save the tiny Llama as bitsandbytes does, with tokenizer."""
+    shutil.copytree(llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if kind == "int8"
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float16)
+    )
+    LlamaForCausalLM.from_pretrained(llama, quantization_config=config, device_map={"": "cpu"}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_bitsandbytes_checkpoint_of_the_configured_kind_is_used_as_it_is(
+    llama: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = make_bitsandbytes(llama, tmp_path / kind, kind)
+    quantize.check_weights(Base.model_validate({"model": str(folder), "quantize": kind}))
+    model, expected = load(folder, kind), load(llama, kind)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+    if kind == "nf4":
+        layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
+        assert layer.compute_dtype == torch.float32, "the precision of the run, not that of the checkpoint"
+    assert quantize.describe_weights(model) == {
+        "architecture": "llama",
+        "linear_layers": {kind: 14, "float32": 1},
+        "quantized_in_checkpoint": True,
+    }
+    assert quantize.describe_weights(expected)["quantized_in_checkpoint"] is False
+
+
+@pytest.mark.parametrize(
+    ("kind", "configured", "advice"),
+    [
+        ("int8", "none", "TAGGER_BASE_QUANTIZE=int8, or"),
+        ("int8", "nf4", "TAGGER_BASE_QUANTIZE=int8, or"),
+        ("nf4", "int8", "TAGGER_BASE_QUANTIZE=nf4, or"),
+        ("fp4", "nf4", "set TAGGER_BASE_MODEL to the unquantized original"),
+    ],
+)
+def test_a_bitsandbytes_checkpoint_of_another_kind_is_refused(
+    llama: Path, tmp_path: Path, kind: str, configured: str, advice: str
+) -> None:
+    folder = make_bitsandbytes(llama, tmp_path / kind, kind)
+    for loader in (load, lambda folder, how: quantize.check_weights(Base(model=str(folder), quantize=how))):
+        with pytest.raises(InvalidInputError, match=rf"quantized already \(bitsandbytes, {kind}\).*{advice}"):
+            loader(folder, configured)
+
+
+def test_a_quantization_that_only_config_json_has_is_ignored(
+    copied_llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    change_config(copied_llama, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    assert quantize.describe_weights(load(copied_llama, "nf4"))["linear_layers"] == {"nf4": 14, "float32": 1}
+    assert quantize.describe_weights(load(copied_llama, "none"))["linear_layers"] == {"float32": 15}
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def as_fp8(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[UP] = tensors[UP].to(torch.float8_e4m3fn)
+
+
+def as_int8_codes(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[UP] = (tensors[UP] * 1000).to(torch.int8)
+
+
+def as_codes_with_scale(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[UP] = (tensors[UP] * 1000).round()
+    tensors[f"{UP}_scale"] = torch.ones(128, 1)
+
+
+def as_gptq(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[UP]
+    name = UP.removesuffix("weight")
+    tensors |= {f"{name}qweight": torch.zeros(8, 128, dtype=torch.int32), f"{name}scales": torch.ones(1, 128).half()}
+
+
+@pytest.mark.parametrize("how", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("change", [as_fp8, as_int8_codes, as_codes_with_scale, as_gptq])
+def test_quantized_tensors_are_refused_also_if_no_config_describes_them(
+    copied_llama: Path, change: Callable[[dict[str, torch.Tensor]], object], how: str
+) -> None:
+    change_tensors(copied_llama, change)
+    for loader in (load, lambda folder, how: quantize.check_weights(Base(model=str(folder), quantize=how))):
+        with pytest.raises(
+            InvalidInputError, match=r"quantized \(tensors such as model.layers.1.mlp.up_proj.*original"
+        ):
+            loader(copied_llama, how)
+
+
+def test_a_causal_mask_in_the_weights_is_no_quantized_tensor(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    model.save_pretrained(tmp_path)
+    change_tensors(
+        tmp_path, lambda tensors: tensors.update({"transformer.h.0.attn.bias": torch.ones(32, 32, dtype=torch.uint8)})
+    )
+    quantize.check_weights(Base(model=str(tmp_path), quantize="none"))
+
+
+@pytest.mark.parametrize("how", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(copied_llama: Path, how: str, value: float) -> None:
+    change_tensors(copied_llama, lambda tensors: tensors[UP].view(-1)[5:7].fill_(value))
+    with pytest.raises(InvalidInputError, match=f"2 of 8192 values of the tensor {UP} in model.safetensors are NaN or"):
+        load(copied_llama, how)
+
+
+def test_weights_too_large_for_the_precision_are_refused_by_name(copied_llama: Path) -> None:
+    change_tensors(copied_llama, lambda tensors: tensors[UP].view(-1)[5].fill_(1e6))
+    base = Base(model=str(copied_llama), quantize="none")
+    load(copied_llama, "none")
+    with pytest.raises(InvalidInputError, match=f"{UP} .* has values up to 1e\\+06, more than .*PRECISION=bf16"):
+        quantize.load_model(base, ComputeSpec(torch.device("cpu"), "fp16"))
+    with pytest.raises(InvalidInputError, match=f"{UP} .* has values up to 1e\\+06, .*TAGGER_BASE_QUANTIZE=nf4"):
+        load(copied_llama, "int8")
+
+
+def test_quantized_weights_of_another_shape_are_refused(llama: Path, tmp_path: Path) -> None:
+    for kind in ("int8", "nf4"):
+        folder = make_bitsandbytes(llama, tmp_path / kind, kind)
+        change_config(folder, intermediate_size=96)
+        with pytest.raises(InvalidInputError, match=r"_proj has the shape \[\d+, \d+\] instead of \[\d+, \d+\]"):
+            load(folder, kind)
+
+
+def test_a_missing_or_damaged_shard_is_refused_by_name(llama: Path, copied_llama: Path) -> None:
+    (copied_llama / "model.safetensors").unlink()
+    LlamaForCausalLM.from_pretrained(llama).save_pretrained(copied_llama, max_shard_size="150KB")
+    shard = sorted(copied_llama.glob("model-*.safetensors"))[1]
+    base = Base(model=str(copied_llama), quantize="none")
+    quantize.check_weights(base)
+    truncate(shard, -10)
+    with pytest.raises(InvalidInputError, match=rf"{shard.name} is damaged or incomplete: it has \d+ bytes instead of"):
+        quantize.check_weights(base)
+    shard.unlink()
+    with pytest.raises(InvalidInputError, match=f"{shard.name}, which model.safetensors.index.json lists, is missing"):
+        load(copied_llama, "none")
+
+
+def test_a_folder_with_an_adapter_is_refused(llama: Path, copied_llama: Path, tmp_path: Path) -> None:
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(llama), peft.LoraConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(str(copied_llama))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    for folder in (copied_llama, tmp_path / "adapter"):
+        with pytest.raises(InvalidInputError, match=f"adapter in it .* to its base model, {llama}"):
+            quantize.check_local(str(folder))
+
+
+def test_the_checks_of_a_model_on_the_hub_download_headers_only(llama: Path, loopback_hub: Hub) -> None:
+    repo = loopback_hub.models["tiny/llama"] = Repo("tiny/llama")
+    files = {path.name: path.read_bytes() for path in llama.iterdir()}
+    repo.commit("main", "a model", files)
+    quantize.check_weights(Base(model="tiny/llama", quantize="none"))
+    assert loopback_hub.bytes_served["model.safetensors"] < len(files["model.safetensors"]) / 3
+    config = json.dumps(json.loads(files["config.json"]) | {"intermediate_size": 96}).encode()
+    repo.commit("main", "another config", {"config.json": config})
+    with pytest.raises(InvalidInputError, match=r"6 tensors do not have the shape .*TAGGER_BASE_REVISION"):
+        quantize.check_weights(Base(model="tiny/llama", quantize="none"))
+
+
+def test_the_network_is_only_blamed_if_it_failed(llama: Path, loopback_hub: Hub) -> None:
+    repo = loopback_hub.models["tiny/llama"] = Repo("tiny/llama")
+    repo.commit("main", "no weights", {"config.json": b"{"})
+    with pytest.raises(InvalidInputError) as damaged:
+        quantize.load_tokenizer(Base(model="tiny/llama"))
+    assert "network" not in str(damaged.value)
+    with pytest.raises(InvalidInputError, match="check the network"):
+        quantize.load_tokenizer(Base(model="tiny/absent"))
+
+
+def test_what_a_library_says_is_shortened_and_never_advises_to_run_code() -> None:
+    long = f"The checkpoint {'x' * 50} is unknown. Please pass `trust_remote_code=True` to run it. {'It failed. ' * 99}"
+    short = quantize.shorten(long)
+    assert short.startswith("The checkpoint x")
+    assert len(short) <= quantize.MAX_REASON
+    assert "remote_code" not in short
+    assert len(quantize.shorten("y" * 5000)) == quantize.MAX_REASON
+    assert quantize.shorten("Set trust_remote_code=True.") == "it needs code from its repository, which is not run"
+
+
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="absent.gguf does not exist"):
         quantize.check_local(str(tmp_path / "absent.gguf"))
@@ -206,7 +402,7 @@ def test_a_gguf_file_is_converted_once(gguf_model: Path, caplog: pytest.LogCaptu
 def test_a_damaged_gguf_file_is_refused_and_no_folder_is_left(gguf_model: Path) -> None:
     damaged = gguf_model.with_name("damaged.gguf")
     damaged.write_bytes(gguf_model.read_bytes()[:2000])
-    with pytest.raises(InvalidInputError, match=r"damaged.gguf cannot be read: .* Set TAGGER_BASE_MODEL"):
+    with pytest.raises(InvalidInputError, match=r"damaged.gguf cannot be read: .* set TAGGER_BASE_MODEL"):
         quantize.resolve_weights(Base(model=str(damaged)))
     assert not list(Path(HF_HOME, "tagger-job").glob("damaged-*"))
 

@@ -207,6 +207,24 @@ def download_metadata(repo: str, revision: str | None, name: str) -> Path:
     return path
 
 
+def safetensors_header(repo: str, revision: str | None, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of each tensor in a repo's safetensors file, of which only the header is downloaded.
+
+    Raises ValueError, with the name of the file, if it is missing or damaged, or an error of the Hub's client.
+    """
+    from huggingface_hub.errors import RemoteEntryNotFoundError, SafetensorsParsingError
+
+    try:
+        metadata = retry(
+            lambda: api().parse_safetensors_file_metadata(repo, name, revision=revision), CHECK_SECONDS, "hub"
+        )
+    except RemoteEntryNotFoundError:
+        raise ValueError(f"{name} is missing") from None
+    except SafetensorsParsingError:
+        raise ValueError(f"{name} is damaged: its header is not that of a safetensors file") from None
+    return {key: (str(tensor.dtype), tuple(tensor.shape)) for key, tensor in metadata.tensors.items()}
+
+
 @contextmanager
 def publish_errors(what: str, remedy: str) -> Iterator[None]:
     """Turn errors of the Hub's client into PublishError: `what` failed, and `remedy` finishes it."""

@@ -120,13 +120,16 @@ class RunFolder:
         if self.manifest["status"] in ("running", "interrupted"):
             schema.check_checkpoints(self.checkpoints, version)
 
-    def begin(self, device: str) -> None:
-        """Create and lock the folder, once all inputs are checked, and record that the run is running."""
+    def begin(self, device: str, weights: dict[str, Any] | None = None) -> None:
+        """Create and lock the folder, once all inputs are checked, and record that the run is running.
+
+        `weights` says how the base model's weights are stored on the device.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.lock()
         for leftover in (*self.path.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):  # of a process that was killed
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        self.update(status="running", device=device)
+        self.update(status="running", device=device, **({} if weights is None else {"base_weights": weights}))
 
     def lock(self) -> None:
         """Lock the run until this object or its process ends; raises InvalidInputError when another process has it."""

@@ -76,6 +76,11 @@ class _AddedToken(_Fields):
 _Token = str | _AddedToken | None
 
 
+class _ChatTemplate(_Fields):
+    name: str
+    template: str
+
+
 class _TokenizerConfig(_Fields):
     """The entries of tokenizer_config.json that transformers uses unchecked."""
 
@@ -88,6 +93,7 @@ class _TokenizerConfig(_Fields):
     added_tokens_decoder: dict[str, _AddedToken] = {}
     extra_special_tokens: list[_Token] | dict[str, _Token] | None = None
     additional_special_tokens: list[_Token] | dict[str, _Token] | None = None
+    chat_template: str | dict[str, str] | list[_ChatTemplate] | None = None
 
 
 class _SpecialTokens(_Fields):
@@ -121,9 +127,17 @@ class _GGUFTokenizer(_Fields):
     unknown_token_id: int | None = None
 
 
-def check_config(folder: Path) -> None:
-    """Check config.json; raises ValueError or OSError."""
-    _check_object(folder / "config.json", _ModelConfig)
+NO_ATTENTION = ("mamba", "rwkv")
+"""Beginnings of the architectures whose GGUF files rightly have 0 attention heads."""
+
+
+def check_config(folder: Path) -> dict[str, Any]:
+    """Check config.json and return its content; raises ValueError or OSError."""
+    if not (folder / "config.json").is_file():
+        raise ValueError("config.json is missing")
+    content = _read_object(folder / "config.json")
+    _validate("config.json", _ModelConfig, content)
+    return content
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
@@ -182,8 +196,17 @@ def check_gguf(path: Path) -> None:
         fields = GGUFReader(path).fields
         names = {name: f"tokenizer.ggml.{name}" for name in _GGUFTokenizer.model_fields}
         metadata = {name: fields[key].contents() for name, key in names.items() if key in fields}
+        architecture = str(fields["general.architecture"].contents())
+        sizes = {
+            name: fields[f"{architecture}.{name}"].contents()
+            for name in ("attention.head_count", "attention.head_count_kv", "embedding_length")
+            if f"{architecture}.{name}" in fields
+        }
     except (LookupError, OverflowError) as error:  # the reader does not check that the file is long enough
         raise ValueError(f"the file is damaged or incomplete ({error})") from error
+    for name, size in sizes.items():  # some architectures have a list with one entry for each layer
+        if isinstance(size, int) and size < 1 and not architecture.startswith(NO_ATTENTION):
+            raise ValueError(f"{architecture}.{name} is {size}; expected at least 1")
     tokenizer = _validate(path.name, _GGUFTokenizer, metadata)
     for name in ("bos_token_id", "eos_token_id", "unknown_token_id"):
         number = getattr(tokenizer, name)
