@@ -1,3 +1,3 @@
 """Fine-tune a small causal language model into a tagger: text in, list of tags out."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -174,8 +174,9 @@ def _push(options: argparse.Namespace, settings: Settings) -> None:
     from job import pipeline
     from job.system.device import ComputeSpec
 
-    run.lock()
-    show(pipeline.finish(run, settings, repo, ComputeSpec.resolve(settings.run.device, settings.train.precision)))
+    with run.released_afterwards():
+        run.lock()
+        show(pipeline.finish(run, settings, repo, ComputeSpec.resolve(settings.run.device, settings.train.precision)))
 
 
 def _promote(options: argparse.Namespace, settings: Settings) -> None:

@@ -53,6 +53,11 @@ def retrain(settings: Settings, on_saved: Callable[[RunFolder], None] | None = N
 
 def run_checked(checked: PreflightResult, on_saved: Callable[[RunFolder], None] | None = None) -> Summary:
     """Run every chapter after the preflight check, or those that an earlier attempt has not completed."""
+    with checked.run.released_afterwards():
+        return _run_chapters(checked, on_saved)
+
+
+def _run_chapters(checked: PreflightResult, on_saved: Callable[[RunFolder], None] | None) -> Summary:
     settings, run = checked.settings, checked.run
     run.on_saved = on_saved
     log.info("run: %s", run.path)

@@ -497,6 +497,16 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     model.to(torch.float16).save_pretrained(folder)
 
 
+def _cache_of(model: str) -> Path | None:
+    """Return the folder of a Hub id, or of a snapshot folder, in the Hugging Face cache; None if there is none."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if is_local(model, WEIGHT_SUFFIXES):
+        return Path(model).absolute().parents[1] if hub_snapshot(Path(model)) else None
+    folder = Path(HF_HUB_CACHE, f"models--{model.replace('/', '--')}")
+    return folder if folder.is_dir() else None
+
+
 def _load_error(what: str, settings: Base, error: Exception) -> InvalidInputError:
     at = f" at revision {settings.revision[:12]}" if settings.revision else ""
     if isinstance(error, UnsuitableModelError):
@@ -509,6 +519,8 @@ def _load_error(what: str, settings: Base, error: Exception) -> InvalidInputErro
         advice = "set TAGGER_BASE_MODEL to a model whose files are complete and belong together"
     else:
         advice = "set TAGGER_BASE_MODEL or TAGGER_BASE_REVISION to a model whose files are complete"
+    if isinstance(error, (ValueError, SafetensorError)) and (cached := _cache_of(settings.model)):
+        advice = f"if a download was cut off, remove {cached}: it is downloaded again. Or {advice}"
     return InvalidInputError(f"the {what} of {settings.model}{at} cannot be read: {shorten(str(error))}; {advice}")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,3 +66,19 @@ def test_keep_existing_keeps_what_another_process_has_created(tmp_path: Path) ->
         (tmp_path / "weights").mkdir()
         (tmp_path / "weights" / "theirs").touch()
     assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")] == ["weights", "weights/theirs"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664), (0o077, 0o600)])
+def test_files_are_readable_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_directory(tmp_path / "checkpoint") as folder:
+            save_file({"a": torch.zeros(1)}, folder / "tensors")
+            (folder / "deeper").mkdir()
+            os.close(tempfile.mkstemp(dir=folder / "deeper")[0])  # 0600, as of safetensors
+        atomic_write(tmp_path / "a.json", "{}")
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == 3
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {oct(mode)}

@@ -411,3 +411,25 @@ def test_missing_weights_in_a_gguf_file_are_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "incomplete.gguf", drop="blk.0.attn_q.weight")
     with pytest.raises(InvalidInputError, match="lack 1 tensors .* such as model.layers.0.self_attn.q_proj.weight"):
         quantize.resolve_weights(Base(model=str(tmp_path / "incomplete.gguf")))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("model.safetensors", 4), ("model.safetensors", -1), ("tokenizer.json", 100)]
+)
+def test_a_truncated_file_in_the_cache_is_named_with_what_to_remove(
+    llama: Path, tmp_path: Path, name: str, size: int
+) -> None:
+    cached = tmp_path / "hub" / "models--tiny--llama"
+    snapshot = cached / "snapshots" / ("0" * 40)
+    shutil.copytree(llama, snapshot)
+    truncate(snapshot / name, size)
+
+    def load_all(folder: Path) -> None:
+        quantize.load_tokenizer(Base(model=str(folder)))
+        load(folder, "none")
+
+    with pytest.raises(InvalidInputError, match=rf"{name}.* remove {cached}: it is downloaded again"):
+        load_all(snapshot)
+    shutil.copytree(snapshot, tmp_path / "copied")
+    with pytest.raises(InvalidInputError, match=rf"{name}.* set TAGGER_BASE_MODEL to a model whose files are complete"):
+        load_all(tmp_path / "copied")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,83 @@ def test_a_run_has_one_owner_at_a_time(tmp_path: Path) -> None:
     del run
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
     assert done.stdout == ""
+
+
+def test_an_owner_that_has_failed_lets_go_though_its_error_is_kept(tmp_path: Path) -> None:
+    run = start_run(tmp_path)
+
+    def fail(run: RunFolder) -> None:
+        with run.released_afterwards():
+            raise OSError("the Hub is gone")
+
+    with pytest.raises(OSError, match="the Hub is gone") as kept:
+        fail(run)
+    RunFolder.open(settings(tmp_path), EXAMPLES).lock()
+    assert kept.traceback, "its frames still hold the run"
+
+
+@pytest.mark.parametrize("left", ["nothing", "lock", "lease", "an unfinished manifest"])
+def test_a_process_that_ended_before_it_recorded_a_run_blocks_nothing(tmp_path: Path, left: str) -> None:
+    (tmp_path / "one" / "checkpoints").mkdir(parents=True)
+    if left == "an unfinished manifest":
+        (tmp_path / "one" / "manifest.json.0123abcd.tmp").touch()
+    elif left != "nothing":
+        (tmp_path / "one" / left).touch()
+    RunFolder.open(settings(tmp_path), EXAMPLES)
+    (tmp_path / "one" / "checkpoints" / "thesis.txt").touch()
+    with pytest.raises(InvalidInputError, match="holds files but no run"):
+        RunFolder.open(settings(tmp_path), EXAMPLES)
+
+
+@pytest.fixture
+def other_user(tmp_path: Path) -> Iterator[None]:
+    """Become another user, for whom the folders above the test's are open."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    os.seteuid(54321)
+    yield
+    os.seteuid(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: run.chmod(0o755), "the run folder .*one cannot be written: Permission denied; set TAGGER_RUN_DIR"),
+        (lambda run: (run / "checkpoints").chmod(0o755), "one/checkpoints cannot be written: Permission denied"),
+        (lambda run: (run / "manifest.json").chmod(0o600), "manifest.json cannot be read: Permission denied; run the"),
+        (
+            lambda run: (run / "metrics.json").chmod(0o600),
+            "metrics.json cannot be read: Permission denied; run the job",
+        ),
+        (lambda run: None, None),
+    ],
+)
+def test_a_run_of_another_user_is_shared_or_refused_in_a_sentence(
+    tmp_path: Path, other_user: None, change: Callable[[Path], None], message: str | None
+) -> None:
+    os.seteuid(0)
+    run = start_run(tmp_path)
+    run.write("metrics.json", "{}")
+    run.record_checksums("metrics.json")
+    run.release()
+    for folder in (run.path, run.checkpoints):
+        folder.chmod(0o777)
+    change(run.path)
+    os.seteuid(54321)
+
+    def resume() -> None:
+        again = RunFolder.open(settings(tmp_path), EXAMPLES)
+        assert again.is_intact("metrics.json")
+        again.lock()
+        again.record_verdict(passed=True)
+
+    if message is None:
+        resume()
+    else:
+        with pytest.raises(InvalidInputError, match=message):
+            resume()
 
 
 def test_a_run_resumes_with_its_recorded_revisions(tmp_path: Path) -> None:

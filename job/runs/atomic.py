@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -45,7 +45,9 @@ def atomic_directory(path: Path, *, keep_existing: bool = False) -> Iterator[Pat
     try:
         tmp_path.mkdir(parents=True)
         yield tmp_path
+        readable = tmp_path.stat().st_mode & 0o666  # what the umask, or the parent's access list, allows
         for written in (*tmp_path.rglob("*"), tmp_path):
+            _make_readable(written, readable)
             _sync(written)
         if not keep_existing:
             shutil.rmtree(path, ignore_errors=True)
@@ -73,6 +75,14 @@ def _tmp_path(path: Path) -> Path:
 def json_lines(entries: Iterable[object]) -> str:
     """Serialize entries as JSON, one a line."""
     return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+def _make_readable(path: Path, mode: int) -> None:
+    """Add permissions to a file that a library created for its owner alone, as safetensors does."""
+    present = path.stat().st_mode
+    if path.is_file() and present | mode != present:
+        with suppress(PermissionError):  # a volume without permissions of its own
+            path.chmod(present | mode)
 
 
 def _sync(path: Path) -> None:

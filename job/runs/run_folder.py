@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -11,7 +10,6 @@ import re
 import shutil
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -22,7 +20,7 @@ from typing import Any
 from job import __version__
 from job.config.earlier_versions import current_settings, differences, unknown_settings
 from job.errors import InvalidInputError
-from job.runs import schema, shutdown
+from job.runs import ownership, schema, shutdown
 from job.runs.atomic import atomic_directory, atomic_write, json_lines
 from job.runs.checksums import checksum_files, find_mismatch
 from job.settings import Run, Settings
@@ -46,6 +44,7 @@ class RunFolder:
         self.on_saved: Callable[[RunFolder], None] | None = None
         """Called after each checkpoint and each change of the manifest, to commit the volume that holds the run."""
         self._locked = False
+        self._owner: ownership.Owner | None = None
 
     @property
     def adapter(self) -> Path:
@@ -83,12 +82,12 @@ class RunFolder:
         path = settings.run.dir / run_id
         if settings.run.id is None and not (path / "manifest.json").is_file():
             path = _run_of_earlier_version(settings, examples) or path
-        check_writable(path)
+        _check_folder(path)
         if (path / "manifest.json").is_file():
             run = cls(path, read_manifest(path))
             run._check_same_inputs(settings, examples)
             return run
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and not _is_unused(path):
             raise InvalidInputError(
                 f"{path} holds files but no run (no manifest.json); set TAGGER_RUN_ID to another name"
             )
@@ -132,24 +131,32 @@ class RunFolder:
         self.update(status="running", device=device, **({} if weights is None else {"base_weights": weights}))
 
     def lock(self) -> None:
-        """Lock the run until this object or its process ends; raises InvalidInputError when another process has it."""
+        """Lock the run until `release` or the end of the process; raises InvalidInputError when another one has it."""
         if self._locked:
             return
         if self.on_saved is None:  # other machines do not see a volume's locks, and an open file blocks its reload
-            self._take_lock()
+            self._owner = ownership.acquire(self.path)
         self._locked = True
         if self.started:
             self.manifest = read_manifest(self.path)  # the previous owner may have changed it since it was read
 
-    def _take_lock(self) -> None:
-        file = os.open(self.path / "lock", os.O_WRONLY | os.O_CREAT, 0o666)
-        weakref.finalize(self, os.close, file)
+    def release(self) -> None:
+        """Let other processes work on the run."""
+        if self._owner is not None:
+            self._owner.release()
+        self._owner, self._locked = None, False
+
+    @contextmanager
+    def released_afterwards(self) -> Iterator[None]:
+        """Release the run at the end of this context, and not when an error's traceback is garbage-collected."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvalidInputError(
-                f"another process is working on {self.path}; wait for it, or set TAGGER_RUN_ID to another name"
-            ) from None
+            yield
+        finally:
+            self.release()
+
+    def _check_owner(self) -> None:
+        if self._owner is not None:
+            self._owner.check()
 
     def record_checksums(self, *names: str) -> None:
         """Record the checksums of files and folders that are done; while intact, they are not computed again."""
@@ -166,7 +173,11 @@ class RunFolder:
             }
             if not recorded:
                 return False
-            if (mismatch := find_mismatch(self.path, recorded)) is not None:
+            try:
+                mismatch = find_mismatch(self.path, recorded)
+            except PermissionError as error:
+                raise schema.unreadable(Path(error.filename or self.path), error) from error
+            if mismatch is not None:
                 log.warning("run: %s; it is recreated", mismatch)
                 return False
         return True
@@ -189,13 +200,15 @@ class RunFolder:
         self.update(status="complete", finished=_utc_now(), published=entry)
 
     def update(self, **entries: Any) -> None:
-        """Set entries of the manifest and write it."""
+        """Set entries of the manifest and write it; raises JobError if another process has taken the run over."""
+        self._check_owner()
         self.manifest.update(entries)
         self.write("manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
         self.notify_saved()
 
     def notify_saved(self) -> None:
-        """Notify the owner that newer progress is on disk."""
+        """Notify the caller that newer progress is on disk; raises JobError if another process has taken it over."""
+        self._check_owner()
         if self.on_saved is not None:
             self.on_saved(self)
 
@@ -303,13 +316,38 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest | {"settings": current_settings(manifest["settings"])}
 
 
+def _check_folder(path: Path) -> None:
+    """Raise InvalidInputError unless a run can be written to this folder; log if the folder has no locks."""
+    check_writable(path)
+    if (path / "checkpoints").exists():
+        check_writable(path / "checkpoints")
+    if not ownership.has_locks(_existing(path)):
+        log.warning(
+            "run: the file system of %s has no locks (flock); the run is marked by a lease, a file that its process "
+            "renews every %.0f s",
+            *(path, ownership.RENEW_SECONDS),
+        )
+
+
+def _is_unused(path: Path) -> bool:
+    """Return whether a folder has only what a process leaves that ended before it had recorded a run."""
+    known = (ownership.LOCK, ownership.LEASE, "checkpoints")
+    entries = [*path.iterdir(), *(path / "checkpoints").glob("*")]
+    return all(entry.suffix == ".tmp" or (entry.parent == path and entry.name in known) for entry in entries)
+
+
+def _existing(path: Path) -> Path:
+    """Return a path, or the nearest of its parents that exists."""
+    ancestor = path.absolute()
+    while not os.path.lexists(ancestor):
+        ancestor = ancestor.parent
+    return ancestor
+
+
 def check_writable(path: Path, what: str = "the run folder", remedy: str = "TAGGER_RUN_DIR to a folder") -> None:
     """Raise InvalidInputError unless a folder can be created at or in this path; leaves no file behind."""
-    ancestor = path.absolute()
     try:
-        while not os.path.lexists(ancestor):
-            ancestor = ancestor.parent
-        with tempfile.TemporaryDirectory(dir=ancestor):
+        with tempfile.TemporaryDirectory(dir=_existing(path)):
             pass
     except OSError as error:
         raise InvalidInputError(

@@ -12,10 +12,13 @@ from job.errors import InvalidInputError
 
 MANIFEST = 1
 """Schema version of manifest.json. Raise it when a reader of the current version would misread the new form."""
-CHECKPOINT = 1
+CHECKPOINT = 2
 """Schema version of a checkpoint. Raise it when a resume from an earlier checkpoint would not give the result of the
 version that wrote it: when tensors or fields change their meaning, or a step computes something else (the order of the
-examples, the dropout masks). Such checkpoints are then refused before a model is loaded."""
+examples, the dropout masks). Such checkpoints are then refused before a model is loaded.
+
+1: dropout was drawn for each micro-batch. 2: dropout is a function of seed, step, example and position.
+"""
 
 
 def written_by(manifest: Mapping[str, Any]) -> str:
