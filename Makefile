@@ -8,8 +8,8 @@ QUALITY ?=
 KILLS ?= 100
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",/\1/p' pyproject.toml)
 
-.PHONY: help run test coverage lint workflows-check hadolint manifests sbom audit image-check torture bench quality \
-	pictures docs install lock clean
+.PHONY: help run test coverage lint workflows-check hadolint manifests sbom audit image-check torture zoo bench \
+	quality pictures docs install lock clean
 
 run: install  ## run the complete job here, with the recipe RECIPE (offline): bundled base model, no GPU, no Hub
 	@echo "tagger-job: running the recipe $(RECIPE); offline takes 4 to 5 minutes on two CPU cores. Results are in runs/."
@@ -60,6 +60,9 @@ image-check: install  ## build the image with buildah and run it (needs root on 
 
 torture: install  ## kill KILLS (100) processes at random points; each run must end as if it had not been killed
 	PYTHONPATH=. $(BIN)/python tests/torture.py --kills $(KILLS)
+
+zoo: install  ## train a tiny model of each known architecture, and write the table of docs/models.md (10 minutes)
+	PYTHONPATH=. $(BIN)/python tests/zoo.py
 
 # TRL, which the benchmark compares with, is not part of the job's environment but uses its torch and transformers.
 bench: install .bench-packages/installed  ## measure training speed and memory; options in BENCH="--rounds 5"

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from job import quantize
+from job.errors import InvalidInputError
 from job.lora import add_adapters, count_parameters
 from job.settings import Settings
 from job.system.device import ComputeSpec, gpu_unavailable_reason
@@ -54,8 +56,12 @@ def estimate(settings: Settings, compute: ComputeSpec, micro_batch: Sequence[Enc
     With gradient checkpointing, which `auto` falls back to, only the inputs of the layers are kept. An adapter
     parameter takes 24 bytes (itself, its gradient and its exact sum, two moments of Adam), and 4 more if weights are
     averaged.
-    Raises InvalidInputError when the base model's config.json cannot be read.
+    Raises InvalidInputError when the base model's config.json cannot be read, or a setting does not fit the model.
     """
+    if settings.lora.use_dora and settings.base.quantize == "int8" and compute.device.type == "cpu":
+        raise InvalidInputError(  # peft 0.21 loses the scales of the int8 weights there, and the second step fails
+            "TAGGER_LORA_USE_DORA cannot be used with TAGGER_BASE_QUANTIZE=int8 on a CPU; use nf4 or none, or a GPU"
+        )
     linear, other, trainable, config = _count_parameters(settings)
     averaging = settings.train.weight_averaging > 0
     itemsize = compute.dtype.itemsize
@@ -83,9 +89,9 @@ def _count_parameters(settings: Settings) -> tuple[int, int, int, Any]:
     with torch.device("meta"):
         head = model.get_output_embeddings()
         linear = sum(
-            module.weight.numel()
+            module.get_parameter("weight").numel()
             for module in model.modules()
-            if isinstance(module, torch.nn.Linear) and module is not head
+            if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and module is not head
         )
         total = sum(parameter.numel() for parameter in model.parameters())
         trainable = count_parameters(add_adapters(model, settings.lora, seed=0)).trainable

@@ -3,68 +3,51 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import peft
 import transformers
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from transformers.pytorch_utils import Conv1D
 
-from job.errors import InvalidInputError
 from job.quantize import hub_identity
 from job.settings import Base, Lora
+from job.training.targets import choose_targets
 from job.types import ParameterCount
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ALL_LINEAR = "all-linear"
+log = logging.getLogger(__name__)
 
 
 def add_adapters(model: PreTrainedModel, settings: Lora, *, seed: int) -> peft.PeftModel:
     """Add LoRA adapters (Hu et al., 2021) to the target modules.
 
-    The adapters are fp32 and the only trainable parameters. Raises InvalidInputError when the model has no
-    module of a configured name, or peft knows no default targets for its architecture.
+    The adapters are fp32 and the only trainable parameters. Raises InvalidInputError when the model has no layer of a
+    configured name, or peft cannot adapt it with these settings.
     """
+    targets = choose_targets(model, settings)
     config = peft.LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft only computes alpha / r; it declares an integer by convention
         lora_dropout=settings.dropout,
-        target_modules=_target_modules(model, settings),
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=True if settings.init == "true" else settings.init,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's transposed layers
         bias="none",
         task_type=peft.TaskType.CAUSAL_LM,
     )
+    if targets.note and model.device.type != "meta":  # the estimate of memory is on no device
+        log.info("lora: %s", targets.note)
     transformers.set_seed(seed)
-    try:
-        adapted = peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise InvalidInputError(
-            f"TAGGER_LORA_TARGETS={','.join(settings.targets or ())} does not fit the model: {error}"
-        ) from error
+    adapted = peft.get_peft_model(model, config)
     assert isinstance(adapted, peft.PeftModel)
     return adapted
-
-
-def _target_modules(model: PreTrainedModel, settings: Lora) -> list[str] | str:
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
-    if settings.targets == (ALL_LINEAR,):
-        return ALL_LINEAR
-    if settings.targets is not None:
-        missing = [target for target in settings.targets if target.rpartition(".")[2] not in names]
-        if missing:
-            raise InvalidInputError(
-                f"TAGGER_LORA_TARGETS: the model has no module named {', '.join(missing)}; "
-                f"it has {', '.join(sorted(names))}"
-            )
-        return list(settings.targets)
-    architecture = model.config.model_type
-    if architecture not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-        raise InvalidInputError(
-            f"peft knows no default LoRA targets for the architecture {architecture!r}; set TAGGER_LORA_TARGETS "
-            f"to all-linear or to some of {', '.join(sorted(names))}"
-        )
-    return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[architecture])
 
 
 def count_parameters(model: peft.PeftModel) -> ParameterCount:
@@ -89,5 +72,6 @@ def save_adapter(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, fold
     """
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = hub_identity(base)
+    config.init_lora_weights = True  # type: ignore[attr-defined]  # the weights are loaded, whatever they began as
     model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(str(folder))

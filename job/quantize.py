@@ -40,6 +40,15 @@ TypeError, KeyError and the like are not among them: those are defects, and end 
 MAX_REASON = 140
 """Most characters of a library's message within an error of ours."""
 _ABOUT_CODE = re.compile(r"remote_code|custom code|inspect the repository")
+UNQUANTIZED_MODULES = {
+    "mamba": ["lm_head", "dt_proj"],  # it multiplies by this weight itself
+    # bitsandbytes' int8 layers take no inputs of four dimensions on a CPU
+    **{
+        name: ["lm_head", "kv_b_proj"]
+        for name in ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
+    },
+}
+"""For each architecture the linear layers that stay unquantized, where these are not the output head alone."""
 DOWNLOAD_SECONDS = 600.0
 """Seconds during which a failed download is retried; each retry keeps what has been downloaded."""
 
@@ -256,7 +265,7 @@ def load_model(settings: Base, compute: ComputeSpec) -> PreTrainedModel:
         headers = weight_files.read_headers(folder)
         _check_headers(headers, config, folder, settings)
         weight_files.check_finite(folder, *_number_format(settings.quantize, dtype))
-        quantization_config = _quantization_config(settings.quantize, dtype)
+        quantization_config = _quantization_config(settings.quantize, dtype, config.model_type)
         if getattr(config, "quantization_config", None):  # transformers uses it and not ours
             quantization_config = None
             config.quantization_config |= {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
@@ -279,6 +288,9 @@ def load_model(settings: Base, compute: ComputeSpec) -> PreTrainedModel:
         raise _load_error("model", settings, error) from error
     # only the settings decide how tags are generated, not the base model's penalties or sampling
     model.generation_config = GenerationConfig()
+    # in inference RWKV divides weights in place, which a merge would save; it only keeps fp16 from overflowing
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0
     if settings.quantize == "nf4" and device.type == "cpu":
         _keep_nf4_gradients(model)
     return model
@@ -305,13 +317,19 @@ def _check_complete(loading_info: dict[str, Any]) -> None:
         )
 
 
-def _quantization_config(quantize: str, dtype: torch.dtype) -> Any:
+def _quantization_config(quantize: str, dtype: torch.dtype, architecture: str) -> Any:
     from transformers import BitsAndBytesConfig
 
+    skip = UNQUANTIZED_MODULES.get(architecture)
     if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     if quantize == "nf4":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skip,
+        )
     return None
 
 

@@ -194,9 +194,35 @@ class Lora(SettingsGroup):
     targets: NameList | None = Field(
         None,
         min_length=1,
-        description="Comma-separated names of the modules that get adapters, or all-linear; "
-        "empty: the attention projections of the architecture.",
+        description="Comma-separated names of the modules that get adapters, or all-linear; empty: peft's defaults for "
+        "the architecture (its attention projections), or all linear layers where peft has none.",
     )
+    use_rslora: bool = Field(
+        False, description="Scale the adapters' output by alpha / sqrt(r) instead of alpha / r (rank-stabilized LoRA)."
+    )
+    use_dora: bool = Field(
+        False, description="Train the norms of the weights too (weight-decomposed LoRA); slower, not for experts."
+    )
+    init: Literal["true", "gaussian", "orthogonal"] = Field(
+        "true",
+        description="Initial adapters, peft's init_lora_weights: true (B is zero, A uniform), gaussian (A is normal), "
+        "or orthogonal (an even rank, and TAGGER_BASE_QUANTIZE=none).",
+    )
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def _keeps_the_base_model(cls, value: object) -> object:
+        name = str(value).lower()
+        if name.startswith(("pissa", "olora", "corda", "loftq")):
+            raise ValueError(
+                f"{name.split('_')[0]} changes the weights of the base model, so that the adapter would not fit the "
+                "published one; use true, gaussian or orthogonal"
+            )
+        if name.startswith(("eva", "lora_ga")):
+            raise ValueError(
+                f"{name} needs a pass over the data first, which this job does not make; use true or gaussian"
+            )
+        return name if isinstance(value, (str, bool)) else value
 
 
 class Train(SettingsGroup):
@@ -466,6 +492,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 "TAGGER_SAMPLE_DECODING=marginal computes a probability for each tag of a vocabulary, and "
                 "TAGGER_SAMPLE_VOCABULARY is open; set it to seen or to a file of tags"
+            )
+        if self.lora.init == "orthogonal" and (self.base.quantize != "none" or self.lora.r % 2):
+            raise ValueError(
+                "TAGGER_LORA_INIT=orthogonal needs TAGGER_BASE_QUANTIZE=none and an even TAGGER_LORA_R; set both, or "
+                "use true or gaussian"
             )
         if self.run.device == "cpu" and self.train.precision == "fp16":
             raise ValueError(

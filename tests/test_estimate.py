@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import CPU, make_settings
 
+from job.errors import InvalidInputError
 from job.estimate import MemoryEstimate, disk_problems, estimate, memory_problems
 from job.lora import add_adapters
 from job.quantize import load_model
@@ -101,3 +102,13 @@ def test_a_disk_that_is_too_small_is_reported(tmp_path: Path) -> None:
     assert "GiB free; free some space, or set TAGGER_RUN_DIR" in problem
     assert disk_problems(dataclasses.replace(need, disk=1.0), tmp_path) == []
     assert memory_problems(need, CPU) == []
+
+
+def test_dora_is_counted_and_refused_where_peft_cannot_compute_it(llama: Path, tmp_path: Path) -> None:
+    settings = make_settings(llama, tmp_path, lora={"use_dora": True})
+    magnitudes = (64 + 32) * 2  # of the outputs of q_proj and v_proj, in two layers
+    plain = estimate(make_settings(llama, tmp_path), CPU, LONGEST)
+    assert estimate(settings, CPU, LONGEST).adapters - plain.adapters == 24 * magnitudes
+    settings = make_settings(llama, tmp_path, lora={"use_dora": True}, base={"model": str(llama), "quantize": "int8"})
+    with pytest.raises(InvalidInputError, match="USE_DORA cannot be used with TAGGER_BASE_QUANTIZE=int8 on a CPU"):
+        estimate(settings, CPU, LONGEST)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from conftest import CPU
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
+from peft.tuners.lora import LoraLayer
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from job.errors import InvalidInputError
 from job.freeze import freeze
 from job.lora import add_adapters, count_parameters, digest, save_adapter
 from job.quantize import load_model, load_tokenizer
@@ -63,11 +64,6 @@ def test_adapters_are_on_the_target_modules_only(
     assert names == adapted
 
 
-def test_unknown_targets_are_refused_and_the_known_ones_named(llama: Path) -> None:
-    with pytest.raises(InvalidInputError, match=r"no module named query_key_value; it has .*q_proj.*v_proj"):
-        add_adapters(base(llama), Lora(targets=("query_key_value",)), seed=42)
-
-
 def test_the_seed_determines_the_initial_adapters(llama: Path) -> None:
     def initial_weight(seed: int) -> torch.Tensor:
         model = add_adapters(base(llama), Lora(), seed=seed)
@@ -109,11 +105,24 @@ def test_the_digest_depends_on_the_adapters_alone(llama: Path) -> None:
     assert digest(model) != before
 
 
-def test_an_architecture_without_default_targets_needs_the_setting(llama: Path) -> None:
-    model = base(llama)
-    model.config.model_type = "unknown"
-    with pytest.raises(InvalidInputError, match=r"no default LoRA targets for .*'unknown'; set TAGGER_LORA_TARGETS to"):
-        add_adapters(model, Lora(), seed=42)
+def test_settings_of_peft_are_handed_on(llama: Path) -> None:
+    plain = add_adapters(base(llama), Lora(), seed=42)
+    settings = Lora(r=4, use_rslora=True, use_dora=True, init="gaussian")
+    model = add_adapters(base(llama), settings, seed=42)
+    config = model.peft_config["default"]
+    assert (config.use_rslora, config.use_dora, config.init_lora_weights) == (True, True, "gaussian")  # type: ignore[attr-defined]
+    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    assert layer.scaling["default"] == 32 / 4**0.5
+    assert count_parameters(model).trainable > count_parameters(plain).trainable / 4, "magnitudes of DoRA"
+    spread = torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_A" in name]).std()
+    assert 0.2 < spread < 0.3, "normal, with a standard deviation of 1 / r"
+
+
+def test_gpt2_s_transposed_layers_are_adapted_without_a_warning() -> None:
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = add_adapters(GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4)), Lora(), seed=42)
+    assert count_parameters(model).trainable == 16 * 64 + 16 * 192
 
 
 def test_a_reloaded_adapter_gives_the_same_logits(llama: Path, tmp_path: Path) -> None:

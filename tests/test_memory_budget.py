@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import BartConfig, GPT2Config, LlamaConfig, MambaConfig, MptConfig, PreTrainedConfig
 
 from job.settings import Train
 from job.system.device import ComputeSpec
@@ -60,3 +60,16 @@ def test_auto_recomputes_only_if_the_longest_example_does_not_fit(tokens: float,
 def test_recomputation_keeps_fewer_activations() -> None:
     assert activation_bytes(CONFIG, 40, 4, recompute=True) < activation_bytes(CONFIG, 40, 4, recompute=False)
     assert activation_bytes(CONFIG, 40, 2, recompute=False) == 3 * (34 * 64 + 5 * 4 * 40), "Korthikanti et al."
+
+
+@pytest.mark.parametrize(
+    ("config", "layer_bytes"),
+    [
+        (MambaConfig(hidden_size=64, num_hidden_layers=3), 34 * 64),  # no attention heads
+        (BartConfig(d_model=64, decoder_layers=3, encoder_layers=9, decoder_attention_heads=4), 34 * 64 + 5 * 4 * 40),
+        (GPT2Config(n_embd=64, n_layer=3, n_head=4), 34 * 64 + 5 * 4 * 40),
+        (MptConfig(d_model=64, n_layers=3, n_heads=4), 34 * 64 + 5 * 4 * 40),
+    ],
+)
+def test_shapes_are_read_under_each_architecture_s_names(config: PreTrainedConfig, layer_bytes: int) -> None:
+    assert activation_bytes(config, 40, 2, recompute=False) == 3 * layer_bytes

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 from conftest import CPU
+from peft.tuners.lora import LoraLayer
 from tiny_training import make_model
 from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from job.system.device import ComputeSpec
 from job.training import dropout, memory_efficient
@@ -45,6 +48,12 @@ def loss_and_gradients(
     return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_same_gradients(own: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]) -> None:
+    assert own.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(own[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
 @pytest.mark.parametrize("architecture", ["bloom", "llama"])
 @pytest.mark.parametrize(
     ("quantize", "dtype"), [("int8", "fp32"), ("none", "fp32"), ("int8", "bf16"), ("none", "bf16")]
@@ -58,16 +67,52 @@ def test_loss_and_gradients_equal_the_libraries_until_restored(
     with memory_efficient.patched(model):
         found_loss, own = loss_and_gradients(model, own_loss, compute)
     assert found_loss == pytest.approx(loss, rel=1e-6 if dtype == "fp32" else 1e-2)
-    assert own.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        if dtype == "fp32":
-            torch.testing.assert_close(
-                own[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
-            )
-        else:
+    if dtype == "fp32":
+        assert_same_gradients(own, gradients)
+    else:
+        assert own.keys() == gradients.keys()
+        for name, gradient in gradients.items():
             assert functional.cosine_similarity(own[name].flatten(), gradient.flatten(), dim=0) > 0.99, name
     assert loss_and_gradients(model, library_loss, compute)[0] == loss
     assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize(
+    ("quantize", "lora", "own_forwards"),
+    [
+        *((quantize, {"use_rslora": True, "r": 4}, True) for quantize in ("none", "int8", "nf4")),
+        *((quantize, {"init": "gaussian", "targets": ("all-linear",)}, True) for quantize in ("none", "int8", "nf4")),
+        ("none", {"init": "orthogonal"}, True),
+        *((quantize, {"use_dora": True}, False) for quantize in ("none", "nf4")),
+        ("nf4", {"use_dora": True, "use_rslora": True, "targets": ("all-linear",)}, False),
+    ],
+)
+def test_gradients_are_equal_for_every_kind_of_lora(
+    llama: Path, quantize: str, lora: dict[str, object], own_forwards: bool
+) -> None:
+    model = make_model(llama, quantize, std=0.1, **lora).train()
+    loss, gradients = loss_and_gradients(model, library_loss)
+    with memory_efficient.patched(model):
+        replaced = [module for module in model.modules() if isinstance(module, LoraLayer) and "forward" in vars(module)]
+        found_loss, own = loss_and_gradients(model, own_loss)
+    assert bool(replaced) == own_forwards, "DoRA needs the norms of the adapted weights, which only peft computes"
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+    assert_same_gradients(own, gradients)
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "llama"])
+def test_an_adapted_head_or_embedding_has_equal_gradients(
+    request: pytest.FixtureRequest, architecture: str, tmp_path: Path
+) -> None:
+    config = AutoConfig.from_pretrained(request.getfixturevalue(architecture), tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    embedding = {"bloom": "word_embeddings", "llama": "embed_tokens"}[architecture]
+    model = make_model(tmp_path, std=0.1, targets=("lm_head", embedding)).train()
+    loss, gradients = loss_and_gradients(model, library_loss)
+    with memory_efficient.patched(model):
+        found_loss, own = loss_and_gradients(model, own_loss)
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+    assert_same_gradients(own, gradients)
 
 
 def test_lora_with_dropout_has_the_right_gradients() -> None:

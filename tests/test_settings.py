@@ -50,6 +50,26 @@ def test_inconsistent_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
         environment.load()
 
 
+@pytest.mark.parametrize(
+    ("variables", "why"),
+    [
+        ({"INIT": "pissa_niter_4"}, "TAGGER_LORA_INIT.*pissa changes the weights of the base model"),
+        ({"INIT": "olora"}, "TAGGER_LORA_INIT.*olora changes the weights of the base model"),
+        ({"INIT": "eva"}, "TAGGER_LORA_INIT.*eva needs a pass over the data"),
+        ({"INIT": "false"}, "TAGGER_LORA_INIT.*'true', 'gaussian' or 'orthogonal'"),
+        ({"INIT": "orthogonal"}, "TAGGER_LORA_INIT=orthogonal needs TAGGER_BASE_QUANTIZE=none"),
+    ],
+)
+def test_initial_adapters_that_would_not_fit_the_base_model_are_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], why: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(f"TAGGER_LORA_{name}", value)
+    with pytest.raises(InvalidInputError, match=why) as refused:
+        environment.load()
+    assert len(str(refused.value)) <= 300
+
+
 def test_only_settings_that_change_the_result_change_the_digest() -> None:
     base = Settings()
     same = Settings.model_validate(

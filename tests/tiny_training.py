@@ -33,12 +33,18 @@ def make_examples(n: int, *, label_all: bool = False) -> list[EncodedExample]:
 
 
 def make_model(
-    folder: Path, quantize: str = "none", *, dropout: float = 0.0, std: float = 0.02, compute: ComputeSpec = CPU
+    folder: Path,
+    quantize: str = "none",
+    *,
+    dropout: float = 0.0,
+    std: float = 0.02,
+    compute: ComputeSpec = CPU,
+    **lora: object,
 ) -> peft.PeftModel:
     """A base model with adapters; `std` is that of lora_B, which is zero at first and would hide lora_A."""
     model = load_model(Base.model_validate({"model": str(folder), "quantize": quantize}), compute)
     freeze(model)
-    model = add_adapters(model, Lora(dropout=dropout), seed=42)
+    model = add_adapters(model, Lora.model_validate({"dropout": dropout, **lora}), seed=42)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

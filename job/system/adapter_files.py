@@ -25,6 +25,7 @@ MAX_WEIGHT_BYTES = 16 * 2**30
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,256}$")]
 """The name of a module. In peft's patterns the dot stands for any character, which costs nothing."""
+_Parameter = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,64}$")]
 _Rank = Annotated[int, Field(ge=1, le=4096)]
 _Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
@@ -44,7 +45,9 @@ class AdapterConfig(BaseModel):
     r: _Rank = 8
     lora_alpha: _Alpha = 8
     lora_dropout: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
-    target_modules: Annotated[list[_Name], Field(min_length=1, max_length=MAX_MODULES)]
+    target_modules: Annotated[list[_Name], Field(max_length=MAX_MODULES)]
+    target_parameters: Annotated[list[_Parameter], Field(max_length=100)] | None = None
+    """Names of parameters with the weights of all experts of a layer; other parameters belong to a module."""
     rank_pattern: Annotated[dict[_Name, _Rank], Field(max_length=MAX_MODULES)] | None = None
     alpha_pattern: Annotated[dict[_Name, _Alpha], Field(max_length=MAX_MODULES)] | None = None
     bias: Literal["none"] = "none"
@@ -60,6 +63,10 @@ class AdapterConfig(BaseModel):
     def _nothing_else(self) -> AdapterConfig:
         import peft
 
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError("target_modules: expected at least one name")
+        if {"weight", "bias"} & {*(self.target_parameters or ())}:
+            raise ValueError("target_parameters: expected parameters of experts, not those of every module")
         defaults = {
             field.name: None if field.default is dataclasses.MISSING else field.default
             for field in dataclasses.fields(peft.LoraConfig)

@@ -71,6 +71,19 @@ def activation_bytes(config: Any, width: int, itemsize: int, *, recompute: bool)
     numbers, h the hidden size, a the attention heads, s the width. With recomputation: the inputs of all
     layers and the activations of one layer.
     """
-    layer = (34 * config.hidden_size + 5 * config.num_attention_heads * width) * itemsize / 2
-    layers = config.num_hidden_layers
-    return float(layers * config.hidden_size * itemsize + layer if recompute else layers * layer)
+    hidden = _dimension(config, "hidden_size", "d_model", "n_embd")
+    heads = _dimension(config, "decoder_attention_heads", "num_attention_heads")  # a Mamba or RWKV has none
+    layers = _dimension(config, "decoder_layers", "num_hidden_layers", "n_layer")
+    layer = (34 * hidden + 5 * heads * width) * itemsize / 2
+    return float(layers * hidden * itemsize + layer if recompute else layers * layer)
+
+
+def _dimension(config: Any, *names: str) -> int:
+    """Return the first of these numbers that the config has, the largest where it differs by layer; 0 if none."""
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, (list, tuple)) and value:
+            value = max(value)
+        if isinstance(value, int):
+            return value
+    return 0

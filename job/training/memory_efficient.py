@@ -65,9 +65,10 @@ def _registry(buffer: DequantBuffer) -> Registry:
 
 
 def _is_plain_lora(layer: Any) -> bool:
+    """Return whether the layer adds `B A dropout(x)`, scaled, and nothing else; DoRA, for example, rescales rows."""
     plain = layer.active_adapters == ["default"] and not layer.lora_variant and not layer.merged
     known = isinstance(layer.lora_dropout["default"], (KeyedDropout, torch.nn.Identity)) if plain else False
-    return known and isinstance(layer.get_base_layer(), torch.nn.Linear)
+    return known and not any(layer.lora_bias.values()) and isinstance(layer.get_base_layer(), torch.nn.Linear)
 
 
 def _is_on_cpu(layer: Linear8bitLt) -> bool:
