@@ -2,7 +2,7 @@
 # Run the job when called with one of its commands, an option or nothing; run anything else as a program.
 # exec: the job becomes process 1 and receives signals itself. It starts no children, so no init is needed.
 case "${1-}" in
-"" | -* | run | check | prefetch | retrain | evaluate | push | promote | sample | tag | settings)
+"" | -* | run | check | prefetch | retrain | evaluate | push | promote | sample | tag | runs | compare | settings)
     # copy a data set that is part of the image: the library `datasets` writes lock files next to what it reads
     if [ -d /baked/cache/datasets ]; then
         trap 'kill "$copy" 2> /dev/null; exit 75' TERM INT # process 1 ignores a signal that it has no trap for

@@ -27,7 +27,7 @@ def modules() -> list[tuple[str, str]]:
     top = ("__init__", "__main__", "cli", "pipeline", "settings", "types", "errors")
     chapters = (
         *("preflight", "estimate", "data", "quantize", "freeze", "lora", "train", "evaluate", "gate"),
-        *("merge", "push", "promote", "sample", "results", "report", "model_card"),
+        *("merge", "push", "promote", "sample", "results", "report", "compare", "model_card"),
     )
     order = {name: number for number, name in enumerate((*top, *chapters))}
     on_top = sorted(job.glob("*.py"), key=lambda path: (order.get(path.stem, len(order)), path.stem))

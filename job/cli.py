@@ -13,7 +13,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from job import __version__
@@ -212,6 +212,29 @@ def _tag(options: argparse.Namespace, settings: Settings) -> None:
         show(line)
 
 
+def _runs(options: argparse.Namespace, settings: Settings) -> None:
+    from job import compare
+    from job.runs import markup
+
+    runs = compare.list_runs(settings.run)
+    if options.json:
+        print(json.dumps(runs, indent=2))
+        return
+    for line in markup.plain_table(compare.runs_table(runs)):
+        show(line)
+
+
+def _compare(options: argparse.Namespace, settings: Settings) -> None:
+    from job import compare
+
+    comparison = compare.compare(settings.run, *options.runs)
+    if options.json:
+        print(json.dumps(asdict(comparison), indent=2))
+        return
+    for line in compare.describe(comparison, shown=options.examples):
+        show(line)
+
+
 def _settings(options: argparse.Namespace, settings: Settings) -> None:
     from job.config import environment, recipes, reference
     from job.settings import to_env
@@ -231,6 +254,12 @@ def _settings(options: argparse.Namespace, settings: Settings) -> None:
         if (value := os.environ.get(name)) is not None:
             source = "a file" if in_files.get(name) == value else "environment"
             show(f"{name}={'***' if name == 'HF_TOKEN' else redact(value)}   # {source}")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -330,6 +359,30 @@ COMMANDS = {
             "--restart": {"action": "store_true", "help": "delete the parts of an earlier job there, and tag all again"}
         },
         resumes=True,
+    ),
+    "runs": Command(
+        _runs,
+        "list the runs in TAGGER_RUN_DIR with status, scores and where they were published",
+        "List the runs in TAGGER_RUN_DIR, the newest first: status, start, micro-F1 with its 95% interval, that of "
+        "TF-IDF, the verdict of the gate, and where the adapter is.",
+        arguments={"--json": {"action": "store_true", "help": "print the list as JSON"}},
+    ),
+    "compare": Command(
+        _compare,
+        "show what differs between two runs: settings, scores, answers",
+        "Compare two runs, each named by its folder in TAGGER_RUN_DIR or by a path. Prints the settings, data and "
+        "versions that differ, the scores on the held-out examples of both with the 95% interval of the difference "
+        "(paired bootstrap), and the examples whose answers changed.",
+        arguments={
+            "runs": {"nargs": 2, "metavar": "RUN", "help": "the earlier run, then the later one"},
+            "--examples": {
+                "type": _count,
+                "default": 5,
+                "metavar": "N",
+                "help": "how many examples that became better, and how many that became worse, are printed (5)",
+            },
+            "--json": {"action": "store_true", "help": "print everything as JSON"},
+        },
     ),
     "settings": Command(
         _settings,

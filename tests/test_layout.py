@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 JOB = ROOT / "job"
 CHAPTERS = (
-    *("preflight", "estimate", "gate", "promote", "push", "merge", "report", "results", "model_card"),
+    *("preflight", "estimate", "gate", "promote", "push", "merge", "report", "compare", "results", "model_card"),
     *("evaluate", "tag", "sample", "train", "lora", "freeze", "quantize", "data"),
 )
 LAYERS: tuple[tuple[str, ...], ...] = (

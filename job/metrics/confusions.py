@@ -40,6 +40,12 @@ def best_and_worst(predictions: Sequence[Prediction], n: int) -> tuple[list[Pred
     return [predictions[entry[-1]] for entry in best], [predictions[entry[-1]] for entry in worst]
 
 
+def answer_f1(prediction: Prediction) -> float:
+    """Return the F1 of one answer; 0 if it and the text's tags are empty."""
+    gold, predicted = (set(map(normalise_tag, tags)) for tags in (prediction.gold, prediction.predicted))
+    return 2 * len(gold & predicted) / max(1, len(gold) + len(predicted))
+
+
 def _quality(prediction: Prediction) -> tuple[float, int, float, float]:
     """Return F1, number of right tags, mean confidence of these, and the highest confidence of a wrong tag."""
     gold = {normalise_tag(tag) for tag in prediction.gold}
@@ -48,5 +54,4 @@ def _quality(prediction: Prediction) -> tuple[float, int, float, float]:
     confidences = prediction.confidences or (0.0,) * len(predicted)
     right = [confidence for tag, confidence in zip(predicted, confidences, strict=True) if tag in gold]
     wrong = [confidence for tag, confidence in zip(predicted, confidences, strict=True) if tag not in gold]
-    f1 = 2 * hits / max(1, len(gold) + len(set(predicted)))
-    return f1, hits, sum(right) / max(1, len(right)), max(wrong, default=0.0)
+    return answer_f1(prediction), hits, sum(right) / max(1, len(right)), max(wrong, default=0.0)

@@ -32,6 +32,12 @@ def markdown_table(rows: Table) -> list[str]:
     return [header, "|---" * len(rows[0]) + "|", *body]
 
 
+def plain_table(rows: Table) -> list[str]:
+    """Render a table as lines with aligned columns, for a terminal."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def escape_markdown(text: str) -> str:
     """Escape a text for one line of Markdown; underscores within words need no escape."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False))
