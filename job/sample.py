@@ -75,10 +75,7 @@ class Tagger:
         BATCH_TOKENS tokens unless a single text has more.
         """
         token_budget = self._sample.max_new_tokens
-        encoded = [
-            tokenization.encode_prompt(self._tokenizer, text, self._data, reserved_tokens=token_budget)
-            for text in texts
-        ]
+        encoded = tokenization.encode_prompts(self._tokenizer, texts, self._data, reserved_tokens=token_budget)
         by_length = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
         marginal = self.decoding.decoding == "marginal"
         self._model.eval()

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from job.dataset import tokenization
 from job.dataset.prompts import target
-from job.dataset.tokenization import IGNORE_INDEX, AnswerTokenizer, encode, encode_prompt
+from job.dataset.tokenization import IGNORE_INDEX, AnswerTokenizer, encode, encode_prompts
 from job.errors import InvalidInputError
 from job.settings import Data
 from job.system import paths
@@ -46,8 +46,8 @@ def test_the_prompt_is_the_beginning_of_the_training_example(
     settings = make_settings(Path("unused"), tmp_path, data=data, sample={"max_new_tokens": 24})
     texts = [row["quote"] for row in rows[:80]] + ["ends in a space ", "“quoted”", "x->:", "7 numbers 42", "a\nline"]
     examples = [Example(text, ("life", "don't", "science-fiction")[: 1 + i % 3]) for i, text in enumerate(texts)]
-    for example, encoded in zip(examples, encode(tokenizer, examples, settings), strict=True):
-        prompt = encode_prompt(tokenizer, example.text, settings.data, reserved_tokens=24)
+    prompts = encode_prompts(tokenizer, texts, settings.data, reserved_tokens=24)
+    for prompt, encoded in zip(prompts, encode(tokenizer, examples, settings), strict=True):
         answer = [label for label in encoded.labels if label != IGNORE_INDEX]
         if len(answer) <= 24:
             assert encoded.input_ids == prompt + answer
@@ -106,10 +106,10 @@ def test_a_prompt_begins_with_the_tokens_that_the_tokenizer_adds() -> None:
     texts = ["some text about life"] * 9
     for options, expected in (({"bos": True}, ["<s>"]), ({"bos": True, "eos": True}, ["<s>"]), ({"eos": True}, [])):
         tokenizer = tiny_tokenizers.byte_level(texts, **options)
-        prompt = encode_prompt(tokenizer, "some text", Data(), reserved_tokens=8)
+        [prompt] = encode_prompts(tokenizer, ["some text"], Data(), reserved_tokens=8)
         assert tokenizer.convert_ids_to_tokens(prompt)[: len(expected) + 1] == [*expected, "some"]
         one_token = tiny_tokenizers.byte_level(texts, **options, bos_token="</s>")
-        ids = encode_prompt(one_token, "some text", Data(), reserved_tokens=8)
+        [ids] = encode_prompts(one_token, ["some text"], Data(), reserved_tokens=8)
         assert tokenizer.convert_ids_to_tokens(ids)[0] == ("</s>" if expected else "some"), "one token for both ends"
 
 
@@ -177,9 +177,7 @@ def test_tags_that_leave_no_room_for_their_text_are_refused(
 
 
 def test_a_separator_at_the_end_of_a_text_is_not_repeated(llama_tokenizer: PreTrainedTokenizerFast) -> None:
-    plain, separated = (
-        encode_prompt(llama_tokenizer, text, Data(), reserved_tokens=8) for text in ("a song", "a song ->: ")
-    )
+    plain, separated = encode_prompts(llama_tokenizer, ["a song", "a song ->: "], Data(), reserved_tokens=8)
     assert plain == separated
 
 

@@ -37,19 +37,24 @@ NEUTRAL_CONTEXTS = (ANCHOR, "]", "0", ".", "\n", "\ue000")
 """Contexts to try for a text whose first character the tokenizer merges with the character before it."""
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, settings: Data, *, reserved_tokens: int) -> list[int]:
-    """Return the token ids of the prompt for a text.
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], settings: Data, *, reserved_tokens: int
+) -> list[list[int]]:
+    """Return the token ids of the prompt for each text.
 
-    The end of the text is cut off if otherwise fewer than `reserved_tokens` of `max_length` tokens were left for
-    the answer. Raises InvalidInputError when no token of the text would be left.
+    The end of a text is cut off if otherwise fewer than `reserved_tokens` of `max_length` tokens were left for
+    the answer. Raises InvalidInputError when no token of a text would be left.
     """
-    text_ids = tokenizer(strip_separator(text, settings.separator), add_special_tokens=False, verbose=False).input_ids
     prefix_ids, separator_ids = special_tokens(tokenizer, settings.separator)
-    return _prompt_ids(prefix_ids + text_ids, separator_ids, text, settings, reserved_tokens)
+    ids = _tokenize(tokenizer, [strip_separator(text, settings.separator) for text in texts])
+    return [
+        _prompt_ids(prefix_ids + text_ids, separator_ids, text, settings, reserved_tokens)
+        for text, text_ids in zip(texts, ids, strict=True)
+    ]
 
 
 def is_cut(tokenizer: PreTrainedTokenizerBase, text: str, settings: Data, *, reserved_tokens: int) -> bool:
-    """Check whether `encode_prompt` cuts off the end of a text."""
+    """Check whether `encode_prompts` cuts off the end of a text."""
     ids = tokenizer(strip_separator(text, settings.separator), add_special_tokens=False, verbose=False).input_ids
     prefix_ids, separator_ids = special_tokens(tokenizer, settings.separator)
     return len(prefix_ids) + len(ids) + len(separator_ids) + reserved_tokens > settings.max_length
@@ -182,7 +187,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], sett
     separator = settings.data.separator
     prefix_ids, separator_ids = special_tokens(tokenizer, separator)
     answers = AnswerTokenizer(tokenizer, separator)
-    texts = _tokenize(tokenizer, [strip_separator(example.text, separator) for example in examples])
+    texts = _cached_tokenize(tokenizer, [strip_separator(example.text, separator) for example in examples])
     permutations = []
     for tag_lists in _tag_orders(examples, settings):
         encoded = []
@@ -213,14 +218,19 @@ def _tag_orders(examples: Sequence[Example], settings: Settings) -> Iterator[lis
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return the token ids of each text."""
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+    return ids
+
+
+def _cached_tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Return the token ids of each text; for many texts they are cached on disk by `datasets`."""
+    if len(texts) < MIN_TEXTS_TO_CACHE or not tokenizer.is_fast:
+        return _tokenize(tokenizer, texts)
+    import datasets
 
     def tokenize_batch(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return {"input_ids": tokenizer(batch["text"], add_special_tokens=False, verbose=False).input_ids}
-
-    if len(texts) < MIN_TEXTS_TO_CACHE or not tokenizer.is_fast:
-        return tokenize_batch({"text": texts})["input_ids"] if texts else []
-    import datasets
+        return {"input_ids": _tokenize(tokenizer, batch["text"])}
 
     fingerprint = hashlib.sha256(repr((tokenizer.backend_tokenizer.to_str(), texts)).encode()).hexdigest()
     folder = Path(datasets.config.HF_DATASETS_CACHE, "tagger-job")

@@ -301,7 +301,7 @@ class OpenState:
         vocabulary = self._vocabulary
         if self.closed:
             return vocabulary.end
-        allowed = vocabulary.allowed(self._text, self._incomplete).to(logits.device)
+        allowed = vocabulary.allowed(self._text, self._incomplete)[: len(logits)].to(logits.device)
         values = logits[: len(allowed)].float().masked_fill(~allowed, -torch.inf)
         best, written = self._best(values)
         if written is None or written.tag in dict(self.tags):
@@ -310,7 +310,7 @@ class OpenState:
         if written.tag is None:
             self._confidence *= float((values[best] - log_total).exp())
         else:  # the tag ends with its quote: a comma or bracket in the same token is not part of it
-            same = vocabulary.tokens_ending_tag(best, written.rest).to(allowed.device) & allowed
+            same = vocabulary.tokens_ending_tag(best, written.rest)[: len(logits)].to(allowed.device) & allowed
             self.tags.append((written.tag, self._confidence * float((values[same] - log_total).exp().sum())))
             self._confidence = 1.0
         self._ids.append(best)
