@@ -232,7 +232,7 @@ def _check_headers(headers: dict[str, TensorHeader], config: PreTrainedConfig, f
         tensors = {name: torch.empty(header.shape) for name, header in headers.items()}
     _, loading_info = type(model).from_pretrained(
         None,
-        config=config,
+        config=model.config,  # of a model with several parts, that of the text model
         state_dict=tensors,
         device_map={"": "meta"},
         ignore_mismatched_sizes=True,
@@ -547,7 +547,9 @@ def is_network_error(error: BaseException) -> bool:
     import httpx2
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    return isinstance(error, (httpx2.HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled))
+    from job.hub.answers import HubAnswerError
+
+    return isinstance(error, (httpx2.HTTPError, HubAnswerError, LocalEntryNotFoundError, OfflineModeIsEnabled))
 
 
 def shorten(message: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,17 @@ import pytest
 import torch
 from conftest import make_llama_tokenizer
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM as AutoModel
 from transformers import (
     BartConfig,
     BertConfig,
+    BertGenerationConfig,
     BertLMHeadModel,
     BloomConfig,
     CTRLConfig,
     DistilBertConfig,
+    Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -55,6 +59,7 @@ SMALL: dict[str, Any] = {
         (RobertaConfig(), "is roberta .*, which attends to later tokens too"),
         (DistilBertConfig(), "is distilbert .*, an encoder that attends to later tokens too"),
         (XLNetConfig(), "is xlnet .*, which attends to later tokens too"),
+        (BertGenerationConfig(), "is bert-generation .*, which attends to later tokens too"),
         (T5Config(), "is t5 .*, an encoder-decoder"),
         (BartConfig(), "is bart .*, an encoder-decoder"),
         (LlavaConfig(), "is llava .*, which reads more than text"),
@@ -72,6 +77,7 @@ def test_what_is_not_causal_is_refused_by_its_config(config: PreTrainedConfig, m
     "config",
     [
         BertConfig(**SMALL, is_decoder=True),
+        BertGenerationConfig(**SMALL, is_decoder=True),
         BartConfig(is_encoder_decoder=False, is_decoder=True, vocab_size=60, d_model=32, decoder_layers=1),
         BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=2),
         CTRLConfig(vocab_size=60, n_embd=32, dff=64, n_layer=1, n_head=2),
@@ -143,11 +149,22 @@ def test_special_tokens_without_a_row_are_dropped(tokenizer: PreTrainedTokenizer
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path)(text).input_ids == before
 
 
-@pytest.mark.parametrize("name", ["eos_token", "bos_token"])
-def test_a_token_that_is_used_and_has_no_row_is_refused(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+def test_an_end_of_sequence_token_without_a_row_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = len(tokenizer)
-    tokenizer.add_special_tokens({name: "[NEW]"})
-    with pytest.raises(UnsuitableModelError, match=f"{name} .* has the id {rows} and the embedding has {rows} rows"):
+    tokenizer.add_special_tokens({"eos_token": "[NEW]"})
+    with pytest.raises(UnsuitableModelError, match=f"has the id {rows}, and the embedding has {rows} rows"):
+        compatibility.fit_tokenizer(tokenizer, rows)
+
+
+def test_a_token_that_is_added_to_each_text_and_has_no_row_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "[NEW]", "unk_token": "[UNKNOWN]"})
+    unused = copy.deepcopy(tokenizer)
+    compatibility.fit_tokenizer(unused, rows)
+    assert (unused.bos_token, unused.unk_token) == (None, None)
+    assert max(unused("a [NEW] [UNKNOWN] song").input_ids) < rows
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="[NEW] $A", special_tokens=[("[NEW]", rows)])
+    with pytest.raises(UnsuitableModelError, match=f"adds the token id {rows} .* the embedding has {rows} rows"):
         compatibility.fit_tokenizer(tokenizer, rows)
 
 
@@ -175,6 +192,13 @@ def test_words_without_a_row_are_refused(tokenizer: PreTrainedTokenizerFast) -> 
         (RobertaConfig(**SMALL, is_decoder=True, max_position_embeddings=26, pad_token_id=1), 24),
         (LlamaConfig(**SMALL, max_position_embeddings=24), None),
         (BloomConfig(vocab_size=60, hidden_size=32, n_layer=1, n_head=2), None),
+        (
+            Gemma3Config(
+                text_config={**SMALL, "head_dim": 16, "num_key_value_heads": 2},
+                vision_config={**SMALL, "image_size": 32, "patch_size": 16},
+            ),
+            None,
+        ),
     ],
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else "",
 )

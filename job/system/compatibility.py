@@ -15,13 +15,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXPECTED = "expected a causal language model, such as Llama, Qwen or BLOOM"
-NOT_CAUSAL = ("bert-generation", "cpmant", "git", "xlnet")
-"""Architectures that transformers lists as causal, although they attend to later tokens.
-
-In addition to those that are also masked language models, such as BERT.
-"""
+NOT_CAUSAL = ("cpmant", "xlnet")
+"""Architectures that transformers lists as causal language models, although they attend to later tokens."""
 POSITION_SETTINGS = {"codegen": "n_positions", "ctrl": "n_positions", "gptj": "n_positions", "mpt": "max_seq_len"}
 """Architectures that compute a table of positions, with its length in config.json. Learned tables are modules."""
+_NOT_TEXT = re.compile(r"vision|visual|image|audio|speech")
 _POSITION_TABLE = re.compile(r"(?:^|\.)(?!\w*relative)(?:wpe|\w*position\w*|pos_emb\w*)$")
 PROBE_TOKENS = 8
 MAX_LEAK = 1e-4
@@ -60,7 +58,8 @@ def check_causal_config(config: PreTrainedConfig, source: dict[str, Any]) -> Non
         raise UnsuitableModelError(f"{what}, an encoder-decoder; {EXPECTED}")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsuitableModelError(f"{what}, {_kind(config)}; {EXPECTED}")
-    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    # like those of BERT, their classes are causal if the config says so
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "bert-generation"
     causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if (masked and not causal) or config.model_type in NOT_CAUSAL:
         raise UnsuitableModelError(f"{what}, which attends to later tokens too; {EXPECTED}")
@@ -140,17 +139,13 @@ def num_token_rows(model: PreTrainedModel) -> int:
 
 
 def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Replace a pad token without a row in the embedding, and drop special tokens without one that nothing uses.
+    """Replace a pad token without a row in the embedding, and drop other special tokens without one.
 
-    Raises UnsuitableModelError when the tokenizer can write any other token id that the embedding has no row for.
+    Raises UnsuitableModelError when the tokenizer can write a token id that the embedding has no row for.
     """
-    for name in ("eos_token", "bos_token"):
-        number = getattr(tokenizer, f"{name}_id")
-        if number is not None and number >= rows:
-            raise UnsuitableModelError(
-                f"the {name} of its tokenizer has the id {number} and the embedding has {rows} rows; use the tokenizer "
-                "that belongs to the model, or call resize_token_embeddings"
-            )
+    end = tokenizer.eos_token_id
+    if end is not None and end >= rows:
+        raise UnsuitableModelError(f"its end-of-sequence token has the id {end}, and {_no_row(rows)}")
     pad = tokenizer.pad_token
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
         warn_once(
@@ -158,23 +153,34 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
             f"{tokenizer.eos_token!r} is used instead"
         )
         tokenizer.pad_token = tokenizer.eos_token
-    outside = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    words = sorted(set(outside) - special, key=outside.__getitem__)
-    if words or (outside and not tokenizer.is_fast):
-        first = min(words or outside, key=outside.__getitem__)
+    dropped = sorted(special & _outside(tokenizer, rows).keys()) if tokenizer.is_fast else []
+    if dropped:
+        _drop_added_tokens(tokenizer, set(dropped))
+    if outside := _outside(tokenizer, rows):
+        word = min(outside, key=outside.__getitem__)
         raise UnsuitableModelError(
-            f"its tokenizer writes token ids up to {max(outside.values())}, such as {outside[first]} for "
-            f"{first[:40]!r}, and the embedding has {rows} rows; use the tokenizer that belongs to the model, or call "
-            "resize_token_embeddings"
+            f"its tokenizer writes ids up to {max(outside.values())}, such as {outside[word]} for {word[:40]!r}, and "
+            f"{_no_row(rows)}"
         )
-    if outside:
-        _drop_added_tokens(tokenizer, set(outside))
-    if unused := sorted(set(outside) - {pad}, key=outside.__getitem__):
+    if (last := max(tokenizer("a").input_ids, default=0)) >= rows:
+        raise UnsuitableModelError(f"its tokenizer adds the token id {last} to each text, and {_no_row(rows)}")
+    if unused := [token for token in dropped if token != pad]:
         warn_once(
             f"tokenizer: {len(unused)} special tokens are not used, because the embedding has {rows} rows and none "
             f"for them, such as {unused[0][:40]!r}"
         )
+
+
+def _no_row(rows: int) -> str:
+    return (
+        f"the embedding has {rows} rows; use the tokenizer that belongs to the model, or resize the model with "
+        "resize_token_embeddings"
+    )
+
+
+def _outside(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, int]:
+    return {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
 
 
 def _drop_added_tokens(tokenizer: Any, tokens: set[str]) -> None:
@@ -184,6 +190,9 @@ def _drop_added_tokens(tokenizer: Any, tokens: set[str]) -> None:
     serialized = json.loads(tokenizer.backend_tokenizer.to_str())
     serialized["added_tokens"] = [token for token in serialized["added_tokens"] if token["content"] not in tokens]
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(serialized))
+    for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+        if str(getattr(tokenizer, name, None)) in tokens:
+            setattr(tokenizer, name, None)
     tokenizer.extra_special_tokens = [
         str(token) for token in tokenizer.extra_special_tokens if str(token) not in tokens
     ]
@@ -200,7 +209,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
         # the first rows are not positions: OPT skips `offset` rows, RoBERTa those up to that of padding
         module.num_embeddings - getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding) and _POSITION_TABLE.search(name)
+        if isinstance(module, torch.nn.Embedding) and _POSITION_TABLE.search(name) and not _NOT_TEXT.search(name)
     ]
     return min(tables, default=None)
 
