@@ -48,8 +48,7 @@ def save_card(
     """Write the model card over the one that peft made, and the loss curve that it shows."""
     history = _columns(run.read_lines("log.jsonl"), "step", "loss")
     loss = _picture("loss", plots.curve, "Training loss", *history, on_page=False)
-    if loss is not None:
-        run.write("loss.svg", loss)
+    run.write("loss.svg", loss or plots.NO_PICTURE)
     (adapter / "README.md").write_text(
         model_card(settings, scores, run.manifest["versions"], licence), encoding="utf-8"
     )

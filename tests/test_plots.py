@@ -90,7 +90,10 @@ def test_names_that_the_font_lacks_have_room_for_wide_characters() -> None:
 
 
 def test_every_value_is_within_the_axes() -> None:
+    ElementTree.fromstring(plots.NO_PICTURE)
     with plots.style():
+        ticks = plots.curve("loss", [1, 2, 3], [1.0, 1.0, 1.0]).axes[0].get_xticks().tolist()
+        assert ticks == [1, 2, 3], "there are no fractions of steps"
         for name, draw in FIGURES.items():
             axes = draw().axes[0]
             (left, right), (bottom, top) = sorted(axes.get_xlim()), sorted(axes.get_ylim())

@@ -215,7 +215,10 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(
         raise RuntimeError("no ink")
 
     monkeypatch.setattr(plots, "curve", fail)
-    page, _ = save(make_run(tmp_path / "run"))
+    run = make_run(tmp_path / "run")
+    report.save_card(run.adapter, Settings(), results.scores(run), run, licence=None)
+    assert (run.path / "loss.svg").read_text() == plots.NO_PICTURE
+    page, _ = save(run)
     assert "the picture loss could not be drawn (RuntimeError: no ink)" in caplog.text
     assert page.text.count("This picture could not be drawn") == 2
     assert [tag for tag, _ in page.elements].count("svg") == 3

@@ -82,7 +82,7 @@ def curve(title: str, steps: Sequence[int], values: Sequence[float]) -> Figure:
     axes.set_xlabel("optimizer step")
     axes.set_xlim(min(steps), max(max(steps), min(steps) + 1))
     axes.set_ylim(0, max((value for value in values if math.isfinite(value)), default=0.0) * 1.06 or 1.0)
-    _plain_numbers(axes)
+    _plain_numbers(axes, whole_x=True)
     return figure
 
 
@@ -124,6 +124,13 @@ def intervals(title: str, rows: Sequence[tuple[str, float, Sequence[float]]]) ->
     figure.set_layout_engine("none")
     axes.set_yticks(range(len(rows)), labels)
     return figure
+
+
+NO_PICTURE = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 330 40" role="img">'
+    '<text x="8" y="24" font-size="11">This picture could not be drawn.</text></svg>\n'
+)
+"""For a file that a page shows, where drawing has failed."""
 
 
 def svg(figure: Figure, name: str, *, on_page: bool = True) -> str:
@@ -168,12 +175,12 @@ def _axes(title: str, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _plain_numbers(axes: Axes) -> None:
+def _plain_numbers(axes: Axes, *, whole_x: bool = False) -> None:
     """Write each number at the axes in full: a common factor would stand where the title is."""
     from matplotlib.ticker import MaxNLocator
 
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5))
+    for axis, whole in ((axes.xaxis, whole_x), (axes.yaxis, False)):
+        axis.set_major_locator(MaxNLocator(5, integer=whole))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
