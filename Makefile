@@ -43,9 +43,9 @@ workflows-check: install  ## check the files for CI: their schemas, and zizmor f
 	$(SCHEMA) --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(TOOL) zizmor==1.32.0 zizmor --offline --no-progress .github
 
-manifests: install  ## check compose.yaml and deploy/k8s-job.yaml against their schemas
+manifests: install  ## check compose.yaml and deploy/k8s-*.yaml against their schemas
 	$(SCHEMA) --builtin-schema vendor.compose-spec compose.yaml
-	$(TOOL) kubernetes-validate==1.37.0 kubernetes-validate --strict deploy/k8s-job.yaml
+	$(TOOL) kubernetes-validate==1.37.0 kubernetes-validate --strict deploy/k8s-job.yaml deploy/k8s-tag.yaml
 
 sbom: install  ## write sbom.json: the packages of the image with their hashes, in CycloneDX
 	(cat requirements.lock; echo '$(TORCH)') | $(TOOL) cyclonedx-bom==7.5.0 cyclonedx-py requirements - \

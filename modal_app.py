@@ -73,12 +73,20 @@ def _call_id() -> str:
     return call_id
 
 
-@app.function(**on_a_gpu, secrets=[token], max_containers=10)
+@app.function(**on_a_gpu, secrets=[token])
 def tag_texts(texts: list[str], env: dict[str, str]) -> dict[str, Any]:
     """Tag texts in a container, with the caller's variables."""
     from job.cloud import modal_worker
 
-    return modal_worker.tag(env, texts)
+    return modal_worker.tag_texts(env, texts)
+
+
+@app.function(**on_a_gpu, secrets=[token], single_use_containers=True)
+def tag_parts(env: dict[str, str], shard: str) -> dict[str, Any]:
+    """Tag a share of the parts of a job in a container, with the caller's variables."""
+    from job.cloud import modal_worker
+
+    return modal_worker.tag_parts(env, shard, runs=modal_launcher.RUNS, commit=runs.commit, reload=runs.reload)
 
 
 @app.local_entrypoint()
@@ -99,8 +107,8 @@ def main(*arguments: str) -> None:
             case "sample":
                 modal_launcher.show_answers(modal_launcher.collect(texts, [tag_texts.spawn(list(texts), env).get()]))
             case "tag":
-                outcomes = tag_texts.map(modal_launcher.shards(texts), kwargs={"env": env})
-                modal_launcher.save_answers(modal_launcher.collect(texts, outcomes), request.options.output)
+                shares = [f"{index}/{request.options.containers}" for index in range(request.options.containers)]
+                modal_launcher.wait_for_parts([tag_parts.spawn(env, share) for share in shares], request.modal.gpu)
 
 
 retrain = status = fetch = sample = tag = (

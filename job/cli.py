@@ -207,7 +207,7 @@ def _sample(options: argparse.Namespace, settings: Settings) -> None:
 def _tag(options: argparse.Namespace, settings: Settings) -> None:
     from job import pipeline, tag
 
-    settings, adapter = pipeline.find_adapter(settings, "BASE", "DATA_SEPARATOR", "DATA_MAX_LENGTH")
+    settings, adapter = pipeline.find_adapter(settings, *tag.TRAINED_WITH)
     for line in tag.tag(settings, adapter, pipeline.load_adapter, from_the_start=options.restart):
         show(line)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from job.dataset.slices import SlicedData
 from job.decoding.config import load_config
-from job.errors import InvalidInputError
+from job.errors import InvalidInputError, JobError
 from job.hub import client as hub
 from job.runs.checksums import file_digest
 from job.runs.run_folder import check_writable
@@ -29,6 +29,8 @@ from job.tagging.worker import TextTagger
 log = logging.getLogger(__name__)
 
 STREAM = "-"
+TRAINED_WITH = ("BASE", "DATA_SEPARATOR", "DATA_MAX_LENGTH")
+"""Settings of the adapter's training that tagging needs."""
 
 
 def tag(
@@ -37,6 +39,7 @@ def tag(
     load: Callable[[Settings, str | Path], TextTagger],
     *,
     from_the_start: bool = False,
+    sync: worker.Sync = worker.no_sync,
 ) -> list[str]:
     """Tag TAGGER_TAG_INPUT into TAGGER_TAG_OUTPUT with an adapter that `load` loads; return the lines of a summary.
 
@@ -57,16 +60,11 @@ def tag(
             )
         restart(job)
     progress = Progress()
-    while (success := _one_pass(job, shard, lambda: load(settings, adapter), progress, settings)) is None:
-        log.warning("tag: a part was torn; it is done again")
+    success = None
+    while success is None:  # again, if a part was torn
+        parts = worker.work(job, shard.own, lambda: load(settings, adapter), progress, sync)
+        success = worker.finish(parts, settings.tag.max_errors, verify=shard.count == 1)
     return _summary(success, progress, job)
-
-
-def _one_pass(
-    job: Job, shard: shards.Shard, load: Callable[[], TextTagger], progress: Progress, settings: Settings
-) -> dict[str, Any] | None:
-    parts = worker.work(job, shard.own, load, progress)
-    return worker.finish(parts, settings.tag.max_errors, verify=shard.count == 1)
 
 
 def new_job(settings: Settings) -> Job:
@@ -196,7 +194,7 @@ def _commit(repo: str, revision: str | None) -> str:
     import httpx2
 
     try:
-        return hub.download(repo, revision, "adapter_config.json").parent.name
+        return hub.download_metadata(repo, revision, "adapter_config.json").parent.name
     except (OSError, ValueError, httpx2.HTTPError) as error:
         raise InvalidInputError(
             f"there is no adapter to read in {repo}: {hub.error_message(error)}. Check TAGGER_HUB_REPO and HF_TOKEN, "
@@ -216,7 +214,11 @@ def _stream(job: Job, settings: Settings, load: Callable[[], TextTagger]) -> lis
         tagger = load()
         batches = batches_of_data(data, job.part_rows, rows)
     progress = Progress()
-    tally = tag_stream(batches, job, tagger, sys.stdout.buffer)
+    with open(1, "wb", closefd=False) as to:
+        try:
+            tally = tag_stream(batches, job, tagger, to)
+        except BrokenPipeError as error:
+            raise JobError("the reader of standard output has gone; the rest of the input is not tagged") from error
     for line in worker.describe(tally.summary()):
         log.info("tag: %s in %s", line, duration(progress.seconds))
     tally.check(settings.tag.max_errors)

@@ -292,6 +292,9 @@ class Modal:
             await asyncio.sleep(0.5)  # Modal's client loses an exception that arrives together with a response
         return api.VolumeCommitResponse(skip_reload=True)
 
+    async def VolumeReload(self, request: Any) -> Any:
+        return Empty()  # one container runs at a time, with the volume as last committed
+
     def _mount(self, volume: str) -> Path:
         return self.folder / "mounted" / volume
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from tiny_run import REPO, TINY_ON_THE_HUB, fill_hub
 
 from job import pipeline
 from job.cloud import modal_launcher
-from job.types import TaggedText
 
 ROOT = Path(__file__).parents[1]
 APP = str(ROOT / "modal_app.py")
@@ -127,11 +127,13 @@ def test_modal_gets_gpus_times_retries_volumes_and_secrets(world: World) -> None
         "perform": True,
         "scheduled": True,
         "tag_texts": False,
+        "tag_parts": True,
     }
     assert {name: len(each.secret_ids) for name, each in functions.items()} == {
         "perform": 1,
         "scheduled": 2,
         "tag_texts": 1,
+        "tag_parts": 1,
     }
     [secret] = [request for request in world.requested("SecretGetOrCreate") if request.deployment_name]
     assert (secret.deployment_name, list(secret.required_keys)) == ("mine", ["HF_TOKEN"])
@@ -186,17 +188,35 @@ def test_status_lists_the_runs_and_fetch_downloads_one(world: World) -> None:
 
 
 def test_a_file_is_tagged_in_order_though_a_container_dies(world: World) -> None:
-    texts = [f"text number {i}" for i in range(modal_launcher.SHARD + 3)]
-    (world.home / "texts.jsonl").write_text("".join(json.dumps({"quote": text}) + "\n" for text in texts))
-    call = f"fc-{len({each.call for each in world.modal.inputs}) + 1}"
-    world.modal.losses = [Loss(signal.SIGKILL, input=f"in-{call}-0")]
-    words = ["--recipe", "tiny.env", "--input", "texts.jsonl", "--output", "tagged.jsonl"]
-    tagged = world.modal.run("tag", *words)
-    assert tagged.returncode == 0, tagged.stdout + tagged.stderr
-    assert world.modal.containers[-2][1].wait() == -signal.SIGKILL
-    answers = [json.loads(line) for line in (world.home / "tagged.jsonl").read_text().splitlines()]
-    assert [answer["text"] for answer in answers] == texts
-    assert set(answers[0]) == {field.name for field in fields(TaggedText)}
+    texts = [f"text number {i}" for i in range(23)]
+    volume = world.modal.committed("vo-tagger-runs")
+    (volume / "texts.jsonl").write_text("".join(json.dumps({"quote": text, "n": 1}) + "\n" for text in texts))
+    world.modal.losses = [Loss(signal.SIGKILL, folder="tagged.csv/_parts/parts.json")]
+    words = [
+        "--recipe",
+        "tiny.env",
+        "--input",
+        "/runs/texts.jsonl",
+        "--output",
+        "/runs/tagged.csv/",
+        "--containers",
+        "2",
+    ]
+    before = len(world.modal.containers)
+    tagged = world.modal.run("tag", *words, TAGGER_TAG_PART_ROWS="5")
+    assert tagged.returncode == 0, (
+        tagged.stdout + tagged.stderr + "".join(log.read_text() for log in world.home.glob("ta-*.log"))
+    )
+    assert world.modal.losses == [], "a container was killed"
+    assert len(world.modal.containers) > before + 1
+    parts = sorted((world.modal.committed("vo-tagger-runs") / "tagged.csv").glob("part-*.csv"))
+    table = list(csv.DictReader(line for part in parts for line in part.read_text().splitlines()))
+    assert [row["quote"] for row in table] == texts
+    assert list(table[0]) == ["quote", "n", "tags", "confidences", "error"]
+    assert "rows: 23, " in tagged.stdout
+    assert "GPU: " in tagged.stdout
+    sent = b"".join(request.SerializeToString() for name, request in world.modal.requests if "Function" in name)
+    assert b"text number" not in sent, "nothing passes through the caller"
 
 
 def test_an_error_in_the_container_is_reported_not_retried(world: World) -> None:
@@ -224,7 +244,7 @@ def test_a_deployed_app_retrains_with_the_settings_of_deployment(world: World) -
         for request in world.modal.requested("FunctionCreate")
     }
     assert "TAGGER_RUN_DIR" not in world.modal.app_secret
-    assert schedules == {"perform": "", "tag_texts": "", "scheduled": "5 4 * * 0"}
+    assert schedules == {"perform": "", "tag_texts": "", "tag_parts": "", "scheduled": "5 4 * * 0"}
     outcome = world.modal.trigger("scheduled")
     assert outcome["exit_code"] == 0
     assert outcome["message"].startswith(

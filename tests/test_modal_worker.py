@@ -30,7 +30,7 @@ def test_a_warm_container_tags_with_the_current_adapter(monkeypatch: pytest.Monk
     monkeypatch.setattr("job.hub.access.resolve_revision", lambda *_: HubRevision(next(heads), None))
     monkeypatch.setattr("job.pipeline.load_tagger_as_trained", load)
     for _ in range(3):
-        assert modal_worker.tag({"TAGGER_HUB_REPO": REPO}, ["a text"])["exit_code"] == 0
+        assert modal_worker.tag_texts({"TAGGER_HUB_REPO": REPO}, ["a text"])["exit_code"] == 0
     assert loaded == ["first", "second"]
 
 

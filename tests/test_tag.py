@@ -103,31 +103,32 @@ def test_workers_of_an_array_job_write_the_same_bytes(
     ],
 )
 def test_standard_input_is_json_lines_or_texts(
-    tiny: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: bytes, expected: list[str | None]
+    tiny: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], given: bytes, expected: list[str | None]
 ) -> None:
     tiny.setenv("TAGGER_TAG_INPUT", "-")
     tiny.delenv("TAGGER_TAG_OUTPUT")
     tiny.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
     assert main(["tag"]) == 0
-    found = lines(capsys.readouterr().out)
+    found = lines(capfd.readouterr().out)
     assert [row.get("quote") for row in found] == expected
     assert [row["error"] == "no text" for row in found] == [not text for text in expected]
 
 
-def test_a_file_can_be_written_to_standard_output(tiny: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_can_be_written_to_standard_output(tiny: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     tiny.setenv("TAGGER_TAG_OUTPUT", "-")
     assert main(["tag"]) == 0
-    assert [row["quote"] for row in lines(capsys.readouterr().out)] == TEXTS
+    assert [row["quote"] for row in lines(capfd.readouterr().out)] == TEXTS
 
 
 def test_the_adapter_of_a_repo_is_pinned_to_its_commit(
-    tiny: pytest.MonkeyPatch, trained: Path, loopback_hub: Hub, capsys: pytest.CaptureFixture[str]
+    tiny: pytest.MonkeyPatch, trained: Path, llama: Path, loopback_hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repo = loopback_hub.models["ada/tagger"] = Repo("ada/tagger")
     files = {file.name: file.read_bytes() for file in (trained / "tiny" / "adapter").iterdir()}
     files["manifest.json"] = (trained / "tiny" / "manifest.json").read_bytes()
     first = repo.commit("main", "adapter", files)
     tiny.setenv("TAGGER_HUB_REPO", "ada/tagger")
+    tiny.setenv("TAGGER_BASE_MODEL", str(llama))
     tiny.setenv("HF_TOKEN", WRITE_TOKEN)
     assert main(["tag"]) == 0
     success = json.loads(Path(".out.jsonl.parts/_SUCCESS.json").read_text())

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from job.cloud.gpus import price_per_second
 from job.config import environment
-from job.dataset.texts import check_texts, read_texts
+from job.dataset.texts import check_texts
 from job.errors import INTERRUPTED, InvalidInputError, JobError, print_error
 from job.runs import shutdown
-from job.runs.atomic import atomic_directory, atomic_write, json_lines
+from job.runs.atomic import atomic_directory, atomic_write
 from job.runs.run_folder import check_writable, read_manifest
 from job.settings import Modal, Settings
-from job.system.paths import DATA_SUFFIXES, HUB_EQUIVALENTS, PACKAGE_PREFIX, WEIGHT_SUFFIXES, is_local
+from job.system.paths import DATA_SUFFIXES, HUB_EQUIVALENTS, PACKAGE_PREFIX, WEIGHT_SUFFIXES, is_local, is_remote
 from job.system.printable import printable_line
 from job.types import TaggedText
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 RUNS, CACHE = "/runs", "/cache"
 """Where the image expects the two volumes."""
-SHARD = 256
-"""Texts that one container tags at a time."""
 OVERRIDES = {
     "--gpu": "TAGGER_MODAL_GPU",
     "--timeout-hours": "TAGGER_MODAL_TIMEOUT_HOURS",
@@ -41,6 +39,8 @@ OVERRIDES = {
     "--dataset": "TAGGER_DATA_DATASET",
     "--repo": "TAGGER_HUB_REPO",
 }
+TAG_OVERRIDES = {"--input": "TAGGER_TAG_INPUT", "--output": "TAGGER_TAG_OUTPUT"}
+"""Options of the command `tag`."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def parse_request(app: str, words: Sequence[str] | None = None) -> Request:
         name, arguments = _find_command(Path(app), sys.argv if words is None else words)
         command = COMMANDS.get(name, DEPLOY)
         options = _parser(name, command).parse_args(arguments)
-        _apply_overrides(options)
+        _apply_overrides(options, OVERRIDES | (TAG_OVERRIDES if name == "tag" else {}))
         settings = environment.load(options.recipe)
         texts = command.validate(options, settings)
         return Request(name, options, settings.modal, environment.explicit_values(options.recipe), texts)
@@ -98,8 +98,8 @@ def _parser(name: str, command: Command) -> argparse.ArgumentParser:
     return parser
 
 
-def _apply_overrides(options: argparse.Namespace) -> None:
-    for option, variable in OVERRIDES.items():
+def _apply_overrides(options: argparse.Namespace, overrides: Mapping[str, str]) -> None:
+    for option, variable in overrides.items():
         value = getattr(options, option.removeprefix("--").replace("-", "_"))
         if value == "":
             raise InvalidInputError(f"{option} is empty; expected a value for {variable}")
@@ -142,8 +142,28 @@ def _validate_sample(options: argparse.Namespace, settings: Settings) -> tuple[s
 
 
 def _validate_tag(options: argparse.Namespace, settings: Settings) -> tuple[str, ...]:
-    _refuse(_local_vocabulary(settings), _unwritable_output(options.output))
-    return read_texts(options.input, settings.data.text_column)
+    given, output = settings.tag.input, settings.tag.output
+    problems = [
+        f"{variable} is not set; add {option}"
+        for option, variable in TAG_OVERRIDES.items()
+        if os.environ.get(variable) is None and (given if variable.endswith("INPUT") else output) is None
+    ]
+    if options.containers < 1:
+        problems.append(f"--containers {options.containers}: expected a number of at least 1")
+    places = f"an s3://, gs:// or az:// URL, or a path on a volume ({RUNS}/..., {CACHE}/...)"
+    if given is not None and not _on_a_volume(given) and (given == "-" or is_local(given, DATA_SUFFIXES)):
+        problems.append(
+            f"TAGGER_TAG_INPUT={given} is not in Modal's container; expected {places}, or a data set on the Hub. "
+            "`modal volume put` copies a file to a volume"
+        )
+    if output is not None and not _on_a_volume(output) and not is_remote(output):
+        problems.append(f"TAGGER_TAG_OUTPUT={output} would be lost with Modal's container; expected {places}")
+    _refuse(_local_vocabulary(settings), problems)
+    return ()
+
+
+def _on_a_volume(name: str) -> bool:
+    return name.startswith((f"{RUNS}/", f"{CACHE}/"))
 
 
 def _refuse(*problems: Iterable[str]) -> None:
@@ -197,7 +217,7 @@ def local_only_inputs(settings: Settings) -> list[str]:
         if file is not None:
             problems.append(
                 f"TAGGER_SAMPLE_{variable}={file} is a file of this machine, which Modal's container cannot access; "
-                "unset it and use `modal run modal_app.py::tag --input FILE --output FILE`"
+                "unset it and use `modal run modal_app.py::tag`"
             )
     return problems
 
@@ -237,10 +257,16 @@ COMMANDS = {
     ),
     "tag": Command(
         _validate_tag,
-        "Tag a file of texts in several containers.",
+        "Tag data of any size in several containers, like `tagger-job tag`.",
         {
-            "--input": {"type": Path, "required": True, "metavar": "FILE", "help": "JSON lines with the texts"},
-            "--output": {"type": Path, "required": True, "metavar": "FILE", "help": "JSON lines with the answers"},
+            "--input": {"metavar": "VALUE", "help": "overrides TAGGER_TAG_INPUT: a URL, a Hub data set, /runs/..."},
+            "--output": {"metavar": "VALUE", "help": "overrides TAGGER_TAG_OUTPUT: a URL, or a path below /runs"},
+            "--containers": {
+                "type": int,
+                "metavar": "N",
+                "default": 10,
+                "help": "how many share the parts (10)",
+            },
         },
     ),
 }
@@ -371,11 +397,6 @@ def _read(runs: modal.Volume, run_id: str, name: str) -> str:
         ) from None
 
 
-def shards(texts: Sequence[str]) -> list[list[str]]:
-    """Split texts, in order, into lists of at most SHARD for one container each."""
-    return [list(texts[i : i + SHARD]) for i in range(0, len(texts), SHARD)]
-
-
 def collect(texts: Sequence[str], outcomes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the answers of all shards, in order; exit with the outcome of a shard that failed.
 
@@ -401,10 +422,15 @@ def show_answers(answers: Iterable[Mapping[str, Any]]) -> None:
         print(TaggedText(**answer))
 
 
-def save_answers(answers: Sequence[Mapping[str, Any]], output: Path) -> None:
-    """Write the answers to a file of JSON lines, atomically."""
-    atomic_write(output, json_lines(answers))
-    print(f"{len(answers)} texts are tagged, in {output}")
+def wait_for_parts(calls: Sequence[modal.FunctionCall[dict[str, Any]]], gpus: str) -> None:
+    """Wait for containers that share the parts of a job; one that succeeds has found all parts sealed."""
+    with exit_on_job_error("the same command does what is not sealed yet"):
+        print(f"calls {', '.join(call.object_id for call in calls)}", file=sys.stderr)
+        outcomes = [call.get() for call in calls]
+        done = next((outcome for outcome in outcomes if outcome["exit_code"] == 0), outcomes[0])
+        seconds = sum(outcome["gpu_seconds"] for outcome in outcomes)
+        print("\n".join(summary({**done, "gpu_seconds": seconds}, gpus)))
+        exit_with(done)
 
 
 def _exit(error: JobError) -> NoReturn:

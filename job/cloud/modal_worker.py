@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job import model_card, pipeline, results
+from job import model_card, pipeline, results, tag
 from job.config import environment
 from job.errors import DONE, JobError
 from job.hub import access
@@ -23,6 +24,7 @@ from job.types import Summary
 
 if TYPE_CHECKING:
     from job.sample import Tagger
+    from job.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +111,67 @@ def describe(run: Path) -> dict[str, Any]:
     return description
 
 
-def tag(env: Mapping[str, str], texts: Sequence[str]) -> dict[str, Any]:
+def tag_parts(
+    env: Mapping[str, str], shard: str, *, runs: str, commit: Callable[[], None], reload: Callable[[], None]
+) -> dict[str, Any]:
+    """Tag a share of the parts of TAGGER_TAG_INPUT, then help with others, and return the outcome as JSON types.
+
+    Parts and seals are on the volume, which callers know as `runs`, or in object storage. Preemption and the end of
+    the time are raised after the volume is committed; the next attempt of the same call does what is not sealed.
+    """
+    logging_setup.configure()
+    environment.replace_environment({**env, "TAGGER_TAG_SHARD": shard})
+    volume, started = _SharedVolume(commit, reload), time.monotonic()
+    message, code = "", DONE
+    try:
+        settings, adapter = pipeline.find_adapter(_on_volume(environment.load(), runs), *tag.TRAINED_WITH)
+        message = "\n".join(tag.tag(settings, adapter, pipeline.load_adapter, sync=volume.sync))
+    except JobError as error:
+        message, code = str(error), error.exit_code
+    except BaseException:
+        volume.sync(now=True)
+        raise
+    commit()  # must succeed: what is not on the volume is lost
+    from job.system.device import ComputeSpec
+
+    device = str(ComputeSpec.resolve("auto", "auto"))
+    seconds = round(time.monotonic() - started, 1)
+    return {"exit_code": code, "message": message, "gpu_seconds": seconds, "device": device}
+
+
+def _on_volume(settings: Settings, runs: str) -> Settings:
+    """Return the settings with paths on the volume of runs as this container has it mounted."""
+
+    def path(name: str | None) -> str | None:
+        return None if name is None else re.sub(f"^{runs}/", f"{settings.run.dir}/", name)
+
+    moved = {"input": path(settings.tag.input), "output": path(settings.tag.output)}
+    return settings.model_copy(update={"tag": settings.tag.model_copy(update=moved)})
+
+
+class _SharedVolume:
+    """A volume that several containers write to: they see each other's files after a commit and a reload."""
+
+    SECONDS = 20.0
+    """Between two exchanges that could wait."""
+
+    def __init__(self, commit: Callable[[], None], reload: Callable[[], None]) -> None:
+        self._commit, self._reload = commit, reload
+        self._last = time.monotonic()
+
+    def sync(self, *, now: bool) -> None:
+        """Commit and reload; if that fails, log a warning: at worst, a part is done twice."""
+        if not now and time.monotonic() - self._last < self.SECONDS:
+            return
+        self._last = time.monotonic()
+        try:
+            self._commit()
+            self._reload()
+        except Exception as error:
+            log.warning("modal: the volume is not synchronized (%s)", " ".join(str(error).split()))
+
+
+def tag_texts(env: Mapping[str, str], texts: Sequence[str]) -> dict[str, Any]:
     """Return the outcome with the answers for some texts, in order, as JSON types.
 
     The model stays loaded for the next call in this container, until the repo has another adapter.

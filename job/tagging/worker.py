@@ -173,7 +173,24 @@ class Tally:
         }
 
 
-def work(job: Job, own: Callable[[int], Iterable[int]], load: Callable[[], TextTagger], progress: Progress) -> Parts:
+class Sync(Protocol):
+    """Exchanges files with other workers, where a disk does not do so by itself."""
+
+    def __call__(self, *, now: bool) -> object:
+        """Send the own files and receive those of others; at once, or when it is worth it."""
+
+
+def no_sync(*, now: bool) -> None:
+    """Do nothing: the folder shows what other workers write."""
+
+
+def work(
+    job: Job,
+    own: Callable[[int], Iterable[int]],
+    load: Callable[[], TextTagger],
+    progress: Progress,
+    sync: Sync = no_sync,
+) -> Parts:
     """Tag this worker's parts that are not sealed, then help with those of others, until all are sealed.
 
     `own` returns the worker's parts of a number of parts. The model is only loaded if there is something to do.
@@ -187,7 +204,7 @@ def work(job: Job, own: Callable[[int], Iterable[int]], load: Callable[[], TextT
     parts.check_joined()
     mine = set(own(len(parts)))
     tagger: TextTagger | None = None
-    while todo := parts.unsealed():
+    while todo := _unsealed(parts, sync):
         chosen = [part for part in todo if part in mine]
         if tagger is None:
             _start(progress, parts, chosen or todo)
@@ -198,11 +215,17 @@ def work(job: Job, own: Callable[[int], Iterable[int]], load: Callable[[], TextT
         for part in chosen:
             if not parts.is_sealed(part):
                 tag_part(parts, data, part, tagger, progress)
+                sync(now=False)
         mine = set()
     progress.close()
     if (problem := data.difference(parts.plan.fingerprint)) is not None:
         raise InvalidInputError(f"{problem}: TAGGER_TAG_INPUT was changed while it was read. Run again with --restart")
     return parts
+
+
+def _unsealed(parts: Parts, sync: Sync) -> list[int]:
+    sync(now=True)
+    return parts.unsealed()
 
 
 def _start(progress: Progress, parts: Parts, chosen: Sequence[int]) -> None:
