@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from job.errors import InvalidInputError, PublishError
+from job.hub import access
 from job.hub import client as hub
 from job.push import commits_after
 from job.runs import shutdown
@@ -28,14 +29,15 @@ def promote(repo: str, revision: str, settings: Hub, *, parent_commit: str | Non
     without receiving the response is found by its description.
 
     Raises InvalidInputError if the revision does not exist or holds no adapter, and PublishError if somebody else has
-    published in between. Other errors are those of the Hub's client.
+    published in between, or if the repo is public although TAGGER_HUB_PRIVATE is set. Other errors are those of the
+    Hub's client.
     """
     client = hub.api()
     source = _resolve_adapter_commit(client, repo, revision)
     seconds = 60 * settings.retry_minutes
     parent_commit = parent_commit or hub.branch_head(repo, settings.revision)
     commit = hub.retry(
-        lambda: _promote_once(client, repo, source, branch=settings.revision, parent_commit=parent_commit),
+        lambda: _promote_once(client, repo, source, settings, parent_commit=parent_commit),
         seconds,
         "promote",
     )
@@ -43,8 +45,9 @@ def promote(repo: str, revision: str, settings: Hub, *, parent_commit: str | Non
     return Published(repo, commit, hub.commit_url(repo, commit), tag)
 
 
-def _promote_once(client: HfApi, repo: str, source: str, *, branch: str | None, parent_commit: str) -> str:
-    """Return the commit of `branch` that holds the files of `source`, made now unless it exists already."""
+def _promote_once(client: HfApi, repo: str, source: str, settings: Hub, *, parent_commit: str) -> str:
+    """Return the commit of the published branch that holds the files of `source`, made now unless it exists already."""
+    branch = settings.revision
     commits = hub.list_commits(repo, branch)
     commit_marker = _commit_marker(source)
     newer = commits_after(commits, parent_commit)
@@ -63,6 +66,7 @@ def _promote_once(client: HfApi, repo: str, source: str, *, branch: str | None, 
     if not operations:
         return parent_commit
     source_message = hub.list_commits(repo, source)[0].message
+    access.require_private(repo, settings)
     shutdown.check()  # an interrupted run publishes nothing
     return client.create_commit(
         repo,

@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.errors import InvalidInputError
+from job.config.validators import MAX_REPO_NAME, allowed_name, repo_id
+from job.errors import InvalidInputError, PublishError
 from job.hub import access
 from job.hub import client as hub
 from job.runs import shutdown
-from job.runs.checksums import file_digest
-from job.runs.run_folder import RunFolder
+from job.runs.run_folder import MODEL_CARD, RunFolder
+from job.runs.sealed_files import NotSealedError, open_sealed, read_regular
 from job.settings import Hub, Settings
+from job.system.paths import WEIGHT_SUFFIXES
 from job.types import Published, TokenInfo, Verdict
 
 if TYPE_CHECKING:
@@ -24,8 +27,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EXTRA_FILES = ("metrics.json", "manifest.json", "loss.svg")
-"""Files of the run that are published in addition to its adapter."""
+EXTRA_FILES = ("metrics.json", "loss.svg")
+"""Files of the run that are published in addition to its adapter and its manifest."""
+WEIGHTS = "adapter/adapter_model.safetensors"
+MAX_CARD_BYTES = 2**20
+"""The model card has no checksum, because it may be edited before it is pushed."""
 
 
 def prepare_repo(settings: Settings) -> str | None:
@@ -59,7 +65,15 @@ def prepare_repo(settings: Settings) -> str | None:
 
 def repo_name(settings: Settings, owner: TokenInfo) -> str:
     """Return TAGGER_HUB_REPO, or else a name made from the token's user and the base model."""
-    return settings.hub.repo or f"{owner.user}/{Path(settings.base.model).stem}-tagger"
+    if settings.hub.repo is not None:
+        return settings.hub.repo
+    base = Path(settings.base.model)
+    name = base.stem if base.suffix.lower() in WEIGHT_SUFFIXES else base.name
+    repo = f"{owner.user}/{allowed_name(name, MAX_REPO_NAME - len('-tagger'))}-tagger"
+    try:
+        return repo_id(repo)
+    except ValueError:
+        raise InvalidInputError(f"{repo} is not a possible name of a repo; set TAGGER_HUB_REPO to owner/name") from None
 
 
 def push(run: RunFolder, repo: str, settings: Hub, verdict: Verdict | None = None) -> Published:
@@ -71,7 +85,11 @@ def push(run: RunFolder, repo: str, settings: Hub, verdict: Verdict | None = Non
     the same run twice makes one commit. Each attempt names the head it saw as parent, so it fails and is retried if
     another commit came in between.
 
-    Raises PublishError if the Hub refuses, or cannot be reached for TAGGER_HUB_RETRY_MINUTES.
+    What is committed are the files with recorded checksums, as they were when these were recorded, and the model card.
+    Whether the repo is still private is asked before each upload and again right before each commit.
+
+    Raises PublishError if the Hub refuses, or cannot be reached for TAGGER_HUB_RETRY_MINUTES, if the repo is public
+    although TAGGER_HUB_PRIVATE is set, or if a file has changed.
     """
     client = hub.api()
     base_commit = None if verdict is None else verdict.parent_commit
@@ -83,15 +101,20 @@ def push(run: RunFolder, repo: str, settings: Hub, verdict: Verdict | None = Non
         newer = commits_after(commits, base_commit)
         commit = next((commit.commit_id for commit in newer if commit_marker in commit.message), None)
         if commit is None:
-            shutdown.check()  # an interrupted run publishes nothing
-            commit = client.create_commit(
-                repo,
-                operations=_commit_operations(run, merged=settings.merge),
-                commit_message=settings.commit_message,
-                commit_description=commit_marker,
-                revision=branch,
-                parent_commit=commits[0].commit_id,
-            ).oid
+            with ExitStack() as opened:
+                operations = _commit_operations(run, opened, merged=settings.merge)
+                access.require_private(repo, settings)
+                client.preupload_lfs_files(repo, operations, revision=branch)
+                access.require_private(repo, settings)
+                shutdown.check()  # an interrupted run publishes nothing
+                commit = client.create_commit(
+                    repo,
+                    operations=operations,
+                    commit_message=settings.commit_message,
+                    commit_description=commit_marker,
+                    revision=branch,
+                    parent_commit=commits[0].commit_id,
+                ).oid
         return Published(repo, commit, hub.commit_url(repo, commit))
 
     with publish_errors_for(run):
@@ -120,17 +143,61 @@ def publish_errors_for(
 
 def _commit_marker(run: RunFolder, verdict: Verdict | None) -> str:
     """Return the line that identifies the run's commit among others."""
-    weights = file_digest(run.adapter / "adapter_model.safetensors")[:16]
+    recorded = _checksums(run).get(WEIGHTS)
+    if recorded is None:
+        raise _not_sealed(run, f"{WEIGHTS} has no recorded checksum")
     gate = "" if verdict is None or verdict.parent_commit is None else f", gate: {verdict.verdict}"
-    return f"Run {run.path.name}, weights {weights}{gate}"
+    return f"Run {run.path.name}, weights {str(recorded['sha256'])[:16]}{gate}"
 
 
-def _commit_operations(run: RunFolder, *, merged: bool) -> list[CommitOperationAdd]:
-    """List the files to commit: never a checkpoint, and no file of the run that is not named here."""
+def _commit_operations(run: RunFolder, opened: ExitStack, *, merged: bool) -> list[CommitOperationAdd]:
+    """List the files to commit, with their verified contents: those with checksums, the card and the manifest.
+
+    Nothing else is published that lies in the folders: no editor's backup, no link, no checkpoint.
+    """
     from huggingface_hub import CommitOperationAdd
 
-    files = {file.name: file for file in sorted(run.adapter.iterdir())}
-    if merged:
-        files |= {f"merged/{file.name}": file for file in sorted((run.path / "merged").iterdir())}
-    files |= {name: run.path / name for name in EXTRA_FILES if (run.path / name).is_file()}
-    return [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
+    contents: dict[str, bytes | BufferedReader] = {"manifest.json": run.manifest_text().encode()}
+    try:
+        for name, recorded in _checksums(run).items():
+            if (target := _target(name, merged=merged)) is not None:
+                contents[target] = content = open_sealed(run.path, name, recorded)
+                if not isinstance(content, bytes):
+                    opened.enter_context(content)
+        contents["README.md"] = read_regular(run.path, MODEL_CARD, MAX_CARD_BYTES)
+    except NotSealedError as error:
+        raise _not_sealed(run, str(error)) from None
+    _log_left_out(run, contents, merged=merged)
+    return [CommitOperationAdd(path_in_repo=name, path_or_fileobj=contents[name]) for name in sorted(contents)]
+
+
+def _target(name: str, *, merged: bool) -> str | None:
+    """Return the path in the repo of a file of the run; None if it is not published."""
+    if any(part.startswith(".") for part in name.split("/")):
+        return None
+    if name.startswith("adapter/") and name != MODEL_CARD:
+        return name.removeprefix("adapter/")
+    return name if name in EXTRA_FILES or (merged and name.startswith("merged/")) else None
+
+
+def _log_left_out(run: RunFolder, published: Mapping[str, object], *, merged: bool) -> None:
+    """Log which files in the published folders are not uploaded, because the run did not write them."""
+    found = [*run.adapter.iterdir(), *((run.path / "merged").iterdir() if merged else ())]
+    names = [file.relative_to(run.path).as_posix() for file in found if not file.is_dir() or file.is_symlink()]
+    left_out = sorted(name for name in names if name.removeprefix("adapter/") not in published)
+    if left_out:
+        log.warning(
+            "push: %d files that the run did not write are not uploaded: %s", len(left_out), ", ".join(left_out[:5])
+        )
+
+
+def _checksums(run: RunFolder) -> dict[str, dict[str, int | str]]:
+    checksums: dict[str, dict[str, int | str]] = run.manifest.get("checksums", {})
+    return checksums
+
+
+def _not_sealed(run: RunFolder, problem: str) -> PublishError:
+    return PublishError(
+        f"nothing was uploaded, because in {run.path} {problem}. Restore it, or run the job again with the same "
+        "settings: it recreates what has changed"
+    )

@@ -450,6 +450,7 @@ def resolve_weights(settings: Base, *, download_weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     def download() -> str:
+        hub.bound_requests()
         patterns = [
             "*.json",
             "*.model",

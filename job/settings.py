@@ -28,6 +28,7 @@ from job.config.redaction import mask_urls
 from job.config.validators import (
     Cron,
     ExampleCount,
+    GitRevision,
     Identifier,
     ModalName,
     NameList,
@@ -73,7 +74,7 @@ class Base(SettingsGroup):
         description="Base model: a Hub id, a local folder, or a .gguf file "
         "(package:NAME/FILE for a file in an installed Python package).",
     )
-    revision: Identifier | None = Field(None, description="Branch, tag or commit of the base model on the Hub.")
+    revision: GitRevision | None = Field(None, description="Branch, tag or commit of the base model on the Hub.")
     quantize: Literal["int8", "nf4", "none"] = Field(
         "int8", description="Quantization of the frozen base model: int8, nf4 or none."
     )
@@ -89,7 +90,7 @@ class Data(SettingsGroup):
         "by commas; an s3://, gs://, az:// or hf:// URL; or a folder that save_to_disk wrote.",
     )
     config: Identifier | None = Field(None, description="Configuration (subset) of a data set on the Hub.")
-    revision: Identifier | None = Field(None, description="Branch, tag or commit of the data set on the Hub.")
+    revision: GitRevision | None = Field(None, description="Branch, tag or commit of the data set on the Hub.")
     split: Identifier | None = Field(
         None, description="Split of a data set on the Hub, or of a folder that save_to_disk wrote; empty: train."
     )
@@ -322,7 +323,7 @@ class Hub(SettingsGroup):
     )
     private: bool = Field(True, description="Create the repo as a private one.")
     commit_message: Identifier = Field("basic training", description="First line of the commit message.")
-    revision: Identifier | None = Field(None, description="Branch to publish to and to load a published adapter from.")
+    revision: GitRevision | None = Field(None, description="Branch to publish to and to load a published adapter from.")
     retry_minutes: float = Field(
         10, ge=0, le=1440, description="Keep retrying a push for this many minutes after transient errors of the Hub."
     )

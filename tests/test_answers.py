@@ -238,6 +238,14 @@ def test_a_licence_of_any_shape_is_read(loopback_hub: Hub) -> None:
         assert access.resolve_revision("model", name, None).licence == expected
 
 
+def test_the_name_of_another_licence_is_read(loopback_hub: Hub) -> None:
+    card = {"license": "other", "license_name": "tongyi-qianwen"}
+    about = {"id": "big/model", "sha": COMMIT, "private": False, "cardData": card, "siblings": []}
+    loopback_hub.models["big/model"] = Repo("big/model")
+    loopback_hub.faults = [odd("GET /api/models/big/model$", json.dumps(about).encode())]
+    assert access.resolve_revision("model", "big/model", None).licence == "tongyi-qianwen"
+
+
 def test_an_endless_list_has_an_end(loopback_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("job.hub.transport.MAX_REQUESTS", 20)
     page = [{"id": COMMIT, "title": "x", "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}]

@@ -90,6 +90,22 @@ def test_a_commit_after_the_comparison_is_not_overwritten(loopback_hub: Hub, rep
     assert repo.tags == {}
 
 
+def test_nothing_is_promoted_in_a_repo_that_is_public_now(
+    loopback_hub: Hub, repo: Repo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = adapter(loopback_hub, "main", "one", b"1")
+    adapter(loopback_hub, "main", "two", b"2")
+    for pattern in ("whoami", f"commits/{first.oid}"):
+        repo.private = True
+        loopback_hub.faults = [Fault(pattern, "before", action=lambda: setattr(repo, "private", False))]
+        assert main(["promote", "--revision", first.oid]) == 4
+        assert f"{NAME} is public now and TAGGER_HUB_PRIVATE=true" in capsys.readouterr().err
+        assert repo.titles == ["initial commit", "one", "two"]
+        assert repo.tags == {}
+    monkeypatch.setenv("TAGGER_HUB_PRIVATE", "false")
+    assert main(["promote", "--revision", first.oid]) == 0
+
+
 @pytest.mark.parametrize(
     ("revision", "message"),
     [

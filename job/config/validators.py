@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
+
+MAX_REPO_NAME = 96
+"""Characters that the Hub's client allows for an owner and for a name."""
 
 
 def _comma_separated(value: object) -> object:
@@ -74,10 +78,33 @@ def _not_blank(value: str) -> str:
     return value
 
 
-def _repo_id(value: str) -> str:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+def repo_id(value: str) -> str:
+    """Accept what the Hub's client accepts."""
+    if value.count("/") != 1 or not all(value.split("/")):
         raise ValueError("expected owner/name")
+    name = rf"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{{0,{MAX_REPO_NAME - 2}}}[A-Za-z0-9_])?"
+    if not re.fullmatch(rf"{name}/{name}", value) or "--" in value or ".." in value or value.endswith(".git"):
+        raise ValueError(
+            "expected owner/name, each of at most 96 ASCII letters, digits, '_', '.' and '-', not beginning or ending "
+            "with '.' or '-', without '--' or '..', and not ending in .git"
+        )
     return value
+
+
+def _git_revision(value: str) -> str:
+    """Accept what git accepts as the name of a branch or tag, or as a commit."""
+    forbidden = re.search(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(?:/|$)", value)
+    if forbidden or value.startswith(("-", "/", ".")) or value.endswith(("/", ".")) or value == "@":
+        raise ValueError("expected the name of a branch or tag, or a commit, as git allows them")
+    return value
+
+
+def allowed_name(text: str, most: int) -> str:
+    """Return a text as a name for the Hub and for folders: at most `most` ASCII letters, digits, '_', '.' and '-'."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", plain)
+    name = re.sub(r"-{2,}", "-", re.sub(r"\.{2,}", ".", name)).strip("-._")[:most].strip("-._")
+    return name.removesuffix(".git") or "model"
 
 
 def _run_id(value: str) -> str:
@@ -87,7 +114,7 @@ def _run_id(value: str) -> str:
 
 
 def _modal_name(value: str) -> str:
-    if not re.fullmatch(r"[\w.-]+", value):
+    if not re.fullmatch(r"[\w.-]+", value, re.ASCII):
         raise ValueError("expected letters, digits, '_', '.' and '-'")
     return value
 
@@ -121,7 +148,8 @@ Separator = Annotated[str, BeforeValidator(_separator)]
 ExampleCount = Annotated[float, AfterValidator(_example_count)]
 Threshold = Annotated[float | Literal["auto"], BeforeValidator(_threshold)]
 Shard = Annotated[str, AfterValidator(_shard)]
-RepoId = Annotated[str, AfterValidator(_repo_id)]
+GitRevision = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_git_revision)]
+RepoId = Annotated[str, AfterValidator(repo_id)]
 RunId = Annotated[str, Field(max_length=128), AfterValidator(_run_id)]
 ModalName = Annotated[str, Field(max_length=63), AfterValidator(_modal_name)]
 Cron = Annotated[str, AfterValidator(_cron)]

@@ -85,6 +85,7 @@ def _from_hub(settings: Data) -> datasets.Dataset:
     from huggingface_hub.errors import HfHubHTTPError
 
     split = settings.split or "train"
+    hub.bound_requests()
     try:
         loaded: datasets.Dataset = datasets.load_dataset(
             settings.dataset,

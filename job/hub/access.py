@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from job.errors import InvalidInputError
+from job.errors import InvalidInputError, PublishError
 from job.hub import client
 from job.hub.answers import Account
+from job.settings import Hub
 from job.types import HubRevision, TokenInfo
 
 RepoType = Literal["model", "dataset"]
@@ -77,6 +78,18 @@ def prepare_repo(repo: str, owner: TokenInfo, *, private: bool) -> None:
         raise InvalidInputError(
             f"{repo} is public and TAGGER_HUB_PRIVATE=true, so nothing is pushed there. Make the repo private, set "
             "TAGGER_HUB_REPO to another one, or set TAGGER_HUB_PRIVATE=false"
+        )
+
+
+def require_private(repo: str, settings: Hub) -> None:
+    """Raise PublishError if the repo is public now, although TAGGER_HUB_PRIVATE is set.
+
+    It was private when the run began, but its owner may have changed that, or may have deleted and recreated it.
+    """
+    if settings.private and client.api().repo_info(repo).private is not True:
+        raise PublishError(
+            f"{repo} is public now and TAGGER_HUB_PRIVATE=true, so nothing was uploaded. Make the repo private again, "
+            "or set TAGGER_HUB_PRIVATE=false, then run the same command again; what was trained is saved"
         )
 
 
@@ -169,7 +182,15 @@ def _revision_info(repo_type: RepoType, name: str, revision: str | None) -> HubR
 
 
 def licence_of(info: object) -> str | None:
-    """Return the licence that a repo's card names, the first of several; None for anything that is no name."""
-    found = getattr(getattr(info, "card_data", None), "license", None)
-    first = found[0] if isinstance(found, list) and found else found
-    return first.strip() or None if isinstance(first, str) else None
+    """Return the licence that a repo's card names, the first of several; None for anything that is no name.
+
+    For `other`, the name that the card gives to it.
+    """
+    card = getattr(info, "card_data", None)
+    found = getattr(card, "license", None)
+    licence = _name(found[0] if isinstance(found, list) and found else found)
+    return (_name(getattr(card, "license_name", None)) or licence) if licence == "other" else licence
+
+
+def _name(value: object) -> str | None:
+    return " ".join(value.split())[:200] or None if isinstance(value, str) else None

@@ -104,6 +104,7 @@ class _Sibling(_Answer):
 class _Card(_Answer):
     license: Any = None
     """Whatever a stranger wrote into the card of a base model; `access.licence_of` reads it."""
+    license_name: Any = None
 
 
 class _RepoInfo(_Answer):

@@ -19,6 +19,7 @@ from typing import Any
 
 from job import __version__
 from job.config.earlier_versions import current_settings, differences, unknown_settings
+from job.config.validators import allowed_name
 from job.errors import InvalidInputError
 from job.runs import ownership, schema, shutdown
 from job.runs.atomic import atomic_directory, atomic_write, json_lines
@@ -203,8 +204,12 @@ class RunFolder:
         """Set entries of the manifest and write it; raises JobError if another process has taken the run over."""
         self._check_owner()
         self.manifest.update(entries)
-        self.write("manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+        self.write("manifest.json", self.manifest_text())
         self.notify_saved()
+
+    def manifest_text(self) -> str:
+        """Return the content of manifest.json."""
+        return json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
 
     def notify_saved(self) -> None:
         """Notify the caller that newer progress is on disk; raises JobError if another process has taken it over."""
@@ -256,7 +261,7 @@ class RunFolder:
 
 def default_run_id(settings: Settings, examples: SplitData) -> str:
     """Return the base model's name with a digest of settings and data: the same command finds the same run."""
-    return f"{Path(settings.base.model).stem}-{settings.digest(examples.fingerprint)}"
+    return f"{allowed_name(Path(settings.base.model).stem, 100)}-{settings.digest(examples.fingerprint)}"
 
 
 def _run_of_earlier_version(settings: Settings, examples: SplitData) -> Path | None:
