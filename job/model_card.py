@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from job import quantize
+from job.config.redaction import mask_urls
 from job.dataset import prompts
-from job.runs.markup import Table, markdown_table
+from job.hub.licences import card_entries
+from job.runs.markup import Table, code_span, escape_markdown, markdown_table
 from job.settings import Settings, to_env
 from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local, is_on_hub
 from job.types import Scores
@@ -32,10 +35,11 @@ def model_card(
         undefined=StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown; markdown_table escapes the names in the table of scores
+        autoescape=False,  # Markdown has filters of its own, for text in a line and for code
     )
+    templates.filters |= {"inline": escape_markdown, "code": code_span}
     return templates.get_template("model_card.md.jinja").render(
-        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
+        metadata=yaml.dump(metadata, Dumper=_OneLine, sort_keys=False, allow_unicode=True, width=math.inf).rstrip(),
         base=base,
         revision=revision if on_hub else None,
         on_hub=on_hub,
@@ -48,6 +52,18 @@ def model_card(
         settings={name: to_env(value, name) for name, value in settings.result_values().items()},
         versions=versions,
     )
+
+
+class _OneLine(yaml.SafeDumper):
+    """Writes each text on one line: one of several lines could look like the end of the metadata."""
+
+
+_OneLine.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+    ),
+)
 
 
 def score_table(scores: Mapping[str, Scores]) -> Table:
@@ -68,12 +84,12 @@ def _metadata(
 
     The Hub rejects cards that name a local path.
     """
-    dataset = settings.data.dataset
+    dataset = mask_urls(settings.data.dataset)
     return {
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["lora", "tagger", "text-classification"],
-        **({"license": licence} if licence else {}),
+        **card_entries(licence, hub_base),
         **({"base_model": hub_base} if hub_base else {}),
         **({"datasets": [dataset]} if is_on_hub(dataset, DATA_SUFFIXES) else {}),
         "model-index": [model_index],
@@ -84,11 +100,12 @@ def _model_index(base: str, settings: Settings, scores: Scores) -> dict[str, Any
     """Return the scores in the form that the Hub shows on a model's page."""
     name = f"{base.rpartition('/')[2]}-tagger"
     metrics = {"f1": scores.f1, "precision": scores.precision, "recall": scores.recall}
+    dataset = mask_urls(settings.data.dataset)
     result = {
         "task": {"type": "text-classification", "name": "Tagging"},
         "dataset": {
-            "type": settings.data.dataset.rpartition(":")[2],
-            "name": settings.data.dataset,
+            "type": dataset.rpartition(":")[2],
+            "name": dataset,
             "split": "held out",
         },
         "metrics": [

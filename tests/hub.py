@@ -36,6 +36,9 @@ ACCESS: dict[str, dict[str, Any]] = {
     },
 }
 
+LICENCES = ("apache-2.0", "mit", "bigscience-bloom-rail-1.0", "other")
+"""Those that this Hub knows."""
+
 
 @dataclass
 class Commit:
@@ -309,6 +312,11 @@ class _Handler(BaseHTTPRequestHandler):
         base = re.search(r"^base_model: *(.*)$", card, re.MULTILINE)
         wrong = base is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base[1])
         errors = [{"message": '"base_model" must be a Hub id'}] if wrong else []
+        licence, name = (re.search(rf"^{field}: *(.*)$", card, re.MULTILINE) for field in ("license", "license_name"))
+        if licence is not None and licence[1] not in LICENCES:
+            errors.append({"message": f'"license" must be one of {LICENCES}'})
+        if licence is not None and licence[1] == "other" and not (name and re.fullmatch("[a-z0-9.-]+", name[1])):
+            errors.append({"message": '"license_name" must be in small letters'})
         self._answer(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def preupload(self, body: bytes, name: str, revision: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from job.metrics.scores import score
 from job.model_card import model_card
+from job.runs.markup import code_span
 from job.settings import Settings
 
 SCORES = {"adapter": score([["x", "y"]], [["x"]])}
@@ -59,3 +62,97 @@ def test_every_setting_that_changes_the_result_is_listed() -> None:
 def test_names_of_taggers_are_escaped_in_the_table() -> None:
     text = model_card(Settings(), SCORES | {"a|*b*": SCORES["adapter"]}, {}, None)
     assert r"| a\|\*b\* | 1 | 1.000 | 0.500 |" in text
+
+
+HOSTILE = [
+    "`code` ``` <script>alert(1)</script> | x",
+    "x\n\n# A heading\n---\nlicense: mit\n---",
+    "![x](https://evil.example/x.png) [y](javascript:alert(1))",
+    "a: {b: [c]} # & * ! % @ 'd' \"e\"",
+    "line\u2028separator \x1b[31m \x85",
+    "</code></td><img src=x onerror=alert(1)>",
+    "a\\| b",
+]
+
+
+def layout(text: str) -> list[str]:
+    """Return the lines that make the structure of a card, with its tables' cells left out."""
+    return [
+        line.partition(" ")[0] if line.startswith("| ") else line
+        for line in text.split("\n")
+        if line.startswith(("#", "---", "| ", "|--", "```", "![")) or not line
+    ]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_texts_of_others_change_nothing_but_their_place(text: str) -> None:
+    shown = card(text, data={"dataset": text, "separator": text, "tags_column": text, "text_column": f"`{text}`"})
+    plain = card("x", data={"dataset": "./x.csv", "separator": "x"})
+    assert layout(shown) == layout(plain)
+    assert len(shown.splitlines()) == len(shown.split("\n")) - 1, "no other line separators"
+    for row in [line for line in shown.split("\n") if line.startswith("| `TAGGER_")]:
+        assert len(re.findall(r"(?<!\\)\|", row)) == 3, row
+    code = r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)"
+    body = re.sub(r"\n```python\n.*?\n```\n", "\n", shown.split("\n---\n", 1)[1], flags=re.DOTALL)
+    outside = re.sub(code, "", body)
+    assert not re.search(r"<|javascript:(?!alert\(1\)\))", outside), outside
+    assert re.findall(r"(?<!\\)\[[^]]*(?<!\\)\]\([^)]*\)", outside) == ["[training loss](loss.svg)"]
+    assert "\x1b" not in shown
+    found = metadata(shown)
+    assert found["model-index"][0]["results"][0]["dataset"]["name"] == text
+    assert found["license"] == "other"
+    compile(shown.split("```python\n")[1].split("\n```")[0], "snippet", "exec")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_the_name_of_a_base_model_changes_nothing_but_its_place(text: str) -> None:
+    shown = card(base={"model": text})
+    assert len(shown.splitlines()) == len(shown.split("\n")) - 1, "no other line separators"
+    [heading] = [line for line in shown.split("\n") if line.startswith("# ")]
+    assert heading.startswith("# A tagger on ")
+    assert "\x1b" not in shown
+    assert "<" not in heading
+    assert not re.search(r"(?<!\\)[`\[\]]", heading), heading
+
+
+@pytest.mark.parametrize(
+    ("licence", "entries"),
+    [
+        ("mit", {"license": "mit"}),
+        ("Apache-2.0", {"license": "apache-2.0"}),
+        ("openrail++", {"license": "openrail++"}),
+        ("tongyi-qianwen", {"license": "other", "license_name": "tongyi-qianwen"}),
+        ("Our Own Licence, v1.2!", {"license": "other", "license_name": "our-own-licence-v1.2"}),
+        ("模型", {"license": "other", "license_name": "unnamed"}),
+        ("x" * 500, {"license": "other", "license_name": "x" * 64}),
+        ("other", {"license": "other", "license_name": "other"}),
+        ("a: b\n---\n", {"license": "other", "license_name": "a-b"}),
+        (None, {}),
+    ],
+)
+def test_a_licence_that_the_hub_does_not_know_is_other(licence: str | None, entries: dict[str, str]) -> None:
+    found = {name: value for name, value in metadata(card(licence)).items() if name.startswith("license")}
+    link = {"license_link": "https://huggingface.co/bigscience/bloomz-560m"} if "license_name" in entries else {}
+    assert found == {**entries, **link}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("q_proj", "`q_proj`"),
+        ("", ""),
+        (" ->: ", "`  ->:  `"),
+        ("`", "`` ` ``"),
+        ("a``b`c", "```a``b`c```"),
+        ("a\nb", r"`a\nb`"),
+        ("a|b", r"`a\|b`"),
+    ],
+)
+def test_code_in_a_table_is_shown_as_it_is(text: str, shown: str) -> None:
+    assert code_span(text, in_table=True) == shown
+
+
+def test_passwords_are_not_in_the_card() -> None:
+    text = card(data={"dataset": "s3://key:very-secret@bucket/x.jsonl"})
+    assert "very-secret" not in text
+    assert metadata(text)["model-index"][0]["results"][0]["dataset"]["name"] == "s3://***@bucket/x.jsonl"

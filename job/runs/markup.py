@@ -38,6 +38,18 @@ def plain_table(rows: Table) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def code_span(text: str, *, in_table: bool = False) -> str:
+    """Render a text as code in a line of Markdown, whatever it holds; what cannot be printed is shown as an escape."""
+    if not text:
+        return ""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    # a renderer strips one space on each side
+    padding = " " if shown[0] in "` " or shown[-1] in "` " else ""
+    return f"{fence}{padding}{shown.replace('|', chr(92) + '|') if in_table else shown}{padding}{fence}"
+
+
 def escape_markdown(text: str) -> str:
     """Escape a text for one line of Markdown; underscores within words need no escape."""
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False))
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(" ".join(printable.split()), quote=False))
