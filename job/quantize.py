@@ -39,7 +39,7 @@ TypeError, KeyError and the like are not among them: those are defects, and end 
 """
 MAX_REASON = 140
 """Most characters of a library's message within an error of ours."""
-_ABOUT_CODE = re.compile(r"remote_code|custom code|inspect the repository")
+_ABOUT_CODE = re.compile(r"remote_code|custom code|inspect the repository|pip install")
 UNQUANTIZED_MODULES = {
     "mamba": ["lm_head", "dt_proj"],  # it multiplies by this weight itself
     # bitsandbytes' int8 layers take no inputs of four dimensions on a CPU
@@ -73,7 +73,7 @@ def check_local(model: str) -> Path:
             f"{model} has no config.json (TAGGER_BASE_MODEL); expected a folder written by save_pretrained"
         )
     if not list(path.glob("*.safetensors")):
-        pickles = ", ".join(sorted(file.name for file in [*path.glob("*.bin"), *path.glob("*.pt")]))
+        pickles = ", ".join(sorted(file.name for file in [*path.glob("*.bin"), *path.glob("*.pt")])[:2])
         why = f"only {pickles}, and pickles are not read because they can run code" if pickles else "none"
         raise InvalidInputError(
             f"{model} has no weights in safetensors ({why}); convert it with save_pretrained, or name another model"
@@ -104,9 +104,8 @@ def load_tokenizer(settings: Base) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    folder, config = _load_config(settings, download_weights=False)
     try:
-        folder = resolve_weights(settings, download_weights=False)
-        config = _load_config(folder, settings)
         model_files.check_tokenizer(folder)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if tokenizer.eos_token_id is None:
@@ -127,8 +126,8 @@ def meta_model(settings: Base) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    _, config = _load_config(settings, download_weights=False)
     try:
-        config = _load_config(resolve_weights(settings, download_weights=False), settings)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except LOAD_ERRORS as error:
@@ -136,7 +135,19 @@ def meta_model(settings: Base) -> PreTrainedModel:
     return model
 
 
-def _load_config(folder: Path, settings: Base) -> PreTrainedConfig:
+def _load_config(settings: Base, *, download_weights: bool = True) -> tuple[Path, PreTrainedConfig]:
+    """Return the folder of the base model and its config.
+
+    Raises InvalidInputError when config.json cannot be read, or does not describe a model that can be trained.
+    """
+    folder = resolve_weights(settings, download_weights=download_weights)
+    try:
+        return folder, _checked_config(folder, settings)
+    except LOAD_ERRORS as error:
+        raise _load_error("config.json", settings, error) from error
+
+
+def _checked_config(folder: Path, settings: Base) -> PreTrainedConfig:
     """Load config.json, and check that it describes a causal language model that is not quantized in another way."""
     from transformers import AutoConfig
 
@@ -191,9 +202,8 @@ def check_weights(settings: Base) -> None:
     Of a model on the Hub only the headers of the files are downloaded.
     Raises InvalidInputError when tensors are missing, have another shape, or are quantized in another way.
     """
+    folder, config = _load_config(settings, download_weights=False)
     try:
-        folder = resolve_weights(settings, download_weights=False)
-        config = _load_config(folder, settings)
         if (headers := _headers(folder, settings)) is not None:
             _check_headers(headers, config, folder, settings)
     except LOAD_ERRORS as error:
@@ -258,9 +268,8 @@ def load_model(settings: Base, compute: ComputeSpec) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     dtype, device = compute.dtype, compute.device
+    folder, config = _load_config(settings)
     try:
-        folder = resolve_weights(settings)
-        config = _load_config(folder, settings)
         model_files.check_weights_index(folder)
         headers = weight_files.read_headers(folder)
         _check_headers(headers, config, folder, settings)

@@ -45,11 +45,18 @@ def test_a_file_that_is_no_json_object_is_refused(model: Path, name: str, conten
         ("config.json", {"quantization_config": []}),
         ("config.json", {"num_attention_heads": 0}),
         ("config.json", {"vocab_size": -1}),
+        ("config.json", {"head_dim": 0}),
+        ("config.json", {"dtype": "float8_e4m3fn"}),
+        ("config.json", {"torch_dtype": "int8"}),
+        ("config.json", {"rope_scaling": {"rope_type": "linear"}}),
+        ("config.json", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}),
         ("tokenizer_config.json", {"tokenizer_class": 3}),
         ("tokenizer_config.json", {"eos_token": 3}),
         ("tokenizer_config.json", {"pad_token": {"lstrip": True}}),
         ("tokenizer_config.json", {"added_tokens_decoder": {"1": "<s>"}}),
         ("tokenizer_config.json", {"extra_special_tokens": "<s>"}),
+        ("tokenizer_config.json", {"chat_template": [3]}),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}),
         ("special_tokens_map.json", {"bos_token": 3}),
         ("added_tokens.json", {"<s>": "1"}),
         ("tokenizer.json", {"added_tokens": 3}),
@@ -75,9 +82,16 @@ def test_a_truncated_gguf_file_is_refused(gguf_model: Path, tmp_path: Path, size
         model_files.check_gguf(tmp_path / "tiny.gguf")
 
 
+def test_a_folder_without_a_vocabulary_is_refused(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="no vocabulary of a tokenizer, such as tokenizer.json"):
+        model_files.check_tokenizer(model)
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
+        ({"llama.attention.head_count": 0}, "llama.attention.head_count is 0; expected at least 1"),
         ({"tokenizer.ggml.eos_token_id": 1000}, "eos_token_id is 1000, but the file has 258 tokens"),
         ({"tokenizer.ggml.merges": ["a"]}, "merge 'a' is not a pair of its tokens"),
         ({"tokenizer.ggml.merges": ["b a"]}, "merge 'b a' is not a pair of its tokens"),

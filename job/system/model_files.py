@@ -36,9 +36,33 @@ _AutoMap = dict[str, str | list[str | None]]
 def _torch_dtype(name: str | None) -> str | None:
     import torch
 
-    if name is not None and not isinstance(getattr(torch, name, None), torch.dtype):
+    dtype = None if name is None else getattr(torch, name, None)
+    if name is not None and not isinstance(dtype, torch.dtype):
         raise ValueError(f"torch has no dtype {name!r}")
+    if dtype is not None and (not dtype.is_floating_point or dtype.itemsize < 2):
+        raise ValueError(f"{name} is no dtype to compute in; expected bfloat16, float16 or float32")
     return name
+
+
+_ROPE_KEYS = {
+    **dict.fromkeys(("linear", "dynamic", "yarn"), ("factor",)),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor"),
+}
+"""What transformers requires for a rotary embedding, by its type."""
+
+
+def _rope(parameters: Any) -> Any:
+    if isinstance(parameters, dict):
+        kind = parameters.get("rope_type", parameters.get("type"))
+        missing = [key for key in _ROPE_KEYS.get(str(kind), ()) if key not in parameters]
+        if missing:
+            raise ValueError(f"the type {kind!r} requires {missing[0]}")
+    return parameters
+
+
+_Dtype = Annotated[str | None, AfterValidator(_torch_dtype)]
+_Rope = Annotated[Any, AfterValidator(_rope)]
 
 
 class _Fields(BaseModel):
@@ -53,13 +77,17 @@ class _ModelConfig(_Fields):
 
     model_type: str | None = None
     auto_map: _AutoMap = {}
-    dtype: Annotated[str | None, AfterValidator(_torch_dtype)] = None
+    dtype: _Dtype = None
+    torch_dtype: _Dtype = None
+    rope_scaling: _Rope = None
+    rope_parameters: _Rope = None
     quantization_config: dict[str, Any] | None = None
     hidden_size: _Size = None
     intermediate_size: _Size = None
     vocab_size: _Size = None
     num_attention_heads: _Heads = None
     num_key_value_heads: _Heads = None
+    head_dim: _Heads = None
 
 
 class _WeightsIndex(_Fields):
@@ -127,6 +155,7 @@ class _GGUFTokenizer(_Fields):
     unknown_token_id: int | None = None
 
 
+_VOCABULARIES = ("tokenizer.json", "*.model", "*vocab*", "*.tiktoken", "tekken.json", "*.bpe", "*.txt")
 NO_ATTENTION = ("mamba", "rwkv")
 """Beginnings of the architectures whose GGUF files rightly have 0 attention heads."""
 
@@ -170,6 +199,8 @@ def check_tokenizer(folder: Path) -> None:
     """Check the tokenizer's files, as far as they are there; raises ValueError or OSError."""
     from tokenizers import Tokenizer
 
+    if not any(file for pattern in _VOCABULARIES for file in folder.glob(pattern)):
+        raise ValueError("there is no vocabulary of a tokenizer, such as tokenizer.json")
     for name, fields in (
         ("tokenizer_config.json", _TokenizerConfig),
         ("special_tokens_map.json", _SpecialTokens),
