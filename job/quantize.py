@@ -115,6 +115,8 @@ def load_tokenizer(settings: Base) -> PreTrainedTokenizerBase:
         raise _load_error("tokenizer", settings, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.is_fast and getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        tokenizer.backend_tokenizer.model.dropout = None  # BPE dropout: a text would have other tokens each time
     return tokenizer
 
 

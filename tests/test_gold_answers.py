@@ -49,7 +49,7 @@ def test_a_tokenizer_that_changes_answers_needs_a_closed_vocabulary(kind: str, w
     [problem] = tokenizer_problems(tokenizer, examples, vocabulary(None, tmp_path))
     assert f"the tokenizer of tiny writes {written}" in problem
     assert len(problem) <= 300
-    assert re.search(r"choose another model, or set TAGGER_SAMPLE_VOCABULARY=(\w+)$", problem)
+    assert re.search(r"set TAGGER_BASE_MODEL to another model, or TAGGER_SAMPLE_VOCABULARY=seen$", problem)
     assert tokenizer_problems(tokenizer, examples, vocabulary("seen", tmp_path)) == []
 
 
@@ -63,9 +63,16 @@ def test_tags_with_the_same_tokens_are_refused(tmp_path: Path) -> None:
     for choice in (None, "seen"):
         [problem] = tokenizer_problems(tiny_tokenizers.build("no_bytes"), examples, vocabulary(choice, tmp_path))
         assert "TAGGER_SAMPLE_VOCABULARY" not in problem, "the hint would lead to the next refusal"
-    assert problem == (
-        "the tokenizer of tiny writes the tags '日本' and '東京' with the same tokens; choose another model"
-    )
+    written = "the tags '日本' and '東京' with the same tokens"
+    assert problem == f"the tokenizer of tiny writes {written}; set TAGGER_BASE_MODEL to another model"
+
+
+def test_a_tag_that_is_the_end_of_sequence_is_refused(tmp_path: Path) -> None:
+    examples = [Example("one", ("life", "</s>")), Example("two", ("end </s>",))]
+    for choice in (None, "seen"):
+        [problem] = tokenizer_problems(tiny_tokenizers.build("byte_level"), examples, vocabulary(choice, tmp_path))
+        assert "TAGGER_SAMPLE_VOCABULARY" not in problem, "the hint would lead to the next refusal"
+    assert "writes the tag '</s>' with its end-of-sequence token" in problem
 
 
 def test_a_long_answer_is_shown_where_it_changes(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import tiny_tokenizers
-from conftest import make_settings
+from conftest import make_llama, make_settings
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -17,6 +17,7 @@ from job.dataset import tokenization
 from job.dataset.prompts import target
 from job.dataset.tokenization import IGNORE_INDEX, AnswerTokenizer, encode, encode_prompts
 from job.errors import InvalidInputError
+from job.quantize import load_tokenizer
 from job.settings import Data
 from job.system import paths
 from job.types import EncodedExample, Example
@@ -123,6 +124,15 @@ def test_the_labels_are_the_tags_and_the_end_of_sequence(tokenizer: PreTrainedTo
     settings = make_settings(Path("unused"), tmp_path, train={"completion_only_loss": False})
     [encoded] = encode(tokenizer, [Example("a song about rain", ("music", "nature"))], settings)
     assert encoded.labels == encoded.input_ids
+
+
+def test_a_text_has_the_same_tokens_each_time(tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizers.build("byte_level"))
+    tokenizer.backend_tokenizer.model.dropout = 0.5
+    make_llama(tokenizer, tmp_path / "llama")
+    loaded = load_tokenizer(make_settings(tmp_path / "llama", tmp_path).base)
+    answers = {str(AnswerTokenizer(loaded, " ->: ").encode([["life", "love of life"]])) for _ in range(8)}
+    assert len(answers) == 1
 
 
 class RecordingTokenizer(PreTrainedTokenizerFast):

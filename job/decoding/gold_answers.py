@@ -24,6 +24,7 @@ MOST_TAGS = 10_000
 """The most frequent tags, all of which are written; of the others, only those with further characters."""
 MOST_WALKS = 4
 """Answers of each kind that are decoded token by token."""
+ADVICE = "set TAGGER_BASE_MODEL to another model"
 SHOWN = 60
 """Characters of an answer in a message."""
 
@@ -40,13 +41,13 @@ def tokenizer_problems(
     config = initial_config(settings.sample, examples)
     if config.vocabulary == "closed":
         problem = _closed_problem(answers, config, examples)
-        return [] if problem is None else [f"the tokenizer of {settings.base.model} {problem}; choose another model"]
+        return [] if problem is None else [f"the tokenizer of {settings.base.model} {problem}; {ADVICE}"]
     problem = _open_problem(answers, config, examples)
     if problem is None:
         return []
     closed_works = _closed_problem(answers, config, examples) is None
-    hint = ", or set TAGGER_SAMPLE_VOCABULARY=seen" if closed_works else ""
-    return [f"the tokenizer of {settings.base.model} {problem}; choose another model{hint}"]
+    hint = ", or TAGGER_SAMPLE_VOCABULARY=seen" if closed_works else ""
+    return [f"the tokenizer of {settings.base.model} {problem}; {ADVICE}{hint}"]
 
 
 def _open_problem(answers: AnswerTokenizer, config: DecodingConfig, examples: Sequence[Example]) -> str | None:
@@ -65,6 +66,9 @@ def _closed_problem(answers: AnswerTokenizer, config: DecodingConfig, examples: 
     for tag, other in vocabulary.same_tokens.items():
         if normalise_tag(tag) != normalise_tag(other):
             return f"writes the tags {other[:SHOWN]!r} and {tag[:SHOWN]!r} with the same tokens"
+    for tag, ids in vocabulary.separator_ids[vocabulary.root].items():
+        if vocabulary.end in ids:
+            return f"writes the tag {tag[:SHOWN]!r} with its end-of-sequence token"
     known = set(config.tags)
     tag_lists = [[vocabulary.same_tokens.get(tag, tag) for tag in e.tags if tag in known] for e in examples]
     distinct = [list(dict.fromkeys(tags))[: config.max_tags] for tags in tag_lists if tags]
