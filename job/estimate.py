@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +19,9 @@ from job.system.device import ComputeSpec, gpu_unavailable_reason
 from job.training.batching import num_label_tokens
 from job.training.memory_budget import CUDA_OVERHEAD, GIB, LOGIT_BYTES, activation_bytes
 from job.types import EncodedExample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CPU_PARAMETERS = 250_000_000
 """Largest base model, in parameters, that device `auto` trains on a CPU.
@@ -62,13 +65,20 @@ def estimate(settings: Settings, compute: ComputeSpec, micro_batch: Sequence[Enc
         raise InvalidInputError(  # peft 0.21 loses the scales of the int8 weights there, and the second step fails
             "TAGGER_LORA_USE_DORA cannot be used with TAGGER_BASE_QUANTIZE=int8 on a CPU; use nf4 or none, or a GPU"
         )
-    linear, other, trainable, config = _count_parameters(settings)
+    linear, other, trainable, model = _count_parameters(settings)
+    config = model.config.get_text_config()
     averaging = settings.train.weight_averaging > 0
     itemsize = compute.dtype.itemsize
     # nf4: half a byte, and an fp32 scale for each block of 64 weights
     linear_bytes = {"int8": 1.0, "nf4": 0.5625, "none": float(itemsize)}[settings.base.quantize]
     width = max(len(example.input_ids) for example in micro_batch)
-    token_bytes = activation_bytes(config, width, itemsize, recompute=settings.train.gradient_checkpointing != "off")
+    recompute = settings.train.gradient_checkpointing != "off" and model.supports_gradient_checkpointing
+    if settings.train.gradient_checkpointing == "on" and not recompute:
+        raise InvalidInputError(
+            "TAGGER_TRAIN_GRADIENT_CHECKPOINTING=on: transformers cannot recompute the activations of the architecture "
+            f"{model.config.model_type}; use auto or off"
+        )
+    token_bytes = activation_bytes(config, width, itemsize, recompute=recompute)
     return MemoryEstimate(
         parameters=linear + other,
         weights=linear * linear_bytes + other * itemsize,
@@ -80,10 +90,10 @@ def estimate(settings: Settings, compute: ComputeSpec, micro_batch: Sequence[Enc
     )
 
 
-def _count_parameters(settings: Settings) -> tuple[int, int, int, Any]:
+def _count_parameters(settings: Settings) -> tuple[int, int, int, PreTrainedModel]:
     """Count the parameters of the linear layers without the head, all others, and the adapters' trainable ones.
 
-    The fourth value is the config of the (text) model.
+    The fourth value is the model, on the meta device.
     """
     model = quantize.meta_model(settings.base)
     with torch.device("meta"):
@@ -95,7 +105,7 @@ def _count_parameters(settings: Settings) -> tuple[int, int, int, Any]:
         )
         total = sum(parameter.numel() for parameter in model.parameters())
         trainable = count_parameters(add_adapters(model, settings.lora, seed=0)).trainable
-    return linear, total - linear, trainable, model.config.get_text_config()
+    return linear, total - linear, trainable, model
 
 
 def cpu_problems(need: MemoryEstimate, settings: Settings, compute: ComputeSpec) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import peft
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from job.errors import DivergedError, InvalidInputError
 from job.runs.run_folder import RunFolder
@@ -53,6 +53,10 @@ def train(
             settings.warmup_steps,
             settings.max_steps,
         )
+    base: PreTrainedModel = model.get_base_model()  # type: ignore[assignment]
+    if settings.gradient_checkpointing == "auto" and not base.supports_gradient_checkpointing:
+        log.info("train: activations cannot be recomputed for the architecture %s", base.config.model_type)
+        settings = settings.model_copy(update={"gradient_checkpointing": "off"})
     trainer = Trainer(model, examples, settings, tokenizer, compute, run, exchange or SingleProcess())
     trainer.resume()
     trainer.run()
@@ -60,5 +64,24 @@ def train(
         raise DivergedError(
             "the weights of the adapters are not finite after training; lower TAGGER_TRAIN_LEARNING_RATE"
         )
+    if unused := unused_adapters(model):
+        log.warning(
+            "train: the adapters on %s have no effect: the forward pass does not use these layers, or has no gradient "
+            "there; leave them out of TAGGER_LORA_TARGETS",
+            ", ".join(unused),
+        )
     losses = [entry["loss"] for entry in trainer.history()]
     return TrainResult(trainer.state.step, losses[0], losses[-1], trainer.state.seconds)
+
+
+def unused_adapters(model: peft.PeftModel) -> list[str]:
+    """Return the names of layers whose adapters training has not changed, on none of the model's blocks.
+
+    Training always changes lora_B, which begins at zero, where there is a gradient. Empty if it changed no adapter.
+    """
+    changed: dict[str, bool] = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            layer = name.partition(".lora_B.")[0].rpartition(".")[2]
+            changed[layer] = changed.get(layer, False) or bool(parameter.any())
+    return sorted(layer for layer, any_changed in changed.items() if not any_changed) if any(changed.values()) else []

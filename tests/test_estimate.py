@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import zoo
 from conftest import CPU, make_settings
 
 from job.errors import InvalidInputError
@@ -112,3 +113,15 @@ def test_dora_is_counted_and_refused_where_peft_cannot_compute_it(llama: Path, t
     settings = make_settings(llama, tmp_path, lora={"use_dora": True}, base={"model": str(llama), "quantize": "int8"})
     with pytest.raises(InvalidInputError, match="USE_DORA cannot be used with TAGGER_BASE_QUANTIZE=int8 on a CPU"):
         estimate(settings, CPU, LONGEST)
+
+
+def test_recomputation_is_refused_where_transformers_cannot(tmp_path: Path) -> None:
+    zoo.save_model("ctrl", tmp_path / "ctrl")
+
+    def activations(setting: str) -> float:
+        settings = make_settings(tmp_path / "ctrl", tmp_path, train={"gradient_checkpointing": setting})
+        return estimate(settings, CPU, LONGEST).activations
+
+    assert activations("auto") == activations("off")
+    with pytest.raises(InvalidInputError, match="cannot recompute the activations of the architecture ctrl; use auto"):
+        activations("on")

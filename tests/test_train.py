@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from tiny_training import make_examples, make_model, read_log, train_tiny
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from job.dataset.tokenization import IGNORE_INDEX
 from job.errors import DivergedError, InvalidInputError
+from job.system.device import ComputeSpec
 from job.types import EncodedExample
 
 
@@ -55,3 +57,25 @@ def test_a_loss_that_is_not_finite_ends_training(tmp_path: Path, llama: Path) ->
     next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(torch.nan)
     with pytest.raises(DivergedError, match="the loss is nan at step 1"):
         train_tiny(tmp_path, llama, model=model)
+
+
+def test_adapters_without_any_effect_are_warned_of(
+    tmp_path: Path, llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    zoo.save_model("doge", tmp_path / "doge")  # its mask, made by dt_proj, passes no gradient
+    model = make_model(tmp_path / "doge", std=0.0, targets=("dt_proj", "q_proj"))
+    train_tiny(tmp_path / "run", tmp_path / "doge", model=model, max_steps=2, warmup_steps=1)
+    assert "the adapters on dt_proj have no effect" in caplog.text
+    caplog.clear()
+    train_tiny(tmp_path / "all", llama, model=make_model(llama, std=0.0), max_steps=2, warmup_steps=1)
+    assert "no effect" not in caplog.text
+
+
+def test_activations_are_never_recomputed_where_transformers_cannot(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.save_model("ctrl", tmp_path / "ctrl")
+    model = make_model(tmp_path / "ctrl")
+    monkeypatch.setattr(ComputeSpec, "free_memory", lambda self: 0.0)
+    train_tiny(tmp_path / "run", tmp_path / "ctrl", model=model, max_steps=1)
+    assert "activations cannot be recomputed for the architecture ctrl" in caplog.text
