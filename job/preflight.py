@@ -238,15 +238,18 @@ def check_machine(checked: PreflightResult) -> MachineReport:
 
 
 def _check_model(settings: Settings) -> None:
-    """Check the base model's tensors and positions, and that the adapters can be merged into it if they are to be.
+    """Check the base model's tensors and positions, its decoding, and that adapters can be merged if they are to be.
 
     Raises InvalidInputError with every problem found.
     """
+    from job.decoding.architectures import check_marginal
     from job.merge import merge_problems
 
     problems = _Problems()
     problems.collect(quantize.check_weights, settings.base)
     problems.collect(quantize.check_positions, settings.base, settings.data.max_length)
+    if settings.sample.decoding == "marginal":
+        problems.collect(check_marginal, quantize.meta_model(settings.base).config.model_type)
     problems.raise_if_any()
     if settings.hub.merge and (found := merge_problems(settings)):
         raise InvalidInputError(*found)

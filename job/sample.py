@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from job import quantize
 from job.dataset import prompts, tokenization
+from job.decoding.architectures import READ_PADDING, check_marginal
 from job.decoding.config import DecodingConfig, describe_read_error, load_config
 from job.decoding.constraints import ClosedVocabulary, OpenVocabulary, constrain
 from job.decoding.marginals import MAX_BRANCHES_PER_TEXT, tag_marginals
@@ -50,6 +51,10 @@ class Tagger:
         compute: ComputeSpec,
         decoding: DecodingConfig,
     ) -> None:
+        architecture = model.config.model_type
+        if decoding.decoding == "marginal":
+            check_marginal(architecture)
+        self._pads = architecture not in READ_PADDING
         self._model = model
         self._tokenizer = tokenizer
         self._data: Data = settings.data
@@ -72,7 +77,8 @@ class Tagger:
         """Yield the position of each text and its answer, batch by batch, the longest texts first.
 
         Texts of similar length share a batch, so that little is padded: at most `batch_size` texts, and at most
-        BATCH_TOKENS tokens unless a single text has more.
+        BATCH_TOKENS tokens unless a single text has more. Where padding would change the answers, they have the same
+        length.
         """
         token_budget = self._sample.max_new_tokens
         encoded = tokenization.encode_prompts(self._tokenizer, texts, self._data, reserved_tokens=token_budget)
@@ -84,7 +90,9 @@ class Tagger:
             tokens = (len(encoded[by_length[-1]]) + token_budget) * (MAX_BRANCHES_PER_TEXT if marginal else 1)
             rows = max(1, min(self._sample.batch_size, BATCH_TOKENS // tokens))
             batch = by_length[-rows:]
-            del by_length[-rows:]
+            if not self._pads:
+                batch = [i for i in batch if len(encoded[i]) == len(encoded[batch[-1]])]
+            del by_length[-len(batch) :]
             found = (self._marginal if marginal else self._greedy)([encoded[i] for i in batch])
             for i, answer in zip(batch, found, strict=True):
                 yield i, self._tagged_text(texts[i], *answer)
