@@ -62,7 +62,8 @@ class _Problems:
         try:
             return check(*args, **kwargs)
         except InvalidInputError as error:
-            self.messages.extend(error.problems)
+            # the same problem may stop several checks
+            self.messages.extend(problem for problem in error.problems if problem not in self.messages)
             return None
 
     def raise_if_any(self) -> None:

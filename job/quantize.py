@@ -460,6 +460,8 @@ def resolve_weights(settings: Base, *, download_weights: bool = True) -> Path:
     import httpx2
     from huggingface_hub import snapshot_download
 
+    hub.bound_requests()
+
     def download() -> str:
         hub.bound_requests()
         patterns = [

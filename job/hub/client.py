@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from job.config.redaction import MASK, mask_urls, redact
 from job.errors import InvalidInputError, PublishError
 from job.hub.answers import HubAnswerError, HubTimeoutError
+from job.hub.proxies import check_proxies
 from job.settings import Hub
 
 if TYPE_CHECKING:
@@ -50,9 +51,18 @@ def api() -> HfApi:
     return HfApi(token=token() or False, library_name="tagger-job")
 
 
-@functools.cache
 def bound_requests() -> None:
-    """Make every later request of huggingface_hub, by other libraries too, one whose answer is checked and limited."""
+    """Make every later request of huggingface_hub, by other libraries too, one whose answer is checked and limited.
+
+    Raises InvalidInputError if the environment names a proxy that cannot work.
+    """
+    if not is_offline():
+        check_proxies()
+    _set_client_factory()
+
+
+@functools.cache
+def _set_client_factory() -> None:
     from huggingface_hub import set_client_factory
 
     from job.hub.transport import bounded_client
