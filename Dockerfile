@@ -11,21 +11,26 @@ RUN python3 -c "import ensurepip" 2>/dev/null || { \
         apt-get update \
         && apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
         && rm -rf /var/lib/apt/lists/*; }
+WORKDIR /build
+COPY requirements-build.lock ./
 RUN python3 -m venv /opt/uv \
-    && /opt/uv/bin/python -m pip install --no-cache-dir uv==0.13.9 \
+    && /opt/uv/bin/python -m pip install --no-cache-dir --no-deps --require-hashes -r requirements-build.lock \
     && python3 -m venv /opt/venv
 # use the system's certificates; copy from the cache mount, because hard links do not cross file systems
 ENV PATH=/opt/venv/bin:/opt/uv/bin:$PATH VIRTUAL_ENV=/opt/venv UV_SYSTEM_CERTS=1 UV_LINK_MODE=copy
-WORKDIR /build
 COPY requirements.lock ./
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --no-deps --require-hashes -r requirements.lock
-# torch is pinned by version, not by hash: there is one build for CPUs and one for each CUDA version
+# PyPI's build of torch is pinned by hash; the builds for CPUs and other CUDA versions, from other indexes, by version
 ARG UV_TORCH_BACKEND
 ARG UV_FIND_LINKS
-COPY pyproject.toml ./
+COPY requirements-torch.lock ./
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv pip install --compile-bytecode "$(sed -n 's/^ *"\(torch==.*\)",/\1/p' pyproject.toml)" \
+    if [ -z "$UV_TORCH_BACKEND$UV_FIND_LINKS" ]; then \
+        uv pip install --compile-bytecode --no-deps --require-hashes -r requirements-torch.lock; \
+    else \
+        uv pip install --compile-bytecode "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements-torch.lock)"; \
+    fi \
     && find /opt/venv -type d -name tests -prune -exec rm -rf {} + \
     && python -c "import sysconfig; open(sysconfig.get_path('purelib') + '/job.pth', 'w').write('/app\n')"
 COPY job/ /app/job/

