@@ -608,4 +608,6 @@ def describe_error(detail: Any, source_of: Mapping[str, str]) -> str:
     where = "" if source == "environment" else f" (in {source})"
     if not message.startswith(("expected", "a text", "only")):
         message = f"expected {message[0].lower()}{message[1:]}"
-    return f"{name}={to_env(detail['input'], name)}{where}: {message}."
+    # a quote that is not closed makes the next lines of a file, which may be secrets, part of the value
+    value, *more = to_env(detail["input"], name).splitlines() or [""]
+    return f"{name}={value}{'...' if more else ''}{where}: {message}."

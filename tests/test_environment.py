@@ -114,6 +114,20 @@ def test_a_recipe_cannot_put_a_secret_into_a_setting(monkeypatch: pytest.MonkeyP
         environment.load("theirs.env")
 
 
+def test_a_secret_of_the_same_file_cannot_be_put_into_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "")
+    Path(".env").write_text(f"HF_TOKEN={SECRET.decode()}\nTAGGER_HUB_COMMIT_MESSAGE=by ${{HF_TOKEN}}\n")
+    with pytest.raises(InvalidInputError, match="TAGGER_HUB_COMMIT_MESSAGE contains the value of a secret variable"):
+        environment.load()
+
+
+def test_only_the_first_line_of_an_invalid_value_is_shown() -> None:
+    Path(".env").write_text("TAGGER_LORA_R='16\nmy password is pear\n'\n")
+    with pytest.raises(InvalidInputError) as refusal:
+        environment.load()
+    assert refusal.value.problems == ("TAGGER_LORA_R=16... (in .env): expected a whole number.",)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -62,8 +62,9 @@ def test_values_of_secret_variables_are_masked_wherever_they_are(monkeypatch: py
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "parallel")
     text = "got 0123456789abcdef, p%40ss-word and p@ss-word in parallel"
     assert redact(text) == "got ***, *** and *** in parallel"
-    assert has_secret(text)
-    assert not has_secret("an ordinary text")
+    assert has_secret(text, {})
+    assert has_secret(f"for {SECRET}", {"MY_PASSWORD": SECRET})
+    assert not has_secret("an ordinary text", {"MY_PASSWORD": SECRET})
 
 
 def test_every_error_and_its_print_are_masked(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,13 +59,13 @@ def load(recipe: str | None = None) -> Settings:
         settings = Settings(_env_file=files)
     except ValidationError as error:
         raise InvalidInputError(*problems, *_invalid_values(error, source_of)) from None
-    problems += _secrets_in(settings)
+    problems += _secrets_in(settings, third_party_variables(recipe))
     if problems:
         raise InvalidInputError(*problems)
     return settings
 
 
-def _secrets_in(settings: Settings) -> list[str]:
+def _secrets_in(settings: Settings, variables: Mapping[str, str]) -> list[str]:
     """Return a sentence for each setting with the value of a secret variable: settings are logged and published.
 
     A recipe could put one there, because ${NAME} in a file stands for the value of a variable.
@@ -73,7 +73,7 @@ def _secrets_in(settings: Settings) -> list[str]:
     return [
         f"{name} contains the value of a secret variable, and settings are logged and published; remove it"
         for name, value in settings.values().items()
-        if has_secret(json.dumps(value, ensure_ascii=False))
+        if has_secret(json.dumps(value, ensure_ascii=False), variables)
     ]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 MASK = "***"
@@ -39,7 +39,7 @@ _TOKENS = (
 
 def redact(text: str) -> str:
     """Mask every secret in a text: in URLs, by the form of tokens, and the values of this process's variables."""
-    for secret in _secrets():
+    for secret in _secrets(os.environ):
         text = text.replace(secret, MASK)
     text = mask_urls(text)
     for pattern, replacement in _TOKENS:
@@ -80,15 +80,16 @@ def redact_json(value: Any) -> Any:
     return value
 
 
-def has_secret(text: str) -> bool:
-    """Return whether a text contains the value of one of this process's secret variables."""
-    return any(secret in text for secret in _secrets() if len(secret) >= _MIN_UNIQUE)
+def has_secret(text: str, variables: Mapping[str, str]) -> bool:
+    """Return whether a text contains the value of a secret variable, of this process or of others."""
+    secrets = {*_secrets(os.environ), *_secrets(variables)}
+    return any(secret in text for secret in secrets if len(secret) >= _MIN_UNIQUE)
 
 
-def _secrets() -> list[str]:
+def _secrets(variables: Mapping[str, str]) -> list[str]:
     """Return the values of secret variables and the passwords in URLs of others, the longest first."""
     found = set()
-    for name, value in os.environ.items():
+    for name, value in variables.items():
         if _NAME_OF_SECRET.search(name) and not name.upper().startswith("TAGGER_"):
             found.add(value.strip())
         elif re.fullmatch(r"\s*[A-Za-z][\w+.-]*://\S+@\S*", value):
