@@ -8,7 +8,7 @@ QUALITY ?=
 KILLS ?= 100
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",/\1/p' pyproject.toml)
 
-.PHONY: help run test coverage lint workflows-check hadolint manifests sbom audit image-check torture zoo bench \
+.PHONY: help run test coverage lint workflows-check hadolint manifests sbom audit image-check torture torture-tag test-ray zoo bench \
 	quality pictures docs install lock clean
 
 run: install  ## run the complete job here, with the recipe RECIPE (offline): bundled base model, no GPU, no Hub
@@ -67,6 +67,19 @@ torture: install  ## kill KILLS (100) processes at random points; each run must 
 
 zoo: install  ## train a tiny model of each known architecture, and write the table of docs/models.md (10 minutes)
 	PYTHONPATH=. $(BIN)/python tests/zoo.py
+
+# Ray, an extra of the package, is not part of its environment.
+RAY := $(shell sed -n 's/^ray = \["\(ray==.*\)"\]/\1/p' pyproject.toml)
+test-ray: install .ray-packages/installed  ## test tagging on a local Ray cluster, with an actor killed
+	PYTHONPATH=.ray-packages $(BIN)/python -m pytest -n0 tests/test_tagging_engines.py
+
+.ray-packages/installed: pyproject.toml
+	rm -rf .ray-packages
+	$(BIN)/python -m pip install --quiet --target .ray-packages '$(RAY)'
+	touch $@
+
+torture-tag: install  ## kill KILLS (100) workers of `tag` at random moments; the answers must be the same bytes
+	PYTHONPATH=. $(BIN)/python tests/torture_tag.py --kills $(KILLS)
 
 # TRL, which the benchmark compares with, is not part of the job's environment but uses its torch and transformers.
 bench: install .bench-packages/installed  ## measure training speed and memory; options in BENCH="--rounds 5"
@@ -127,4 +140,4 @@ docs/settings.md: job/settings.py job/config/reference.py job/config/recipes/*.e
 	$(BIN)/python -m job settings --markdown > $@
 
 clean:  ## remove what the targets made, except runs/
-	rm -rf $(VENV) .tools .coverage .bench-packages build sbom.json *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .tools .coverage .bench-packages .ray-packages build sbom.json *.egg-info .mypy_cache .pytest_cache .ruff_cache

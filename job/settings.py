@@ -412,6 +412,11 @@ class Tag(SettingsGroup):
         le=10**9,
         description="About how many rows a part has. A part is held in memory, and is done again if its worker dies.",
     )
+    engine: Literal["local", "ray"] = Field(
+        "local",
+        description="What schedules the parts: local: this process. ray: actors of a Ray cluster, that of RAY_ADDRESS "
+        "or one on this machine (pip install 'tagger-job[ray]').",
+    )
 
 
 class Run(SettingsGroup):

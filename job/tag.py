@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from job.runs.run_folder import check_writable
 from job.settings import Settings
 from job.system.paths import exists, is_remote
 from job.tagging import shards, storage, worker
+from job.tagging.engines import check_engine, work_with_ray
 from job.tagging.formats import OWN_COLUMNS
 from job.tagging.plan import PLAN, Job, restart
 from job.tagging.progress import Progress, duration
@@ -51,6 +53,7 @@ def tag(
     if STREAM in (job.data.dataset, job.output):
         return _stream(job, settings, lambda: load(settings, adapter))
     shard = shards.resolve(settings.tag.shard)
+    check_engine(settings.tag.engine, shards=shard.count)
     check_output(job)
     if from_the_start:
         if shard.count > 1:
@@ -59,10 +62,12 @@ def tag(
                 f"{job.parts_folder}, or name another output"
             )
         restart(job)
-    progress = Progress()
+    progress, run = Progress(), work_with_ray
+    if settings.tag.engine == "local":
+        run = partial(worker.work, own=shard.own, sync=sync)
     success = None
     while success is None:  # again, if a part was torn
-        parts = worker.work(job, shard.own, lambda: load(settings, adapter), progress, sync)
+        parts = run(job, partial(load, settings, adapter), progress)
         success = worker.finish(parts, settings.tag.max_errors, verify=shard.count == 1)
     return _summary(success, progress, job)
 

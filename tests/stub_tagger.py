@@ -49,6 +49,6 @@ def tag(what: Job, shard: str = "0/1", seconds: float = 0.0, max_errors: float |
     """Do the share of one worker, and what is left of others; return the content of _SUCCESS.json."""
     index, _, count = shard.partition("/")
     while True:
-        parts = work(what, Shard(int(index), int(count)).own, lambda: StubTagger(seconds), Progress())
+        parts = work(what, lambda: StubTagger(seconds), Progress(), Shard(int(index), int(count)).own)
         if (success := finish(parts, max_errors)) is not None:
             return success

@@ -127,12 +127,12 @@ def test_what_is_sealed_is_not_done_again(given: Path, tmp_path: Path) -> None:
     for part in (0, 3):
         tag_part(parts, data, part, StubTagger(), Progress())
     tagger = StubTagger()
-    work(what, range, lambda: tagger, Progress())
+    work(what, lambda: tagger, Progress())
     done = {row["quote"] for part in (0, 3) for row in lines(tmp_path / "out" / parts.file(part))}
     assert sorted(tagger.texts) == sorted(row["quote"] for row in ROWS if row["quote"] not in done)
     for output in (f"{tmp_path}/out/", tmp_path / "one.jsonl"):
         tag(job(given, output))
-        work(job(given, output), range, lambda: pytest.fail("there is nothing to do"), Progress())
+        work(job(given, output), lambda: pytest.fail("there is nothing to do"), Progress())
 
 
 @pytest.mark.parametrize("output", ["out/", "out.jsonl"])
@@ -174,7 +174,7 @@ def test_a_damaged_part_is_done_again(
     given: Path, tmp_path: Path, expected: dict[str, bytes], damage: str, output: str
 ) -> None:
     what = job(given, f"{tmp_path}/{output}")
-    parts = work(what, range, StubTagger, Progress())
+    parts = work(what, StubTagger, Progress())
     file, seal = parts.folder.path / parts.file(2), parts.folder.path / parts.seal_file(2)  # type: ignore[attr-defined]
     content = file.read_bytes()
     {
@@ -260,7 +260,7 @@ def test_an_input_that_grows_meanwhile_is_refused(given: Path, tmp_path: Path) -
             return super().answers(texts)
 
     with pytest.raises(InvalidInputError, match="was changed while it was read"):
-        work(job(given, f"{tmp_path}/out/"), range, Growing, Progress())
+        work(job(given, f"{tmp_path}/out/"), Growing, Progress())
 
 
 def test_a_restart_that_was_killed_can_be_repeated(given: Path, tmp_path: Path) -> None:

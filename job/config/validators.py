@@ -157,4 +157,8 @@ Cron = Annotated[str, AfterValidator(_cron)]
 
 def is_unicode(text: str) -> bool:
     """Check that a text can be written as UTF-8: environment variables and JSON can hold lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

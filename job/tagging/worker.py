@@ -186,9 +186,9 @@ def no_sync(*, now: bool) -> None:
 
 def work(
     job: Job,
-    own: Callable[[int], Iterable[int]],
     load: Callable[[], TextTagger],
     progress: Progress,
+    own: Callable[[int], Iterable[int]] = range,
     sync: Sync = no_sync,
 ) -> Parts:
     """Tag this worker's parts that are not sealed, then help with those of others, until all are sealed.
@@ -207,7 +207,7 @@ def work(
     while todo := _unsealed(parts, sync):
         chosen = [part for part in todo if part in mine]
         if tagger is None:
-            _start(progress, parts, chosen or todo)
+            start_progress(progress, parts, chosen or todo)
             tagger = load()
         if not chosen:
             log.info("tag: helping with %d parts that other workers have not sealed yet", len(todo))
@@ -218,9 +218,14 @@ def work(
                 sync(now=False)
         mine = set()
     progress.close()
+    check_unchanged(parts, data)
+    return parts
+
+
+def check_unchanged(parts: Parts, data: SlicedData) -> None:
+    """Raise InvalidInputError when the input has changed since its parts were planned."""
     if (problem := data.difference(parts.plan.fingerprint)) is not None:
         raise InvalidInputError(f"{problem}: TAGGER_TAG_INPUT was changed while it was read. Run again with --restart")
-    return parts
 
 
 def _unsealed(parts: Parts, sync: Sync) -> list[int]:
@@ -228,7 +233,8 @@ def _unsealed(parts: Parts, sync: Sync) -> list[int]:
     return parts.unsealed()
 
 
-def _start(progress: Progress, parts: Parts, chosen: Sequence[int]) -> None:
+def start_progress(progress: Progress, parts: Parts, chosen: Sequence[int]) -> None:
+    """Begin to count the rows of some parts."""
     known = [parts.plan.parts[part].rows for part in chosen]
     progress.start(len(chosen), None if None in known else sum(rows or 0 for rows in known))
     log.info("tag: %d of %d parts to do, into %s", len(chosen), len(parts), parts.job.output)
