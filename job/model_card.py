@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from huggingface_hub import EvalResult, ModelCardData
 
 from job import quantize
 from job.config.redaction import mask_urls
 from job.dataset import prompts
 from job.hub.licences import card_entries
-from job.runs.markup import Table, code_span, escape_markdown, markdown_table
+from job.runs import markup
+from job.runs.markup import Table
 from job.settings import Settings, to_env
 from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local, is_on_hub
 from job.types import Scores
@@ -29,16 +30,9 @@ def model_card(
     base, revision = quantize.hub_identity(settings.base)
     on_hub = not is_local(base, WEIGHT_SUFFIXES)
     prompt = prompts.prompt("some text", settings.data.separator)
-    metadata = _metadata(base if on_hub else None, _model_index(base, settings, scores["adapter"]), settings, licence)
-    templates = Environment(
-        loader=PackageLoader("job.runs"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown has filters of its own, for text in a line and for code
-    )
-    templates.filters |= {"inline": escape_markdown, "code": code_span}
-    return templates.get_template("model_card.md.jinja").render(
+    metadata = _metadata(base if on_hub else None, base, settings, scores["adapter"], licence)
+    return markup.render(
+        "model_card.md.jinja",
         metadata=yaml.dump(metadata, Dumper=_OneLine, sort_keys=False, allow_unicode=True, width=math.inf).rstrip(),
         base=base,
         revision=revision if on_hub else None,
@@ -48,7 +42,7 @@ def model_card(
         prompt_literal=repr(prompt),
         answer=prompts.target(["a tag", "another"], settings.data.separator),
         max_new_tokens=settings.sample.max_new_tokens,
-        score_table="\n".join(markdown_table(score_table(scores))),
+        score_table=score_table(scores),
         settings={name: to_env(value, name) for name, value in settings.result_values().items()},
         versions=versions,
     )
@@ -78,39 +72,41 @@ def score_table(scores: Mapping[str, Scores]) -> Table:
 
 
 def _metadata(
-    hub_base: str | None, model_index: dict[str, Any], settings: Settings, licence: str | None
+    hub_base: str | None, base: str, settings: Settings, scores: Scores, licence: str | None
 ) -> dict[str, Any]:
     """Return the card's metadata; a base model or data set is named only if it is on the Hub.
 
     The Hub rejects cards that name a local path.
     """
     dataset = mask_urls(settings.data.dataset)
-    return {
+    entries: dict[str, Any] = {
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["lora", "tagger", "text-classification"],
         **card_entries(licence, hub_base),
         **({"base_model": hub_base} if hub_base else {}),
         **({"datasets": [dataset]} if is_on_hub(dataset, DATA_SUFFIXES) else {}),
-        "model-index": [model_index],
     }
+    results = _eval_results(dataset, settings.data.revision, scores)
+    card = ModelCardData(**entries, model_name=f"{base.rpartition('/')[2]}-tagger", eval_results=results)
+    metadata: dict[str, Any] = card.to_dict()  # type: ignore[no-untyped-call]
+    return metadata
 
 
-def _model_index(base: str, settings: Settings, scores: Scores) -> dict[str, Any]:
+def _eval_results(dataset: str, revision: str | None, scores: Scores) -> list[EvalResult]:
     """Return the scores in the form that the Hub shows on a model's page."""
-    name = f"{base.rpartition('/')[2]}-tagger"
     metrics = {"f1": scores.f1, "precision": scores.precision, "recall": scores.recall}
-    dataset = mask_urls(settings.data.dataset)
-    result = {
-        "task": {"type": "text-classification", "name": "Tagging"},
-        "dataset": {
-            "type": dataset.rpartition(":")[2],
-            "name": dataset,
-            "split": "held out",
-        },
-        "metrics": [
-            {"type": kind, "value": round(value, 4), "name": f"micro-averaged {kind}"}
-            for kind, value in metrics.items()
-        ],
-    }
-    return {"name": name, "results": [result]}
+    return [
+        EvalResult(
+            task_type="text-classification",
+            task_name="Tagging",
+            dataset_type=dataset.rpartition(":")[2],
+            dataset_name=dataset,
+            dataset_revision=revision,
+            dataset_split="held out",
+            metric_type=kind,
+            metric_value=round(value, 4),
+            metric_name=f"micro-averaged {kind}",
+        )
+        for kind, value in metrics.items()
+    ]

@@ -126,7 +126,7 @@ def fine_tune(checked: PreflightResult, compute: ComputeSpec) -> None:
         tagger.decoding.save(folder)
         report.save_card(folder, settings, scores, run, licence=checked.licence)
     run.update(peak_memory=compute.peak_memory())
-    run.record_checksums(*run_folder.RESULTS, "loss.svg")
+    run.record_checksums(*run_folder.RESULTS, *report.CARD_PICTURES)
 
 
 def evaluate_adapter(

@@ -11,6 +11,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from job import report
 from job.config.validators import MAX_REPO_NAME, allowed_name, repo_id
 from job.errors import InvalidInputError, PublishError
 from job.hub import access
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EXTRA_FILES = ("metrics.json", "loss.svg")
+EXTRA_FILES = ("metrics.json", *report.CARD_PICTURES)
 """Files of the run that are published in addition to its adapter and its manifest."""
 WEIGHTS = "adapter/adapter_model.safetensors"
 MAX_CARD_BYTES = 2**20

@@ -32,6 +32,9 @@ PAIRS_SHOWN = ANSWERS_SHOWN = 10
 NEVER_FOUND_SHOWN = 40
 TEXT_SHOWN = 400
 """Characters of a text or a setting; longer ones are shortened."""
+CARD_PICTURES = ("scores.svg", "loss.svg")
+"""Files of the run that the model card shows."""
+F1_TITLE = "Micro-F1 with 95% intervals"
 TAGGERS = {
     "adapter": "this adapter",
     "published": "published adapter",
@@ -45,10 +48,14 @@ TAGGERS = {
 def save_card(
     adapter: Path, settings: Settings, scores: Mapping[str, Scores], run: RunFolder, *, licence: str | None
 ) -> None:
-    """Write the model card over the one that peft made, and the loss curve that it shows."""
+    """Write the model card over the one that peft made, and CARD_PICTURES, which it shows."""
     history = _columns(run.read_lines("log.jsonl"), "step", "loss")
-    loss = _picture("loss", plots.curve, "Training loss", *history, on_page=False)
-    run.write("loss.svg", loss or plots.NO_PICTURE)
+    pictures = {
+        "scores.svg": _picture("scores", plots.intervals, F1_TITLE, _f1_of_taggers(scores), on_page=False),
+        "loss.svg": _picture("loss", plots.curve, "Training loss", *history, on_page=False),
+    }
+    for name, picture in pictures.items():
+        run.write(name, picture or plots.NO_PICTURE)
     (adapter / "README.md").write_text(
         model_card(settings, scores, run.manifest["versions"], licence), encoding="utf-8"
     )
@@ -261,11 +268,10 @@ def _pictures(
 ) -> dict[str, str | None]:
     """Return the pictures of the page by name; None for one that could not be drawn."""
     history = run.read_lines("log.jsonl")
-    f1_of_taggers = tuple((TAGGERS[name], s.f1, tuple(s.intervals["f1"])) for name, s in scores.items())
     f1_of_tags = tuple((tag["tag"], tag["f1"], tuple(tag["f1_interval"])) for tag in tags)
     loss, rate = _columns(history, "step", "loss"), _columns(history, "step", "learning_rate")
     pictures = {
-        "taggers": _picture("taggers", plots.intervals, "Micro-F1 with 95% intervals", f1_of_taggers),
+        "taggers": _picture("taggers", plots.intervals, F1_TITLE, _f1_of_taggers(scores)),
         "loss": _picture("loss", plots.curve, "Training loss", *loss),
         "learning_rate": _picture("learning_rate", plots.curve, "Learning rate", *rate),
         "tags": _picture("tags", plots.intervals, "F1 of tags with 95% intervals", f1_of_tags),
@@ -276,6 +282,11 @@ def _pictures(
             "thresholds", plots.by_threshold, "Scores at other thresholds", points, threshold
         )
     return pictures
+
+
+def _f1_of_taggers(scores: Mapping[str, Scores]) -> tuple[tuple[str, float, tuple[float, ...]], ...]:
+    found = {name: scores[name] for name in TAGGERS if name in scores}
+    return tuple((TAGGERS[name], score.f1, tuple(score.intervals["f1"])) for name, score in found.items())
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], *names: str) -> list[tuple[Any, ...]]:

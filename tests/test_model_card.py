@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from job.metrics.scores import score
 from job.model_card import model_card
@@ -32,6 +33,15 @@ def test_the_metadata_names_base_model_data_set_and_licence() -> None:
     assert metadata(text)["license"] == "bigscience-bloom-rail-1.0"
     assert "licence of the base model (bigscience-bloom-rail-1.0)." in text
     assert metadata(text)["model-index"][0]["results"][0]["metrics"][0]["value"] == round(SCORES["adapter"].f1, 4)
+
+
+def test_the_hub_reads_the_scores_from_the_metadata() -> None:
+    [*results] = ModelCard(card(data={"revision": "c0ffee"})).data.eval_results
+    expected = {"f1": SCORES["adapter"].f1, "precision": 1.0, "recall": 0.5}
+    assert {result.metric_type: result.metric_value for result in results} == pytest.approx(expected, abs=1e-4)
+    assert {(result.dataset_name, result.dataset_revision) for result in results} == {
+        ("Abirate/english_quotes", "c0ffee")
+    }
 
 
 def test_local_paths_are_not_in_the_metadata() -> None:
@@ -96,7 +106,8 @@ def test_texts_of_others_change_nothing_but_their_place(text: str) -> None:
     body = re.sub(r"\n```python\n.*?\n```\n", "\n", shown.split("\n---\n", 1)[1], flags=re.DOTALL)
     outside = re.sub(code, "", body)
     assert not re.search(r"<|javascript:(?!alert\(1\)\))", outside), outside
-    assert re.findall(r"(?<!\\)\[[^]]*(?<!\\)\]\([^)]*\)", outside) == ["[training loss](loss.svg)"]
+    links = re.findall(r"(?<!\\)\[[^]]*(?<!\\)\]\([^)]*\)", outside)
+    assert links == ["[micro-F1 of the taggers with 95% intervals](scores.svg)", "[training loss](loss.svg)"]
     assert "\x1b" not in shown
     found = metadata(shown)
     assert found["model-index"][0]["results"][0]["dataset"]["name"] == text

@@ -158,7 +158,7 @@ def test_a_run_on_the_hub_pins_revisions_and_publishes(
     run = tmp_path / "runs" / "tiny"
     assert set(head.files) == {
         *(file.name for file in (run / "adapter").iterdir()),
-        *("metrics.json", "manifest.json", "loss.svg"),
+        *("metrics.json", "manifest.json", "scores.svg", "loss.svg"),
     }
     manifest = json.loads((run / "manifest.json").read_text())
     base, sayings = published.models["tiny/llama"], published.datasets["tiny/sayings"]

@@ -22,7 +22,8 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
         autoescape=template.endswith(".html.jinja"),
     )
-    templates.filters |= {"markdown": escape_markdown, "table": lambda rows: "\n".join(markdown_table(rows))}
+    templates.filters |= {"markdown": escape_markdown, "code": code_span}
+    templates.filters["table"] = lambda rows: "\n".join(markdown_table(rows))
     return templates.get_template(template).render(**values)
 
 
