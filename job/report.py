@@ -73,9 +73,10 @@ def save_report(run: RunFolder, outcome: str, published: Published | None = None
         page = _page(run, data, published)
         for name in ("report.md", "report.html"):
             run.write(name, markup.render(f"{name}.jinja", **page))
-    except OSError:
-        raise
-    except Exception:  # a report that cannot be made must not keep an adapter from being published
+    # a report that cannot be made must not keep an adapter from being published
+    except OSError as error:
+        log.warning("report: %s has no complete report (%s)", run.path, error.strerror or error)
+    except Exception:
         log.warning("report: %s has no complete report; this is a defect of the job", run.path, exc_info=True)
 
 

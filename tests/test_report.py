@@ -232,6 +232,14 @@ def test_a_report_that_cannot_be_made_does_not_end_the_run(
     assert "has no complete report; this is a defect of the job" in caplog.text and "ZeroDivisionError" in caplog.text
 
 
+def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = make_run(tmp_path / "run")
+    (run.path / "report.html" / "a folder").mkdir(parents=True)
+    report.save_report(run, "judged")
+    assert "has no complete report (Is a directory)" in caplog.text
+    assert (run.path / "report.md").is_file()
+
+
 def test_runs_of_earlier_versions_have_a_report(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run.path / "thresholds.jsonl").unlink()

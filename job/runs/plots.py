@@ -201,6 +201,8 @@ def _simplify(root: ElementTree.Element, page_name: str | None) -> None:
         attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
         if attributes.get("id") not in used:
             attributes.pop("id", None)
+        if attributes.get("transform", "").startswith("rotate(-0 "):
+            del attributes["transform"]
         element.attrib = {key: _renamed(key, value, page_name) for key, value in attributes.items()}
 
 
