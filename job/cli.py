@@ -126,10 +126,11 @@ def _check(options: argparse.Namespace, settings: Settings) -> None:
 
 
 def _prefetch(options: argparse.Namespace, settings: Settings) -> None:
-    from job import data, quantize
+    from job import data
+    from job.hub import weights
 
     show(f"data: {len(data.load(settings.data).train)} examples to train on")
-    show(f"base model: {quantize.resolve_weights(settings.base)}")
+    show(f"base model: {weights.resolve_weights(settings.base)}")
 
 
 def _retrain(options: argparse.Namespace, settings: Settings) -> None:

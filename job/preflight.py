@@ -18,7 +18,7 @@ from job.dataset.summary import summarise
 from job.dataset.tags import drop_rare_tags
 from job.decoding import config as decoding
 from job.errors import GateRejected, InvalidInputError
-from job.hub import access
+from job.hub import access, weights
 from job.hub import client as hub
 from job.runs import run_folder
 from job.runs.run_folder import RunFolder
@@ -111,7 +111,7 @@ def check(settings: Settings) -> PreflightResult:
 def _check_base_model(settings: Base) -> HubRevision | None:
     """Return the commit of a base model on the Hub; None if it is local (and then checked) or the Hub is offline."""
     if is_local(settings.model, WEIGHT_SUFFIXES):
-        quantize.check_local(settings.model)
+        weights.check_local(settings.model)
         return None
     return None if hub.is_offline() else access.resolve_revision("model", settings.model, settings.revision)
 

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from conftest import CPU, HF_HOME, write_gguf
+from conftest import CPU
 from hub import Hub, Repo
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
@@ -61,17 +60,6 @@ def test_a_tokenizer_without_a_pad_token_gets_one(llama: Path, bloom: Path) -> N
     tokenizer = quantize.load_tokenizer(Base(model=str(llama)))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert quantize.load_tokenizer(Base(model=str(bloom))).pad_token == "<pad>"
-
-
-def test_pickled_weights_are_refused_and_not_read(llama: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "pickled"
-    shutil.copytree(llama, folder)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(InvalidInputError, match=r"no weights in safetensors \(none\)"):
-        quantize.check_local(str(folder))
-    (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
-    with pytest.raises(InvalidInputError, match=r"only pytorch_model.bin, and pickles are not read"):
-        load(folder, "none")
 
 
 def test_code_in_a_model_folder_is_never_run(llama: Path, tmp_path: Path) -> None:
@@ -334,15 +322,6 @@ def test_a_missing_or_damaged_shard_is_refused_by_name(llama: Path, copied_llama
         load(copied_llama, "none")
 
 
-def test_a_folder_with_an_adapter_is_refused(llama: Path, copied_llama: Path, tmp_path: Path) -> None:
-    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(llama), peft.LoraConfig(task_type="CAUSAL_LM"))
-    model.save_pretrained(str(copied_llama))
-    model.save_pretrained(str(tmp_path / "adapter"))
-    for folder in (copied_llama, tmp_path / "adapter"):
-        with pytest.raises(InvalidInputError, match=f"adapter in it .* to its base model, {llama}"):
-            quantize.check_local(str(folder))
-
-
 def test_the_checks_of_a_model_on_the_hub_download_headers_only(llama: Path, loopback_hub: Hub) -> None:
     repo = loopback_hub.models["tiny/llama"] = Repo("tiny/llama")
     files = {path.name: path.read_bytes() for path in llama.iterdir()}
@@ -363,54 +342,6 @@ def test_the_network_is_only_blamed_if_it_failed(llama: Path, loopback_hub: Hub)
     assert "network" not in str(damaged.value)
     with pytest.raises(InvalidInputError, match="check the network"):
         quantize.load_tokenizer(Base(model="tiny/absent"))
-
-
-def test_what_a_library_says_is_shortened_and_never_advises_to_run_code() -> None:
-    long = f"The checkpoint {'x' * 50} is unknown. Please pass `trust_remote_code=True` to run it. {'It failed. ' * 99}"
-    short = quantize.shorten(long)
-    assert short.startswith("The checkpoint x")
-    assert len(short) <= quantize.MAX_REASON
-    assert "remote_code" not in short
-    assert len(quantize.shorten("y" * 5000)) == quantize.MAX_REASON
-    assert quantize.shorten("Set trust_remote_code=True.") == "it needs code from its repository, which is not run"
-
-
-def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="absent.gguf does not exist"):
-        quantize.check_local(str(tmp_path / "absent.gguf"))
-    (tmp_path / "model.gguf").write_bytes(b"GG")
-    with pytest.raises(InvalidInputError, match="model.gguf is not a GGUF file"):
-        quantize.check_local(str(tmp_path / "model.gguf"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InvalidInputError, match="has no config.json"):
-        quantize.check_local(str(tmp_path / "empty"))
-
-
-def test_a_gguf_file_is_converted_once(gguf_model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings = Base(model=str(gguf_model), quantize="none")
-    folder = quantize.resolve_weights(settings)
-    assert quantize.resolve_weights(settings) == folder
-    assert [record.message for record in caplog.records if "converting" in record.message] == [
-        f"converting {gguf_model.name} to {folder}; later runs reuse the folder"
-    ]
-    model, tokenizer = quantize.load_model(settings, CPU), quantize.load_tokenizer(settings)
-    assert model.config.num_hidden_layers == 1
-    assert model.get_input_embeddings().weight[3].tolist() == [3.0] * 64
-    assert tokenizer.decode(tokenizer("abc").input_ids) == "abc"
-
-
-def test_a_damaged_gguf_file_is_refused_and_no_folder_is_left(gguf_model: Path) -> None:
-    damaged = gguf_model.with_name("damaged.gguf")
-    damaged.write_bytes(gguf_model.read_bytes()[:2000])
-    with pytest.raises(InvalidInputError, match=r"damaged.gguf cannot be read: .* set TAGGER_BASE_MODEL"):
-        quantize.resolve_weights(Base(model=str(damaged)))
-    assert not list(Path(HF_HOME, "tagger-job").glob("damaged-*"))
-
-
-def test_missing_weights_in_a_gguf_file_are_refused(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "incomplete.gguf", drop="blk.0.attn_q.weight")
-    with pytest.raises(InvalidInputError, match="lack 1 tensors .* such as model.layers.0.self_attn.q_proj.weight"):
-        quantize.resolve_weights(Base(model=str(tmp_path / "incomplete.gguf")))
 
 
 @pytest.mark.parametrize(
