@@ -112,6 +112,9 @@ class Lease(Owner):
         self._thread.start()
 
     def check(self) -> None:
+        with suppress(OSError):  # a file system that does not answer is reported when the lease is renewed
+            # read it: after a pause of the whole process, its thread may not have run yet
+            self._lost = self._lost or not self._is_ours()
         if self._lost:
             raise JobError(
                 f"another process has taken over {self._run}, because this one had not renewed its lease for "
