@@ -216,12 +216,12 @@ class Lora(SettingsGroup):
         name = str(value).lower()
         if name.startswith(("pissa", "olora", "corda", "loftq")):
             raise ValueError(
-                f"{name.split('_')[0]} changes the weights of the base model, so that the adapter would not fit the "
-                "published one; use true, gaussian or orthogonal"
+                f"expected true, gaussian or orthogonal: {name.split('_')[0]} changes the weights of the base model, "
+                "so that the adapter would not fit the published one"
             )
         if name.startswith(("eva", "lora_ga")):
             raise ValueError(
-                f"{name} needs a pass over the data first, which this job does not make; use true or gaussian"
+                f"expected true, gaussian or orthogonal: {name} needs a pass over the data before training"
             )
         return name if isinstance(value, (str, bool)) else value
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BartConfig, GPT2Config, LlamaConfig, MambaConfig, MptConfig, PreTrainedConfig
+from transformers import (
+    BartConfig,
+    GPT2Config,
+    LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
+    MambaModel,
+    MptConfig,
+    PreTrainedConfig,
+)
 
 from job.settings import Train
 from job.system.device import ComputeSpec
@@ -65,7 +74,11 @@ def test_recomputation_keeps_fewer_activations() -> None:
 @pytest.mark.parametrize(
     ("config", "layer_bytes"),
     [
-        (MambaConfig(hidden_size=64, num_hidden_layers=3), 34 * 64),  # no attention heads
+        (
+            MambaConfig(hidden_size=64, num_hidden_layers=3, state_size=8),
+            34 * 64 + 12 * 2 * 64 * 8,
+        ),  # no attention heads
+        (Mamba2Config(hidden_size=64, num_hidden_layers=3, num_heads=8, head_dim=16), 34 * 64 + 16 * 8 * 256),
         (BartConfig(d_model=64, decoder_layers=3, encoder_layers=9, decoder_attention_heads=4), 34 * 64 + 5 * 4 * 40),
         (GPT2Config(n_embd=64, n_layer=3, n_head=4), 34 * 64 + 5 * 4 * 40),
         (MptConfig(d_model=64, n_layers=3, n_heads=4), 34 * 64 + 5 * 4 * 40),
@@ -73,3 +86,18 @@ def test_recomputation_keeps_fewer_activations() -> None:
 )
 def test_shapes_are_read_under_each_architecture_s_names(config: PreTrainedConfig, layer_bytes: int) -> None:
     assert activation_bytes(config, 40, 2, recompute=False) == 3 * layer_bytes
+
+
+def test_the_activations_of_a_mamba_are_estimated_as_they_are_kept() -> None:
+    config = MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=16)
+    model, ids, saved = MambaModel(config).train(), torch.randint(50, (1, 64)), {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids, use_cache=False)
+    kept = sum(size for pointer, size in saved.items() if pointer not in weights)
+    assert 0.7 < 64 * activation_bytes(config, 64, 4, recompute=False) / kept < 1.4

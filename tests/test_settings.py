@@ -53,9 +53,12 @@ def test_inconsistent_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("variables", "why"),
     [
-        ({"INIT": "pissa_niter_4"}, "TAGGER_LORA_INIT.*pissa changes the weights of the base model"),
-        ({"INIT": "olora"}, "TAGGER_LORA_INIT.*olora changes the weights of the base model"),
-        ({"INIT": "eva"}, "TAGGER_LORA_INIT.*eva needs a pass over the data"),
+        (
+            {"INIT": "pissa_niter_4"},
+            "TAGGER_LORA_INIT=pissa_niter_4: expected .*: pissa changes the weights of the base model",
+        ),
+        ({"INIT": "olora"}, "TAGGER_LORA_INIT=olora: expected .*: olora changes the weights of the base model"),
+        ({"INIT": "eva"}, "TAGGER_LORA_INIT=eva: expected .*: eva needs a pass over the data"),
         ({"INIT": "false"}, "TAGGER_LORA_INIT.*'true', 'gaussian' or 'orthogonal'"),
         ({"INIT": "orthogonal"}, "TAGGER_LORA_INIT=orthogonal needs TAGGER_BASE_QUANTIZE=none"),
     ],

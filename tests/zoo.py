@@ -13,10 +13,12 @@ import inspect
 import io
 import json
 import logging
+import multiprocessing
 import sys
 import tempfile
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ from job.training.packing import PackedAttention
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- zoo -->", "<!-- /zoo -->"
+PROCESSES = 2
 QUANTIZATIONS = ("none", "int8", "nf4")
 TOLERANCE = 1e-4
 """Largest difference of loss or gradients, relative to their size; fp32 sums in another order differ by about 1e-6."""
@@ -350,6 +353,16 @@ def try_refused(name: str, folder: Path) -> Result:
     return Result(name, problems={"none": problem} if problem else {})
 
 
+def try_one(name: str) -> tuple[Result, float]:
+    """Try an architecture, or that it is refused; return the result, and how many seconds it took."""
+    logging_setup.configure()
+    logging.disable(logging.WARNING)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        result = (try_refused if name in REFUSED else try_architecture)(name, Path(folder))
+    return result, time.monotonic() - start
+
+
 def row(result: Result) -> str:
     """Return the row of an architecture in the table of docs/models.md."""
     batches, recomputes = "packed" if result.packed else "padded", "yes" if result.recomputes else "no"
@@ -377,17 +390,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="try these alone, and write no table")
     only = parser.parse_args().only
-    logging_setup.configure()
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
     results, start = [], time.monotonic()
-    for name in only or [*ARCHITECTURES, *REFUSED]:
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            results.append((try_refused if name in REFUSED else try_architecture)(name, Path(folder)))
-        for quantize, problem in results[-1].problems.items():
-            print(f"{name}, {quantize}: {problem}")
-        print(f"{name}: {'FAILED' if results[-1].problems else 'ok'} ({time.monotonic() - began:.1f} s)", flush=True)
+    # spawned and not forked, which the threads of torch do not survive
+    with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for result, seconds in pool.map(try_one, only or [*ARCHITECTURES, *REFUSED]):
+            results.append(result)
+            for quantize, problem in result.problems.items():
+                print(f"{result.name}, {quantize}: {problem}")
+            print(f"{result.name}: {'FAILED' if result.problems else 'ok'} ({seconds:.1f} s)", flush=True)
     failed = [result.name for result in results if result.problems]
     print(
         f"{len(results)} architectures in {time.monotonic() - start:.0f} s, {len(failed)} with a problem {failed or ''}"

@@ -74,8 +74,27 @@ def activation_bytes(config: Any, width: int, itemsize: int, *, recompute: bool)
     hidden = _dimension(config, "hidden_size", "d_model", "n_embd")
     heads = _dimension(config, "decoder_attention_heads", "num_attention_heads")  # a Mamba or RWKV has none
     layers = _dimension(config, "decoder_layers", "num_hidden_layers", "n_layer")
-    layer = (34 * hidden + 5 * heads * width) * itemsize / 2
+    layer = (34 * hidden + 5 * heads * width) * itemsize / 2 + _state_bytes(config, hidden)
     return float(layers * hidden * itemsize + layer if recompute else layers * layer)
+
+
+def _state_bytes(config: Any, hidden: int) -> float:
+    """Estimate the bytes that a state-space layer keeps for each token, in fp32 and without kernels of its own.
+
+    Measured on tiny models. Mamba: the discretized matrices and the state, three numbers for each element of the state.
+    Mamba-2 and xLSTM: about four for each head and each token of a chunk.
+    """
+    heads = _dimension(config, "mamba_n_heads", "n_mamba_heads", "mamba_num_heads", "num_heads")
+    chunk = _dimension(config, "mamba_chunk_size", "chunk_size")
+    if heads and chunk:
+        return 4 * 4.0 * heads * chunk
+    return (
+        4
+        * 3.0
+        * _dimension(config, "expand", "mamba_expand")
+        * hidden
+        * _dimension(config, "state_size", "mamba_d_state")
+    )
 
 
 def _dimension(config: Any, *names: str) -> int:
