@@ -6,7 +6,6 @@ Heavy imports are inside the commands, after the settings are validated.
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from job import __version__
 from job.config.redaction import redact
+from job.distributed import place
 from job.errors import (
     CRASHED,
     DONE,
@@ -27,7 +27,7 @@ from job.errors import (
     PUBLISH_FAILED,
     ExitCode,
     InvalidInputError,
-    JobError,
+    describe_failure,
     print_error,
 )
 from job.runs import shutdown
@@ -36,8 +36,6 @@ from job.system.printable import printable_line
 
 if TYPE_CHECKING:
     from job.settings import Settings
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,12 +48,19 @@ def command() -> NoReturn:
     """Run one command as a program; after an interruption, exit without waiting for the threads of libraries."""
     streams.protect()
     with shutdown.handled(then=signal.SIG_IGN):  # when it is over, a signal must not change its exit code
-        code = _run_until_interrupted(None)
-        if code == INTERRUPTED:
+        assignment = place.assignment()
+        code = _run_until_interrupted(None) if assignment is None else _work(assignment)
+        if code == INTERRUPTED or place.has_others():
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
     sys.exit(code)
+
+
+def _work(assignment: place.Assignment) -> int:
+    from job import worker  # imports torch, during which a signal is handled already
+
+    return worker.work(assignment)
 
 
 def _run_until_interrupted(arguments: Sequence[str] | None) -> int:
@@ -79,19 +84,14 @@ def _run_command(options: argparse.Namespace) -> int:
         for name, value in environment.third_party_variables(options.recipe).items():
             os.environ.setdefault(name, value)
         COMMANDS[options.command].run(options, environment.load(options.recipe))
-    except JobError as error:
-        shutdown.check()  # a library may have turned the interruption into an error
-        print_error(str(error))
-        return error.exit_code
     except Exception as error:
-        shutdown.check()
-        if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
+        shutdown.check()  # a library may have turned the interruption into an error
+        failure = describe_failure(error)
+        if failure is None:
             raise
-        print_error(
-            f"{error.filename or 'the disk'} cannot be written: {error.strerror}. What was saved before is intact: "
-            "free disk space or change the permissions, then run the same command again"
-        )
-        return CRASHED
+        message, code = failure
+        print_error(message)
+        return code
     return DONE
 
 
@@ -111,7 +111,7 @@ def _check(options: argparse.Namespace, settings: Settings) -> None:
     from job.dataset.summary import describe, summarise
 
     checked = preflight.check(settings)
-    machine = preflight.check_machine(checked)
+    machine = preflight.check_machine(checked, preflight.processes_here(checked.settings))
     if options.json:
         report = preflight.report_as_json(checked, machine)
         print(json.dumps(report, indent=2, ensure_ascii=not streams.is_utf(sys.stdout)))

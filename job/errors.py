@@ -11,6 +11,7 @@ This module needs only the standard library, so that scripts can read the table 
 
 from __future__ import annotations
 
+import errno
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -93,6 +94,21 @@ class PublishError(JobError):
     """Trained and saved, but not published."""
 
     exit_code = PUBLISH_FAILED
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+def describe_failure(error: Exception) -> tuple[str, int] | None:
+    """Return the message and the exit code for an error that a user can act on; None for a defect of the job."""
+    if isinstance(error, JobError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return (
+            f"{error.filename or 'the disk'} cannot be written: {error.strerror}. What was saved before is intact: "
+            "free disk space or change the permissions, then run the same command again"
+        ), CRASHED
+    return None
 
 
 def print_error(message: str) -> None:

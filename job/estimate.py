@@ -119,10 +119,19 @@ def cpu_problems(need: MemoryEstimate, settings: Settings, compute: ComputeSpec)
     ]
 
 
-def memory_problems(need: MemoryEstimate, compute: ComputeSpec) -> list[str]:
-    """Report a run that does not fit into the free memory of the GPU. A CPU is not checked, because it can swap."""
+def memory_problems(need: MemoryEstimate, compute: ComputeSpec, processes: int = 1) -> list[str]:
+    """Report a run that does not fit into the free memory of the GPU, or `processes` that do not fit into the CPU's.
+
+    A single process on a CPU is not checked, because it can swap.
+    """
     if compute.device.type != "cuda":
-        return []
+        total = compute.free_memory()
+        if processes == 1 or need.memory * processes <= total:
+            return []
+        return [
+            f"TAGGER_RUN_PROCESSES={processes}: each holds the base model and needs {need.memory / GIB:.1f} GiB, "
+            f"and this machine has {total / GIB:.1f} GiB free; use at most {max(1, int(total // need.memory))}"
+        ]
     free, total = torch.cuda.mem_get_info(compute.device)
     if need.memory + CUDA_OVERHEAD <= free:
         return []

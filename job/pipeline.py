@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job import preflight, report, results
+from job.distributed.team import Team
 from job.errors import InvalidInputError
 from job.hub import client as hub
 from job.preflight import PreflightResult
@@ -15,22 +17,25 @@ from job.runs import run_folder
 from job.runs.run_folder import RunFolder
 from job.settings import Settings
 from job.system.paths import PACKAGE_PREFIX, WEIGHT_SUFFIXES, is_local
-from job.types import Prediction, Scores, Summary
+from job.types import EncodedExample, Example, Prediction, Scores, Summary
 
 if TYPE_CHECKING:
     import peft
+    from transformers import PreTrainedTokenizerBase
 
+    from job.distributed.group import Group
+    from job.distributed.place import Place
     from job.sample import Tagger
     from job.system.device import ComputeSpec
 
 log = logging.getLogger(__name__)
 
 
-def run(settings: Settings, on_saved: Callable[[RunFolder], None] | None = None) -> Summary:
+def run(settings: Settings, on_saved: Callable[[RunFolder], None] | None = None) -> Summary | str:
     """Do the complete job: check, load, train, evaluate, gate, publish, sample.
 
     Chapters that an earlier attempt completed, up to the complete run, are not repeated if their files are intact.
-    `on_saved` is called whenever newer progress is on disk.
+    `on_saved` is called whenever newer progress is on disk. Returns a sentence where another process has the results.
     Raises a JobError, which has the exit code, unless the run succeeds.
     """
     return run_checked(preflight.check(settings), on_saved)
@@ -51,32 +56,36 @@ def retrain(settings: Settings, on_saved: Callable[[RunFolder], None] | None = N
     return run_checked(checked, on_saved)
 
 
-def run_checked(checked: PreflightResult, on_saved: Callable[[RunFolder], None] | None = None) -> Summary:
+def run_checked(checked: PreflightResult, on_saved: Callable[[RunFolder], None] | None = None) -> Summary | str:
     """Run every chapter after the preflight check, or those that an earlier attempt has not completed."""
     with checked.run.released_afterwards():
         return _run_chapters(checked, on_saved)
 
 
-def _run_chapters(checked: PreflightResult, on_saved: Callable[[RunFolder], None] | None) -> Summary:
+def _run_chapters(checked: PreflightResult, on_saved: Callable[[RunFolder], None] | None) -> Summary | str:
     settings, run = checked.settings, checked.run
     run.on_saved = on_saved
+    team = Team.find()
+    if not team.leads:
+        return help_train(checked, team)
     log.info("run: %s", run.path)
     if run.complete and (checked.repo is None or run.published):
         log.info("run: already complete, nothing is repeated")
+        dismiss(checked, team)
         return results.summary(run)
 
     # torch and transformers take seconds to import: first finish the checks that need neither
     from job.gate import run_gate
     from job.merge import merge
-    from job.system.device import ComputeSpec
 
-    compute = ComputeSpec.resolve(settings.run.device, settings.train.precision)
+    compute = resolve_compute(settings, team)
     if run.started:
         run.lock()
     if run.trained:
         log.info("run: already trained and evaluated")
+        dismiss(checked, team)
     else:
-        fine_tune(checked, compute)
+        train_together(checked, compute, team)
     verdict = run_gate(run, settings, checked.repo, compute)
     if verdict.passed and settings.hub.merge and not run.is_intact("merged"):
         merge(run, settings, compute)
@@ -85,48 +94,193 @@ def _run_chapters(checked: PreflightResult, on_saved: Callable[[RunFolder], None
     return finish(run, settings, checked.repo, compute)
 
 
-def fine_tune(checked: PreflightResult, compute: ComputeSpec) -> None:
-    """Load, quantize, freeze, add adapters, train, evaluate, and save the adapter with its evaluation."""
+def resolve_compute(settings: Settings, team: Team) -> ComputeSpec:
+    """Return device and precision of this process; in a launcher's processes, each has a GPU of its own."""
+    from job.distributed.place import choose_gpu
+    from job.system.device import ComputeSpec
+
+    if team.place is not None:
+        choose_gpu()
+    return ComputeSpec.resolve(settings.run.device, settings.train.precision)
+
+
+def train_together(checked: PreflightResult, compute: ComputeSpec, team: Team) -> None:
+    """Fine-tune in this process, with the processes that a launcher started, or in some that this one starts."""
+    from job.distributed.group import joined
+
+    if team.place is not None:
+        with joined(team.place, checked.facts(compute), train=True) as group:
+            fine_tune(checked, compute, group)
+        return
+    processes = preflight.count_processes(checked.settings, compute, team.machines.processes)
+    if processes == 1 and team.alone:
+        fine_tune(checked, compute)
+    else:
+        launch(checked, compute, team, processes)
+
+
+def launch(checked: PreflightResult, compute: ComputeSpec, team: Team, processes: int) -> bool:
+    """Start this machine's processes, and wait for them; return whether there was something to train.
+
+    They work offline, with what is checked and downloaded here.
+    """
+    from job import quantize
+    from job.dataset.summary import describe, summarise
+    from job.distributed import launcher
+
+    settings, run = checked.settings, checked.run
+    machine = preflight.check_machine(checked, processes)
+    quantize.resolve_weights(settings.base)
+    for line in (*machine.describe(), *describe(summarise(checked.examples, settings.data))):
+        log.info(line)
+    store = launcher.meet(team.machines, checked.facts(compute), train=True)
+    if store is None:
+        return False
+    run.release()  # process 0 locks it
+    launcher.launch(
+        processes,
+        checked.as_json(),
+        machines=team.machines,
+        store=store,
+        virtual_gpus=compute.device.type == "cuda",
+        on_progress=None if run.on_saved is None else run.progress_watcher(),
+    )
+    if team.leads:
+        run.lock()
+    return True
+
+
+def take_part(place: Place, inputs: dict[str, Any]) -> None:
+    """Do the part of a process that the job started: process 0 fine-tunes, the others help it."""
+    from job.distributed.group import joined
+    from job.system.device import ComputeSpec
+
+    checked = PreflightResult.from_json(inputs)
+    compute = ComputeSpec.resolve(checked.settings.run.device, checked.settings.train.precision)
+    with joined(place, checked.facts(compute), train=True) as group, checked.run.released_afterwards():
+        (fine_tune if place.rank == 0 else follow)(checked, compute, group)
+
+
+def help_train(checked: PreflightResult, team: Team) -> str:
+    """Do the part of a process, or of a machine, that does not lead the run; return a sentence about it."""
+    from job.distributed.group import joined
+
+    compute = resolve_compute(checked.settings, team)
+    if team.place is not None:
+        with joined(team.place, checked.facts(compute), train=False) as group:
+            if group.trains:
+                follow(checked, compute, group)
+    else:
+        processes = preflight.count_processes(checked.settings, compute, team.machines.processes)
+        launch(checked, compute, team, processes)
+    return f"{team} has done its part; the first one has the results"
+
+
+def dismiss(checked: PreflightResult, team: Team) -> None:
+    """Tell the others, if there are some, that there is nothing to train."""
+    if team.alone:
+        return
+    from job.distributed import launcher
+    from job.distributed.group import joined
+
+    facts = checked.facts(resolve_compute(checked.settings, team))
+    if team.place is None:
+        launcher.meet(team.machines, facts, train=False)
+    else:
+        with joined(team.place, facts, train=False):
+            pass
+
+
+def fine_tune(checked: PreflightResult, compute: ComputeSpec, group: Group | None = None) -> None:
+    """Load, quantize, freeze, add adapters, train, evaluate, and save the adapter with its evaluation.
+
+    The other processes of a `group` help with training and evaluation (`follow`).
+    """
     from job.data import inference_texts
     from job.dataset.summary import describe, summarise
-    from job.dataset.tags import drop_rare_tags
-    from job.dataset.tokenization import encode
     from job.decoding.config import initial_config
-    from job.freeze import freeze
-    from job.lora import add_adapters, count_parameters, save_adapter
-    from job.quantize import check_causal, describe_weights, load_model, load_tokenizer
+    from job.lora import save_adapter
     from job.sample import Tagger
     from job.train import train
 
     settings, examples, run = checked.settings, checked.examples, checked.run
     machine = preflight.check_machine(checked)
-    for line in (machine.describe()[0], *describe(summarise(examples, settings.data))):
+    for line in (machine.describe()[0], *describe(summarise(examples, settings.data))) if group is None else ():
         log.info(line)
     with run.chapter("load"):
-        tokenizer = load_tokenizer(settings.base)
-        train_examples = drop_rare_tags(examples.train, settings.data.min_tag_count)
-        encoded = encode(tokenizer, train_examples, settings)
-        log.info("quantize: %s as %s on %s", settings.base.model, settings.base.quantize, compute)
-        base = load_model(settings.base, compute)
-        check_causal(base, settings.base)
-        weights = describe_weights(base)
-        freeze(base)
-        model = add_adapters(base, settings.lora, seed=settings.train.seed)
-        log.info("lora: %s", count_parameters(model))
-    run.begin(str(compute), weights)
+        loaded = load(checked, compute)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    run.begin(str(compute), loaded.weights)
+    if group is not None:
+        group.start()
 
     with run.chapter("train"):
-        trained = train(model, encoded, settings.train, tokenizer=tokenizer, compute=compute, run=run)
-    tagger = Tagger(model, tokenizer, settings, compute, initial_config(settings.sample, train_examples))
+        trained = train(
+            model, loaded.encoded, settings.train, tokenizer=tokenizer, compute=compute, run=run, exchange=group
+        )
+    tagger = Tagger(model, tokenizer, settings, compute, initial_config(settings.sample, loaded.examples), group)
     scores, predictions = evaluate_adapter(checked, model, tagger)
     results.save_metrics(run, scores, trained, predictions)
     results.save_samples(run, tagger.tag(inference_texts(settings.sample)))
+    if group is not None:
+        group.send({"do": "end"})
     with run.folder("adapter") as folder:
         save_adapter(model, tokenizer, folder, settings.base)
         tagger.decoding.save(folder)
         report.save_card(folder, settings, scores, run, licence=checked.licence)
     run.update(peak_memory=compute.peak_memory())
     run.record_checksums(*run_folder.RESULTS, *report.CARD_PICTURES)
+
+
+def follow(checked: PreflightResult, compute: ComputeSpec, group: Group) -> None:
+    """Help process 0 with training and evaluation, until it needs no more help."""
+    from job import train
+    from job.decoding.config import initial_config
+    from job.sample import Tagger
+
+    settings = checked.settings
+    preflight.check_machine(checked)
+    loaded = load(checked, compute)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    group.start()
+    train.follow(model, loaded.encoded, settings.train, tokenizer=tokenizer, compute=compute, exchange=group)
+    decoding = initial_config(settings.sample, loaded.examples)
+    Tagger(model, tokenizer, settings, compute, decoding).follow(group)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What training starts from."""
+
+    model: peft.PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    examples: list[Example]
+    """The training examples."""
+    encoded: list[EncodedExample]
+    weights: dict[str, Any]
+    """How the base model's weights are stored."""
+
+
+def load(checked: PreflightResult, compute: ComputeSpec) -> Loaded:
+    """Load the base model and its tokenizer, quantize, freeze, add adapters, and encode the training examples."""
+    from job.dataset.tags import drop_rare_tags
+    from job.dataset.tokenization import encode
+    from job.freeze import freeze
+    from job.lora import add_adapters, count_parameters
+    from job.quantize import check_causal, describe_weights, load_model, load_tokenizer
+
+    settings = checked.settings
+    tokenizer = load_tokenizer(settings.base)
+    examples = drop_rare_tags(checked.examples.train, settings.data.min_tag_count)
+    encoded = encode(tokenizer, examples, settings)
+    log.info("quantize: %s as %s on %s", settings.base.model, settings.base.quantize, compute)
+    base = load_model(settings.base, compute)
+    check_causal(base, settings.base)
+    weights = describe_weights(base)
+    freeze(base)
+    model = add_adapters(base, settings.lora, seed=settings.train.seed)
+    log.info("lora: %s", count_parameters(model))
+    return Loaded(model, tokenizer, examples, encoded, weights)
 
 
 def evaluate_adapter(

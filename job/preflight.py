@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from job import data, gate, push, quantize, results
 from job.config.earlier_versions import current_settings, differences
@@ -17,6 +18,7 @@ from job.dataset.split import split_calibration
 from job.dataset.summary import summarise
 from job.dataset.tags import drop_rare_tags
 from job.decoding import config as decoding
+from job.distributed.team import Team
 from job.errors import GateRejected, InvalidInputError
 from job.hub import access, weights
 from job.hub import client as hub
@@ -27,10 +29,17 @@ from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local, is_on_hub
 from job.types import Example, HubRevision, SplitData
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from job.estimate import MemoryEstimate
+    from job.system.device import ComputeSpec
 
 SPECIAL_TOKENS = 8
 """Tokens kept free for those that a tokenizer adds by itself."""
+WORTHWHILE_TOKENS = 2000
+"""Tokens of a step for each process, below which a GPU spends more time on starting kernels than on computing."""
+SAMPLED = 200
+"""Examples that are tokenized to estimate the tokens of a step."""
 MOST_RISKY = 1000
 """Examples that are tokenized at most to find one whose tags do not fit."""
 P = ParamSpec("P")
@@ -49,6 +58,29 @@ class PreflightResult:
     """The repo that the run will be pushed to, or None."""
     licence: str | None
     """The base model's licence, from its page on the Hub."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the processes that train need, as JSON types."""
+        run = self.settings.run.model_copy(update={"dir": self.run.path.parent, "id": self.run.path.name})
+        settings = self.settings.model_copy(update={"run": run})
+        return {
+            "settings": settings.model_dump(mode="json"),
+            "examples": TypeAdapter(SplitData).dump_python(self.examples, mode="json"),
+            "licence": self.licence,
+        }
+
+    def facts(self, compute: ComputeSpec) -> dict[str, str]:
+        """Return what all processes must see alike to train the same adapter."""
+        values = self.settings.result_values() | {"data": self.examples.fingerprint, "device": compute.device.type}
+        versions = {name: metadata.version(name) for name in run_folder.TRACKED_VERSIONS}
+        return {name: str(value) for name, value in (values | {"precision": compute.precision} | versions).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> PreflightResult:
+        """Return the result that `as_json` described; nothing of it will be pushed."""
+        settings = Settings.model_validate(values["settings"])
+        examples = TypeAdapter(SplitData).validate_python(values["examples"])
+        return cls(settings, examples, RunFolder.open(settings, examples), None, values["licence"])
 
 
 class _Problems:
@@ -187,6 +219,14 @@ def same_inputs(checked: PreflightResult, revision: str | None) -> bool:
 
 
 @dataclass(frozen=True)
+class StepSize:
+    """The size of an optimizer step."""
+
+    examples: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class MachineReport:
     """What the checks of device, memory and the largest examples found."""
 
@@ -196,6 +236,10 @@ class MachineReport:
     longest_example: int
     """Tokens of the longest training example."""
     memory: MemoryEstimate
+    processes: int = 1
+    """Processes that train on this machine."""
+    step: StepSize | None = None
+    """What these processes share; None for one process."""
 
     def describe(self) -> list[str]:
         """Return a line to print for each finding."""
@@ -203,12 +247,23 @@ class MachineReport:
             f"device: {self.device}{f', because {self.fallback}' if self.fallback else ''}",
             f"longest example: {self.longest_example} tokens",
             f"memory: at least {self.memory}",
+            *self._describe_processes(),
         ]
 
+    def _describe_processes(self) -> list[str]:
+        if self.step is None:
+            return []
+        line = f"processes: {self.processes} on this machine; {self.step.examples} examples of a step have about "
+        line += f"{self.step.tokens:,} tokens, {self.step.tokens // self.processes:,} for each"
+        if self.step.tokens // self.processes < WORTHWHILE_TOKENS:
+            line += f": below about {WORTHWHILE_TOKENS:,} more processes bring nothing; raise TAGGER_TRAIN_BATCH_SIZE"
+        return [line]
 
-def check_machine(checked: PreflightResult) -> MachineReport:
+
+def check_machine(checked: PreflightResult, processes: int = 1) -> MachineReport:
     """Check device, precision, memory, disk, the largest training examples, and that their answers can be decoded.
 
+    `processes` are to train together on this machine.
     Raises InvalidInputError with every problem found. Imports torch and transformers, and downloads config and
     tokenizer of the base model if they are not cached.
     """
@@ -229,13 +284,40 @@ def check_machine(checked: PreflightResult) -> MachineReport:
     problems = [
         *tokenizer_problems(tokenizer, train_examples, settings),
         *estimate.cpu_problems(memory, settings, compute),
-        *estimate.memory_problems(memory, compute),
+        *estimate.memory_problems(memory, compute, processes),
         *estimate.disk_problems(memory, checked.run.path),
     ]
     if problems:
         raise InvalidInputError(*problems)
     fallback = gpu_unavailable_reason() if settings.run.device == "auto" and compute.device.type == "cpu" else None
-    return MachineReport(str(compute), fallback, len(longest.input_ids), memory)
+    shared = None if processes == 1 else _tokens_per_step(tokenizer, train_examples, settings)
+    return MachineReport(str(compute), fallback, len(longest.input_ids), memory, processes, shared)
+
+
+def processes_here(settings: Settings) -> int:
+    """Return how many processes a run would start on this machine."""
+    from job.system.device import ComputeSpec
+
+    team = Team.find()
+    compute = ComputeSpec.resolve(settings.run.device, settings.train.precision)
+    return 1 if team.place is not None else count_processes(settings, compute, team.machines.processes)
+
+
+def count_processes(settings: Settings, compute: ComputeSpec, from_launcher: int | None = None) -> int:
+    """Return how many processes train on this machine; raises InvalidInputError for more than it can have."""
+    from job.system import device
+
+    wanted = settings.run.processes or from_launcher
+    return device.count_processes(wanted, compute.device, examples_per_step=settings.train.examples_per_step)
+
+
+def _tokens_per_step(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: Settings) -> StepSize:
+    """Estimate the tokens of a step from some of the examples."""
+    some = examples[:: max(1, len(examples) // SAMPLED)]
+    encoded = tokenization.encode(tokenizer, some, settings)
+    mean = sum(len(example.input_ids) for example in encoded) / len(encoded)
+    n = settings.train.examples_per_step
+    return StepSize(n, round(n * mean))
 
 
 def _check_model(settings: Settings) -> None:
@@ -281,6 +363,7 @@ def report_as_json(checked: PreflightResult, machine: MachineReport) -> dict[str
         "data": summarise(checked.examples, settings.data),
         "base": {**base, "licence": checked.licence},
         "device": machine.device,
+        "processes": machine.processes,
         "longest_example": machine.longest_example,
         "memory": {"bytes": round(machine.memory.memory), "disk_bytes": round(machine.memory.disk)},
         "run": {"path": str(run.path), "complete": run.complete},

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx2
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
@@ -31,6 +35,8 @@ from job.types import Published, TaggedText
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from job.distributed.group import Group
+
 BATCH_TOKENS = 8192
 """Most tokens in a batch, padding and answers included, so that memory is bounded for long texts too."""
 READ_ERRORS = (OSError, ValueError, SafetensorError, httpx2.HTTPError)
@@ -50,12 +56,14 @@ class Tagger:
         settings: Settings,
         compute: ComputeSpec,
         decoding: DecodingConfig,
+        group: Group | None = None,
     ) -> None:
         architecture = model.config.model_type
         if decoding.decoding == "marginal":
             check_marginal(architecture)
         self._pads = architecture not in READ_PADDING
         self._model = model
+        self._group = group
         self._tokenizer = tokenizer
         self._data: Data = settings.data
         self._sample: Sample = settings.sample
@@ -69,33 +77,61 @@ class Tagger:
             self._vocabulary = ClosedVocabulary(answers, decoding.tags, decoding.max_tags)
 
     def tag(self, texts: Sequence[str]) -> list[TaggedText]:
-        """Return the answer for each text, in order."""
-        answers = dict(self.answers(texts))
+        """Return the answer for each text, in order; the batches are dealt to the processes of a group."""
+        if self._group is not None:
+            decoding = self.decoding.model_dump(mode="json")
+            request = {"texts": list(texts), "decoding": decoding, "adapter": not _is_disabled(self._model)}
+            self._group.send({"do": "tag", **request})
+        answers = dict(self._tag_share(texts))
         return [answers[i] for i in range(len(texts))]
 
-    def answers(self, texts: Sequence[str]) -> Iterator[tuple[int, TaggedText]]:
+    def follow(self, group: Group) -> None:
+        """Tag this process's share of the texts that process 0 tags, until that one has finished."""
+        self._group = group
+        while (message := group.receive())["do"] == "tag":
+            self.decoding = DecodingConfig.model_validate(message["decoding"])
+            model: Any = self._model
+            with nullcontext() if message["adapter"] else model.disable_adapter():
+                self._tag_share(message["texts"])
+
+    def _tag_share(self, texts: Sequence[str]) -> list[tuple[int, TaggedText]]:
+        """Return the answers of all processes on process 0, with the positions of their texts."""
+        if self._group is None:
+            return list(self.answers(texts))
+        own = list(self.answers(texts, share=(self._group.rank, self._group.size)))
+        gathered = self._group.gather([(i, asdict(answer)) for i, answer in own])
+        return [(i, TaggedText.from_json(answer)) for answers in gathered for i, answer in answers]
+
+    def answers(self, texts: Sequence[str], share: tuple[int, int] = (0, 1)) -> Iterator[tuple[int, TaggedText]]:
         """Yield the position of each text and its answer, batch by batch, the longest texts first.
 
         Texts of similar length share a batch, so that little is padded: at most `batch_size` texts, and at most
         BATCH_TOKENS tokens unless a single text has more. Where padding would change the answers, they have the same
-        length.
+        length. `share` is a number and a count: of so many batches, only the one with this number is computed, so that
+        the batches do not depend on who computes them.
         """
         token_budget = self._sample.max_new_tokens
         encoded = tokenization.encode_prompts(self._tokenizer, texts, self._data, reserved_tokens=token_budget)
-        by_length = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
         marginal = self.decoding.decoding == "marginal"
         self._model.eval()
-        while by_length:
-            # longest first: if memory does not suffice, that shows at once
-            tokens = (len(encoded[by_length[-1]]) + token_budget) * (MAX_BRANCHES_PER_TEXT if marginal else 1)
-            rows = max(1, min(self._sample.batch_size, BATCH_TOKENS // tokens))
-            batch = by_length[-rows:]
-            if not self._pads:
-                batch = [i for i in batch if len(encoded[i]) == len(encoded[batch[-1]])]
-            del by_length[-len(batch) :]
+        for batch in itertools.islice(self._batches([len(ids) for ids in encoded]), share[0], None, share[1]):
             found = (self._marginal if marginal else self._greedy)([encoded[i] for i in batch])
             for i, answer in zip(batch, found, strict=True):
                 yield i, self._tagged_text(texts[i], *answer)
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the positions of the prompts in each batch."""
+        by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+        branches = MAX_BRANCHES_PER_TEXT if self.decoding.decoding == "marginal" else 1
+        while by_length:
+            # longest first: if memory does not suffice, that shows at once
+            tokens = (lengths[by_length[-1]] + self._sample.max_new_tokens) * branches
+            rows = max(1, min(self._sample.batch_size, BATCH_TOKENS // tokens))
+            batch = by_length[-rows:]
+            if not self._pads:
+                batch = [i for i in batch if lengths[i] == lengths[batch[-1]]]
+            yield batch
+            del by_length[-len(batch) :]
 
     def cut_to(self, text: str) -> int | None:
         """Return TAGGER_DATA_MAX_LENGTH if the end of a text is cut off for it; None if the text fits."""
@@ -200,6 +236,11 @@ def load_tagger(settings: Settings, adapter: Published | Path | str, compute: Co
     freeze(model)
     adapted = _load_adapter(model, config, source, revision)
     return Tagger(adapted, quantize.load_tokenizer(base), settings, compute, decoding)
+
+
+def _is_disabled(model: torch.nn.Module) -> bool:
+    """Return whether the adapters are switched off at the moment."""
+    return any(module.disable_adapters for module in model.modules() if isinstance(module, LoraLayer))
 
 
 def _adapter_config(source: Path | str, revision: str | None) -> AdapterConfig:

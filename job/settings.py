@@ -38,7 +38,6 @@ from job.config.validators import (
     Shard,
     TextList,
     Threshold,
-    only_one,
 )
 from job.errors import InvalidInputError
 
@@ -283,6 +282,11 @@ class Train(SettingsGroup):
         42, ge=0, lt=2**32, description="Random seed of the adapters' initial weights, dropout and example order."
     )
 
+    @property
+    def examples_per_step(self) -> int:
+        """Return the examples of an optimizer step, the effective batch size."""
+        return self.batch_size * self.gradient_accumulation_steps
+
     @field_validator("micro_batch_tokens", mode="before")
     @classmethod
     def _auto_is_none(cls, value: object) -> object:
@@ -432,9 +436,16 @@ class Run(SettingsGroup):
         description="Device to compute on; auto: a GPU if there is one, else the CPU for a base model of at most "
         "250 million parameters.",
     )
-    processes: Annotated[int, AfterValidator(only_one)] = Field(
-        1, description="Number of training processes, one per GPU; only 1 is supported for now."
+    processes: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None,
+        description="Processes on this machine that train and evaluate together; auto or empty: one for each GPU, "
+        "and one on a CPU. Changes speed, never the result.",
     )
+
+    @field_validator("processes", mode="before")
+    @classmethod
+    def _auto_is_none(cls, value: object) -> object:
+        return None if value == "auto" else value
 
 
 class Modal(SettingsGroup):

@@ -13,9 +13,9 @@ from job.errors import DivergedError, InvalidInputError
 from job.runs.run_folder import RunFolder
 from job.settings import Train
 from job.system.device import ComputeSpec
+from job.training import trainer
 from job.training.batching import num_label_tokens
 from job.training.exchange import Exchange, SingleProcess
-from job.training.trainer import Trainer
 from job.types import EncodedExample, TrainResult
 
 log = logging.getLogger(__name__)
@@ -57,9 +57,9 @@ def train(
     if settings.gradient_checkpointing == "auto" and not base.supports_gradient_checkpointing:
         log.info("train: activations cannot be recomputed for the architecture %s", base.config.model_type)
         settings = settings.model_copy(update={"gradient_checkpointing": "off"})
-    trainer = Trainer(model, examples, settings, tokenizer, compute, run, exchange or SingleProcess())
-    trainer.resume()
-    trainer.run()
+    loop = trainer.Trainer(model, examples, settings, tokenizer, compute, run, exchange or SingleProcess())
+    loop.resume()
+    loop.run()
     if not all(torch.isfinite(parameter).all() for parameter in model.parameters() if parameter.requires_grad):
         raise DivergedError(
             "the weights of the adapters are not finite after training; lower TAGGER_TRAIN_LEARNING_RATE"
@@ -70,8 +70,8 @@ def train(
             "there; leave them out of TAGGER_LORA_TARGETS",
             ", ".join(unused),
         )
-    losses = [entry["loss"] for entry in trainer.history()]
-    return TrainResult(trainer.state.step, losses[0], losses[-1], trainer.state.seconds)
+    losses = [entry["loss"] for entry in loop.history()]
+    return TrainResult(loop.state.step, losses[0], losses[-1], loop.state.seconds)
 
 
 def unused_adapters(model: peft.PeftModel) -> list[str]:
@@ -85,3 +85,16 @@ def unused_adapters(model: peft.PeftModel) -> list[str]:
             layer = name.partition(".lora_B.")[0].rpartition(".")[2]
             changed[layer] = changed.get(layer, False) or bool(parameter.any())
     return sorted(layer for layer, any_changed in changed.items() if not any_changed) if any(changed.values()) else []
+
+
+def follow(
+    model: peft.PeftModel,
+    examples: Sequence[EncodedExample],
+    settings: Train,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    compute: ComputeSpec,
+    exchange: Exchange,
+) -> None:
+    """Compute this process's share of each step that process 0 takes; the model then has the trained weights."""
+    trainer.follow(model, examples, settings, tokenizer, compute, exchange)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from job.system.printable import printable_line
 
@@ -116,6 +116,12 @@ class TaggedText:
     """Whether the answer is a complete list."""
     confidences: tuple[float, ...] = field(compare=False)
     """Probability of each tag: at its position in the list, or with marginal decoding anywhere in the list."""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TaggedText:
+        """Return the answer from its fields as JSON types."""
+        lists = {"tags": tuple(values["tags"]), "confidences": tuple(values["confidences"])}
+        return cls(**values | lists)
 
     def __str__(self) -> str:
         """Return one printable line: the prompt, the tags, and the raw answer if it is not a complete list."""

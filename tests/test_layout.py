@@ -19,9 +19,10 @@ CHAPTERS = (
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "cloud.modal_launcher", "cloud.modal_worker"),
+    ("worker",),
     ("pipeline",),
     *((chapter,) for chapter in CHAPTERS),
-    ("training", "decoding", "metrics", "tagging"),
+    ("training", "distributed", "decoding", "metrics", "tagging"),
     ("dataset",),
     ("hub",),
     ("runs",),

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
         ("TAGGER_EVAL_GATE", "better", "'off', 'floor' or 'published'"),
         ("TAGGER_MODAL_TIMEOUT_HOURS", "24.5", "expected a value of at most 24."),
         ("TAGGER_MODAL_SECRET", "my secret", "expected letters, digits"),
-        ("TAGGER_RUN_PROCESSES", "2", "TAGGER_RUN_PROCESSES=2: only 1 is supported."),
+        ("TAGGER_RUN_PROCESSES", "0", "TAGGER_RUN_PROCESSES=0: expected a value of at least 1."),
         ("TAGGER_MODAL_CRON", "weekly", "expected minute, hour, day of the month, month, day of the week"),
         ("TAGGER_MODAL_CRON", "0 24 * * *", "expected minute, hour"),
         ("TAGGER_MODAL_CRON", "*/0 4 * * 1", "expected minute, hour"),

@@ -119,13 +119,6 @@ def _modal_name(value: str) -> str:
     return value
 
 
-def only_one(value: int) -> int:
-    """Accept 1 only."""
-    if value != 1:
-        raise ValueError("only 1 is supported")
-    return value
-
-
 def _cron(value: str) -> str:
     fields, ranges = value.split(), ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
     if value != "never" and not (len(fields) == 5 and all(map(_is_cron_field, fields, ranges))):

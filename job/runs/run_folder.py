@@ -211,6 +211,23 @@ class RunFolder:
         """Return the content of manifest.json."""
         return json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
 
+    def progress_watcher(self) -> Callable[[], None]:
+        """Return a function that calls `on_saved` if another process has saved newer progress since its last call."""
+        seen = self._progress()
+
+        def look() -> None:
+            nonlocal seen
+            if (found := self._progress()) != seen:
+                seen = found
+                self.notify_saved()
+
+        return look
+
+    def _progress(self) -> tuple[object, ...]:
+        manifest = self.path / "manifest.json"
+        changed = manifest.stat().st_mtime_ns if manifest.is_file() else None
+        return (changed, *sorted(path.name for path in self.checkpoints.glob("checkpoint-*")))
+
     def notify_saved(self) -> None:
         """Notify the caller that newer progress is on disk; raises JobError if another process has taken it over."""
         self._check_owner()

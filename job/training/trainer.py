@@ -84,7 +84,8 @@ class Trainer:
             **asdict(
                 plan_batches(config, examples, settings, compute, max_tokens=max_tokens, processes=exchange.local_size)
             ),
-            "parts": exchange.size,
+            # a configured size is kept, and the split then does not depend on the number of processes at all
+            "parts": 1 if settings.micro_batch_tokens else exchange.size,
         }
         self.state = TrainerState(**plan)
         self.step_is_complete = True
@@ -128,7 +129,8 @@ class Trainer:
             except BaseException as stop:
                 # save only after Ctrl-C, a signal or Modal's timeout: after an error the state may be wrong
                 if not isinstance(stop, Exception) and self.step_is_complete and self.state.step > self._saved_step:
-                    self._save()
+                    with shutdown.deferred():  # a lost process may be followed by a signal
+                        self._save()
                 raise
         for name, mean in self.swa_weights.items():
             self._adapters[name].data.copy_(mean)

@@ -1,0 +1,1 @@
+"""Several processes: launch them, and exchange messages and tensors between them."""

@@ -1,0 +1,43 @@
+"""A process that the job started for a training with several processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+
+from job import pipeline
+from job.distributed import launcher, place
+from job.distributed.group import PeerLost
+from job.distributed.place import Assignment
+from job.errors import CRASHED, DONE, INTERRUPTED, describe_failure
+from job.runs import shutdown
+from job.system import logging_setup
+
+
+def work(assignment: Assignment) -> int:
+    """Do this process's part and return its exit code; the process that started it prints the error."""
+    place.end_with_parent(assignment.parent)
+    rank = assignment.first.rank + int(os.environ["RANK"])
+    logging_setup.configure()
+    if rank > 0:  # process 0 logs what all of them do
+        logging.getLogger("job").setLevel(logging.WARNING)
+    try:
+        pipeline.take_part(assignment.place(int(os.environ["RANK"])), assignment.inputs)
+        shutdown.check()
+    except KeyboardInterrupt as stop:
+        launcher.leave_error(assignment, rank, None, lost=isinstance(stop, PeerLost))
+        return INTERRUPTED
+    except Exception as error:
+        if shutdown.received() is not None:  # a library may have turned the interruption into an error
+            launcher.leave_error(assignment, rank, None)
+            return INTERRUPTED
+        failure = describe_failure(error)
+        if failure is None:
+            print(f"process {rank} of {assignment.first.size}:", file=sys.stderr)
+            traceback.print_exc()
+        message, code = failure or (None, CRASHED)
+        launcher.leave_error(assignment, rank, message)
+        return code
+    return DONE
