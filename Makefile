@@ -50,7 +50,8 @@ workflows-check: .tools/installed  ## check the files for CI: their schemas, and
 
 manifests: .tools/installed  ## check compose.yaml and deploy/k8s-*.yaml against their schemas
 	$(SCHEMA) --builtin-schema vendor.compose-spec compose.yaml
-	$(TOOLS)/kubernetes-validate --strict deploy/k8s-job.yaml deploy/k8s-tag.yaml deploy/k8s-volumes.yaml
+	$(TOOLS)/kubernetes-validate --strict deploy/k8s-job.yaml deploy/k8s-tag.yaml deploy/k8s-volumes.yaml \
+		deploy/k8s-two-nodes.yaml
 
 sbom: .tools/installed  ## write sbom.json: the packages of the image with their hashes, in CycloneDX
 	cat requirements.lock requirements-torch.lock | $(TOOLS)/cyclonedx-py requirements - \
@@ -61,6 +62,9 @@ audit: .tools/installed  ## look up known vulnerabilities of the locked packages
 
 image-check: install  ## build the image with buildah and run it (needs root on Debian; says so elsewhere)
 	PYTHONPATH=. $(BIN)/python tests/image_check.py
+
+two-machines: install  ## train on two network namespaces that stand for machines (needs root on Linux; says so elsewhere)
+	PYTHONPATH=. $(BIN)/python tests/two_machines.py
 
 torture: install  ## kill KILLS (100) processes at random points; each run must end as if it had not been killed
 	PYTHONPATH=. $(BIN)/python tests/torture.py --kills $(KILLS)

@@ -29,11 +29,13 @@ runs = modal.Volume.from_name(request.modal.runs_volume, create_if_missing=True)
 cache = modal.Volume.from_name(request.modal.cache_volume, create_if_missing=True)
 app = modal.App("tagger-job")
 
+# one process for each GPU of the container
+gpus = max(int(gpu.partition(":")[2] or 1) for gpu in request.modal.gpu.split(","))
 on_a_gpu: dict[str, Any] = {
     "image": image,
     "gpu": request.modal.gpu.split(","),
-    "cpu": 2.0,
-    "memory": 4096,  # MiB at least; Modal gives more where there is more
+    "cpu": 2.0 * gpus,
+    "memory": 4096 * gpus,  # MiB at least; Modal gives more where there is more
     "volumes": {modal_launcher.RUNS: runs, modal_launcher.CACHE: cache},
     "timeout": round(request.modal.timeout_hours * HOURS),
     "startup_timeout": HOURS // 2,

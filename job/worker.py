@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 
 from job import pipeline
 from job.distributed import launcher, place
@@ -36,7 +35,7 @@ def work(assignment: Assignment) -> int:
         failure = describe_failure(error)
         if failure is None:
             print(f"process {rank} of {assignment.first.size}:", file=sys.stderr)
-            traceback.print_exc()
+            sys.excepthook(type(error), error, error.__traceback__)  # it masks secrets
         message, code = failure or (None, CRASHED)
         launcher.leave_error(assignment, rank, message)
         return code

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import peft
 import pytest
 import torch
 from conftest import SAYINGS, make_settings
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
 from job import pipeline
@@ -217,6 +219,34 @@ def test_sigterm_saves_within_ten_seconds_and_the_run_resumes(llama: Path, tmp_p
     assert resumed and int(resumed[1]) >= 60, again.stderr
     steps = [json.loads(line)["step"] for line in (tmp_path / "runs" / "tiny" / "log.jsonl").read_text().splitlines()]
     assert steps == [1, *range(10, 121, 10)]
+
+
+@needs_gpu
+@pytest.mark.parametrize("quantize", ["int8", "none"])
+def test_two_processes_on_one_gpu_train_what_one_trains(llama: Path, tmp_path: Path, quantize: str) -> None:
+    """Start them as a launcher would that does not count GPUs; each sees the same one."""
+    words, environment = command(llama, tmp_path)
+    environment |= {"TAGGER_TRAIN_MAX_STEPS": "20", "TAGGER_TRAIN_MICRO_BATCH_TOKENS": "300"}
+    environment["TAGGER_BASE_QUANTIZE"] = quantize
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    started = {}
+    for folder, more in {"alone": {}, "0": {"RANK": "0", **meeting}, "1": {"RANK": "1", **meeting}}.items():
+        (tmp_path / folder).mkdir()
+        started[folder] = subprocess.Popen(
+            words, cwd=tmp_path / folder, env=environment | more, stderr=subprocess.PIPE, text=True
+        )
+    errors = {folder: process.communicate()[1] for folder, process in started.items()}
+    assert [process.returncode for process in started.values()] == [0, 0, 0], errors
+    runs = [tmp_path / folder / "runs" / "tiny" for folder in ("alone", "0")]
+    alone, together = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
+    apart = {name: float((together[name] - tensor).abs().max()) for name, tensor in alone.items()}
+    print(f"{max(apart.values())=:.2e}, bitwise equal: {all(torch.equal(together[n], alone[n]) for n in alone)}")
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-5)
+    losses = [[json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @needs_gpu

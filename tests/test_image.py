@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from job.cli import COMMANDS
+from job.distributed.place import machines
 from job.errors import GATE_REJECTED, INTERRUPTED, INVALID_INPUT, PUBLISH_FAILED
 from job.runs import shutdown
 
@@ -146,7 +147,7 @@ def kubernetes(file: str = "k8s-job.yaml") -> dict[str, Any]:
     return {entry["kind"]: entry for entry in objects}
 
 
-@pytest.mark.parametrize("file", ["k8s-job.yaml", "k8s-tag.yaml"])
+@pytest.mark.parametrize("file", ["k8s-job.yaml", "k8s-tag.yaml", "k8s-two-nodes.yaml"])
 def test_kubernetes_limits_the_time_and_every_volume_of_a_job(file: str) -> None:
     job = kubernetes(file)["Job"]["spec"]
     assert job["activeDeadlineSeconds"] > 0 and job["ttlSecondsAfterFinished"] > 0
@@ -179,8 +180,9 @@ def test_kubernetes_lets_a_job_connect_to_the_hub_and_nothing_to_it(file: str) -
         assert any(ipaddress.ip_address(private) in network for network in blocked)
 
 
-def test_kubernetes_retries_interruptions_but_no_refusals() -> None:
-    job = kubernetes()["Job"]
+@pytest.mark.parametrize("file", ["k8s-job.yaml", "k8s-two-nodes.yaml"])
+def test_kubernetes_retries_interruptions_but_no_refusals(file: str) -> None:
+    job = kubernetes(file)["Job"]
     rules = job["spec"]["podFailurePolicy"]["rules"]
     by_action = {rule["action"]: rule.get("onExitCodes", {}).get("values") for rule in rules if "onExitCodes" in rule}
     assert by_action == {
@@ -195,6 +197,23 @@ def test_kubernetes_retries_interruptions_but_no_refusals() -> None:
     assert {"/runs", "/cache", "/tmp", "/dev/shm", "/run/secrets"} == mounts
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert container["securityContext"]["readOnlyRootFilesystem"]
+
+
+def test_kubernetes_starts_the_job_on_two_machines_that_find_each_other() -> None:
+    objects = kubernetes("k8s-two-nodes.yaml")
+    service, policy, job = objects["Service"], objects["NetworkPolicy"]["spec"], objects["Job"]
+    pod = job["spec"]["template"]["spec"]
+    variables = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+    found = [machines(variables | {"JOB_COMPLETION_INDEX": str(index)}) for index in range(job["spec"]["completions"])]
+    name = job["metadata"]["name"]
+    assert [(each.count, each.number, each.address) for each in found] == [
+        (2, 0, f"{name}-0.{pod['subdomain']}"),
+        (2, 1, f"{name}-0.{pod['subdomain']}"),
+    ]
+    assert (service["metadata"]["name"], service["spec"]["clusterIP"]) == (pod["subdomain"], "None")
+    labels = job["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"] == labels == policy["podSelector"]["matchLabels"]
+    assert policy["ingress"] == [{"from": [{"podSelector": {"matchLabels": labels}}]}], "only from each other"
 
 
 def test_compose_waits_for_an_interruption_and_mounts_volumes() -> None:

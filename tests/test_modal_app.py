@@ -118,6 +118,8 @@ def test_modal_gets_gpus_times_retries_volumes_and_secrets(world: World) -> None
         definition = request.function_data.ranked_functions[0].function
         functions[definition.function_name] = definition
         assert [(gpu.gpu_type, gpu.count) for gpu in gpus] == [("A100", 2), ("L4", 1)]
+        resources = definition.resources
+        assert (resources.milli_cpu, resources.memory_mb) == (4000, 8192), "for a process on each of two GPUs"
         assert (definition.timeout_secs, definition.startup_timeout_secs) == (5400, 1800)
         assert definition.retry_policy.retries == 3
         mounts = {each.mount_path: each.volume_id for each in definition.volume_mounts}

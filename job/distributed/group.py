@@ -272,12 +272,19 @@ def compare(store: Store, what: str, number: int, count: int, facts: Mapping[str
     try:
         _compare(store, what, number, count, facts, deadline)
     except InvalidInputError:
-        store.set(f"heard-{number}", "")
-        if number == 0:  # it hosts the store
-            until = time.monotonic() + HEAR_SECONDS
-            while time.monotonic() < until and not store.check([f"heard-{other}" for other in range(count)]):
-                time.sleep(0.02)
+        wait_until_heard(store, number, count)
         raise
+    except RuntimeError as error:
+        log.error("%s %d of %d: the store of %s 0 has closed (%s)", what, number, count, what, _first_line(error))
+        raise PeerLost from None
+
+
+def wait_until_heard(store: Store, number: int, count: int) -> None:
+    """Mark that this process has heard what was decided; number 0, which hosts the store, waits for the others."""
+    store.set(f"heard-{number}", "")
+    until = time.monotonic() + HEAR_SECONDS
+    while number == 0 and time.monotonic() < until and not store.check([f"heard-{other}" for other in range(count)]):
+        time.sleep(0.02)
 
 
 def _compare(store: Store, what: str, number: int, count: int, facts: Mapping[str, str], deadline: float) -> None:

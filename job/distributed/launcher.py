@@ -63,7 +63,10 @@ def meet(machines: Machines, facts: Mapping[str, str], *, train: bool) -> TCPSto
         if train or not leads:
             raise
         return None  # the others have ended before, so they wait for nobody
-    return store if shared.get("train") == b"True" else None
+    if shared.get("train") == b"True":
+        return store
+    group.wait_until_heard(shared, machines.number, machines.count)
+    return None
 
 
 def launch(

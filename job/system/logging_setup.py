@@ -46,6 +46,8 @@ def configure() -> None:
         logging.getLogger(name).setLevel(level)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
+    # PyTorch's C++ code warns, with a stack trace, of every closed connection between processes
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # transformers itself calls this deprecated name when peft checks for gradient checkpointing
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
