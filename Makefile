@@ -6,10 +6,11 @@ RECIPE ?= $(or $(TAGGER_RECIPE),offline)
 BENCH ?=
 QUALITY ?=
 KILLS ?= 100
+PROCESSES ?= 1
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",/\1/p' pyproject.toml)
 
-.PHONY: help run test coverage lint workflows-check hadolint manifests sbom audit image-check torture torture-tag test-ray zoo bench \
-	quality pictures docs install lock clean
+.PHONY: help run test coverage lint workflows-check hadolint manifests sbom audit image-check torture torture-tag \
+	test-ray zoo two-machines bench bench-processes quality pictures docs install lock clean
 
 run: install  ## run the complete job here, with the recipe RECIPE (offline): bundled base model, no GPU, no Hub
 	@echo "tagger-job: running the recipe $(RECIPE); offline takes 4 to 5 minutes on two CPU cores. Results are in runs/."
@@ -66,8 +67,8 @@ image-check: install  ## build the image with buildah and run it (needs root on 
 two-machines: install  ## train on two network namespaces that stand for machines (needs root on Linux; says so elsewhere)
 	PYTHONPATH=. $(BIN)/python tests/two_machines.py
 
-torture: install  ## kill KILLS (100) processes at random points; each run must end as if it had not been killed
-	PYTHONPATH=. $(BIN)/python tests/torture.py --kills $(KILLS)
+torture: install  ## kill KILLS (100) runs at random points; each must end as if it had not been; PROCESSES="1 2 3" draws
+	PYTHONPATH=. $(BIN)/python tests/torture.py --kills $(KILLS) --processes $(PROCESSES)
 
 zoo: install  ## train a tiny model of each known architecture, and write the table of docs/models.md (10 minutes)
 	PYTHONPATH=. $(BIN)/python tests/zoo.py
@@ -88,6 +89,9 @@ torture-tag: install  ## kill KILLS (100) workers of `tag` at random moments; th
 # TRL, which the benchmark compares with, is not part of the job's environment but uses its torch and transformers.
 bench: install .bench-packages/installed  ## measure training speed and memory; options in BENCH="--rounds 5"
 	PYTHONPATH=.bench-packages $(BIN)/python -m bench.train $(BENCH)
+
+bench-processes: install  ## measure what several processes cost; options in BENCH="--rounds 5"
+	$(BIN)/python -m bench.processes $(BENCH)
 
 quality: install  ## measure the quality of the tags, for variants; options in QUALITY="--data quotes.jsonl"
 	$(BIN)/python -m bench.quality $(QUALITY)

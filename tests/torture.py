@@ -3,6 +3,9 @@
 `make torture`. Each attempt is its own process, forked from one that has already imported torch, so that
 kills hit the job's work and not its imports. It runs the job's real entry point, downloads from and
 pushes to a Hub on loopback, and is killed with a real SIGTERM, SIGINT or SIGKILL.
+
+With `--processes 1 2 3`, each attempt trains with one of these numbers of processes, and the one that is killed is the
+one that was started or one of those that it started.
 """
 
 from __future__ import annotations
@@ -19,10 +22,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import conftest  # sets the Hub's address and an empty cache, before huggingface_hub is imported
+import psutil
 import torch
 from hub import WRITE_TOKEN, Hub, Repo
 
@@ -43,6 +49,7 @@ SETTINGS = {
     "TAGGER_SAMPLE_MAX_NEW_TOKENS": "16",
     "TAGGER_RUN_DEVICE": "cpu",
     "TAGGER_RUN_ID": "run",
+    "TAGGER_TRAIN_MICRO_BATCH_TOKENS": "200",  # the split then does not depend on the number of processes
     "TAGGER_EVAL_GATE": "floor",  # publish through a candidate and its promotion
     "HF_TOKEN": WRITE_TOKEN,
 }
@@ -58,6 +65,8 @@ TIMEOUT = 120.0
 """Seconds in which a process must end."""
 STARTUP_SECONDS = 0.05
 """The time until a process has reached the job's entry point."""
+START_SECONDS = 10.0
+"""The time until processes that the job starts have begun to train."""
 MAX_ATTEMPTS = 12
 
 
@@ -72,8 +81,8 @@ class Tally:
     problems: list[str] = field(default_factory=list)
 
 
-def start_job(folder: Path, repo: str) -> int:
-    """Fork a process that runs the job in this folder; return its process id."""
+def start_job(folder: Path, repo: str, processes: int = 1) -> int:
+    """Fork a process that runs the job in this folder, with several processes; return its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -82,7 +91,7 @@ def start_job(folder: Path, repo: str) -> int:
         output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        os.environ.update(SETTINGS, TAGGER_HUB_REPO=repo)
+        os.environ.update(SETTINGS, TAGGER_HUB_REPO=repo, TAGGER_RUN_PROCESSES=str(processes))
         sys.argv = ["tagger-job"]
         cli.command()
     except SystemExit as end:
@@ -129,9 +138,12 @@ def kill(pid: int, folder: Path, rng: random.Random, run_seconds: float, tally: 
         return code
     chapter = current_chapter(folder / "runs" / "run")
     number = rng.choice(SIGNALS)
+    children = psutil.Process(pid).children()
+    victim = rng.choice([pid, *(child.pid for child in children)])
     started = time.monotonic()
-    os.kill(pid, number)
-    if number != signal.SIGKILL and rng.random() < 0.15:
+    with suppress(ProcessLookupError):  # a child may have ended
+        os.kill(victim, number)
+    if victim == pid and number != signal.SIGKILL and rng.random() < 0.15:
         time.sleep(0.15)
         os.kill(pid, rng.choice(SIGNALS[:2]))
     code = wait_for(pid, TIMEOUT)
@@ -142,10 +154,15 @@ def kill(pid: int, folder: Path, rng: random.Random, run_seconds: float, tally: 
         return -1
     if number != signal.SIGKILL:
         tally.seconds.append(time.monotonic() - started)
-    tally.kills[number.name] += 1
+    tally.kills[number.name if victim == pid else f"{number.name} of one of {len(children)}"] += 1
     tally.chapters[chapter] += 1
-    if code != (-number if number == signal.SIGKILL else 75) and not (code == 0 and is_complete(folder)):
-        tally.problems.append(f"{number.name} ended the process with code {code} ({chapter})")
+    killed = -number if victim == pid else 1
+    if code != (killed if number == signal.SIGKILL else 75) and not (code == 0 and is_complete(folder)):
+        who = "the process" if victim == pid else f"one of {len(children)} processes; the job ended"
+        tally.problems.append(f"{number.name} ended {who} with code {code} ({chapter})")
+    _, alive = psutil.wait_procs(children, timeout=20)
+    if alive:
+        tally.problems.append(f"{len(alive)} processes outlive {number.name} ({chapter})")
     return code
 
 
@@ -181,8 +198,11 @@ def result(folder: Path, hub: Hub, repo: str) -> dict[str, object]:
     }
 
 
-def torture(kills: int, seed: int) -> Tally:
-    """Kill processes at least `kills` times, and compare each resumed run with one that was not killed."""
+def torture(kills: int, seed: int, processes: Sequence[int] = (1,)) -> Tally:
+    """Kill processes at least `kills` times, and compare each resumed run with one that was not killed.
+
+    Each attempt has one of these numbers of processes.
+    """
     rng, tally = random.Random(seed), Tally()
     hub = conftest.SERVER.fresh()
     scratch = Path(tempfile.mkdtemp(prefix="tagger-torture-"))
@@ -198,7 +218,7 @@ def torture(kills: int, seed: int) -> Tally:
     while tally.kills.total() < kills:
         trial += 1
         folder, repo = new_folder(scratch, f"trial-{trial}"), f"ada/trial-{trial}"
-        ended = run_with_kills(folder, repo, rng, run_seconds, tally)
+        ended = run_with_kills(folder, repo, rng, run_seconds, tally, processes)
         different = differences(expected, result(folder, hub, repo)) if ended else ["it did not end"]
         equal += not different
         if different:
@@ -225,12 +245,17 @@ def new_folder(scratch: Path, name: str) -> Path:
     return folder
 
 
-def run_with_kills(folder: Path, repo: str, rng: random.Random, run_seconds: float, tally: Tally) -> bool:
+def run_with_kills(
+    folder: Path, repo: str, rng: random.Random, run_seconds: float, tally: Tally, processes: Sequence[int]
+) -> bool:
     """Start the job until it ends by itself, killing the first and some later attempts; return whether it succeeded."""
     for attempt in range(MAX_ATTEMPTS):
-        pid = start_job(folder, repo)
+        number = rng.choice(processes)
+        pid = start_job(folder, repo, number)
         killed = attempt == 0 or (attempt < 5 and rng.random() < 0.6)
-        code = kill(pid, folder, rng, run_seconds, tally) if killed else wait_for(pid, TIMEOUT)
+        # those that the job starts import torch first, which takes some seconds
+        seconds = run_seconds + START_SECONDS * (number > 1)
+        code = kill(pid, folder, rng, seconds, tally) if killed else wait_for(pid, TIMEOUT)
         if code == 0:
             return True
     return False
@@ -254,11 +279,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100, help="least number of kills")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random times and signals")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1], help="numbers to draw from at each start")
     options = parser.parse_args()
     for name in ("bitsandbytes", "datasets", "sklearn.metrics", "job.pipeline", "job.train", "job.push", "job.merge"):
         importlib.import_module(name)  # before the forks
     torch.set_num_threads(1)
-    tally = torture(options.kills, options.seed)
+    tally = torture(options.kills, options.seed, options.processes)
     for problem in tally.problems:
         print(f"WRONG: {problem}")
     sys.exit(bool(tally.problems))
