@@ -124,13 +124,13 @@ def launch(checked: PreflightResult, compute: ComputeSpec, team: Team, processes
 
     They work offline, with what is checked and downloaded here.
     """
-    from job import quantize
     from job.dataset.summary import describe, summarise
     from job.distributed import launcher
+    from job.hub.weights import resolve_weights
 
     settings, run = checked.settings, checked.run
     machine = preflight.check_machine(checked, processes)
-    quantize.resolve_weights(settings.base)
+    resolve_weights(settings.base)
     for line in (*machine.describe(), *describe(summarise(checked.examples, settings.data))):
         log.info(line)
     store = launcher.meet(team.machines, checked.facts(compute), train=True)

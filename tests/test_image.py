@@ -105,7 +105,7 @@ def test_images_of_others_are_named_by_digest() -> None:
     named = [
         line.strip() for file in deployed for line in re.findall(r"^\s*image: .*$", file.read_text(), re.MULTILINE)
     ]
-    assert len(named) == 3
+    assert len(named) == 4
     for line in named:
         assert re.fullmatch(r"image: \S+@sha256:[0-9a-f]{64}", line), line
     [service] = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"].values()

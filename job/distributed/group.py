@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -55,6 +56,8 @@ class Group:
         self._place, self._store = place, store
         self._lost: str | None = None
         self._patience = LOADING_SECONDS
+        self._watched = math.inf
+        """When the thread that watches the others last had an answer of the store."""
         self._closed = threading.Event()
         self.trains = True
         """Whether there is something to train."""
@@ -73,21 +76,25 @@ class Group:
 
     def decide(self, train: bool) -> None:
         """Set whether there is something to train, which process 0 knows."""
-        if self.rank == 0:
-            self._store.set("train", str(train))
-        self._wait_until(lambda: self._store.check(["train"]))
-        self.trains = self._store.get("train") == b"True"
-        self._store.set(f"knows-{self.rank}", "")
-        if not self.trains and self.rank == 0:  # it may host the store
-            self._wait_until(lambda: self._store.check([f"knows-{rank}" for rank in range(self.size)]))
+        with self._lost_peers():
+            if self.rank == 0:
+                self._store.set("train", str(train))
+            self._wait_until(lambda: self._store.check(["train"]))
+            self.trains = self._store.get("train") == b"True"
+            if not self.trains:
+                wait_until_heard(self._store, self.rank, self.size)
 
     def start(self) -> None:
         """Connect the processes, once all have loaded what they need."""
-        store = self._store
+        with self._lost_peers():
+            self._start()
+
+    def _start(self) -> None:
+        store: Any = self._store  # the type stubs of torch 2.13 lack `clone`
         store.set(f"beat-{self.rank}", "0")
         store.set(f"loaded-{self.rank}", "")
-        own: Any = store  # the type stubs of torch 2.13 lack `clone`
-        threading.Thread(target=self._watch, args=(own.clone(),), daemon=True).start()
+        self._watched = time.monotonic()
+        threading.Thread(target=self._watch, args=(store.clone(),), daemon=True).start()
         self._wait_until(lambda: store.check([f"loaded-{rank}" for rank in range(self.size)]))
         if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := self._interface()):
             os.environ["GLOO_SOCKET_IFNAME"] = interface
@@ -122,6 +129,7 @@ class Group:
                 for rank in watched:
                     if store.check([f"beat-{rank}"]) and (beat := store.get(f"beat-{rank}")) != newest.get(rank):
                         newest[rank], changed[rank] = beat, time.monotonic()
+                self._watched = time.monotonic()
             except RuntimeError as error:
                 self._lost = f"the processes' store at {self._place.address} does not respond ({_first_line(error)})"
                 return
@@ -134,6 +142,8 @@ class Group:
         """Wait so that signals are handled; raises PeerLost when another process is lost."""
         pause = 0.0001
         while not done():
+            if self._lost is None and time.monotonic() - self._watched > self._patience:
+                self._lost = f"the processes' store at {self._place.address} does not respond"
             if self._lost is not None:
                 self._raise_lost(self._lost)
             time.sleep(pause)
@@ -226,11 +236,9 @@ def joined(place: Place, facts: Mapping[str, str], *, train: bool) -> Iterator[G
     `train` says whether there is something to train; only that of process 0 counts.
     """
     group = Group.meet(place, facts)
-    try:
-        group.decide(train)
-        yield group
-    finally:
-        group.close()
+    group.decide(train)
+    yield group
+    group.close()  # not after an error: it would wait for a lost process, and this one ends anyway
 
 
 def prefixed(store: Store, prefix: str) -> Store:
