@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import peft
 import transformers
@@ -31,7 +31,8 @@ def add_adapters(model: PreTrainedModel, settings: Lora, *, seed: int) -> peft.P
     targets = choose_targets(model, settings)
     config = peft.LoraConfig(
         r=settings.r,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft only computes alpha / r; it declares an integer by convention
+        # an integer where it is one, so that the same settings always write the same adapter_config.json
+        lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,  # type: ignore[arg-type]  # peft only computes alpha / r; it declares an integer by convention
         lora_dropout=settings.dropout,
         target_modules=targets.modules,
         target_parameters=targets.parameters or None,
@@ -70,8 +71,10 @@ def save_adapter(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, fold
     The embedding is never trained, so it is not saved. To find that out by itself, peft would send a request
     to the Hub.
     """
-    config = model.peft_config["default"]
+    config: Any = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = hub_identity(base)
-    config.init_lora_weights = True  # type: ignore[attr-defined]  # the weights are loaded, whatever they began as
+    config.init_lora_weights = True  # the weights are loaded, whatever they began as
+    if isinstance(config.target_modules, set):  # its order differs from process to process
+        config.target_modules = sorted(config.target_modules)
     model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(str(folder))

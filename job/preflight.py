@@ -73,7 +73,10 @@ class PreflightResult:
         """Return what all processes must see alike to train the same adapter."""
         values = self.settings.result_values() | {"data": self.examples.fingerprint, "device": compute.device.type}
         versions = {name: metadata.version(name) for name in run_folder.TRACKED_VERSIONS}
-        return {name: str(value) for name, value in (values | {"precision": compute.precision} | versions).items()}
+        facts = values | {"precision": compute.precision} | versions
+        # 32.0, from an environment, is the default 32
+        whole = {name: int(value) for name, value in facts.items() if isinstance(value, float) and value.is_integer()}
+        return {name: str(value) for name, value in (facts | whole).items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> PreflightResult:

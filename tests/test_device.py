@@ -12,7 +12,13 @@ from job.errors import InvalidInputError
 from job.estimate import CPU_PARAMETERS, MemoryEstimate, cpu_problems
 from job.settings import Run
 from job.system import device
-from job.system.device import ComputeSpec, choose_device, choose_precision, gpu_unavailable_reason
+from job.system.device import (
+    ComputeSpec,
+    choose_device,
+    choose_precision,
+    count_processes,
+    gpu_unavailable_reason,
+)
 
 PROPRIETARY = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Mar  5 22:23:56 UTC 2024\nGCC version:  gcc 11.4.0"
@@ -129,3 +135,30 @@ def test_auto_trains_only_small_models_on_a_cpu(
 def test_the_setting_documents_the_limit() -> None:
     description = str(Run.model_fields["device"].description)
     assert f"at most {CPU_PARAMETERS // 10**6} million parameters" in description
+
+
+@pytest.mark.parametrize(
+    ("setting", "gpus", "examples", "expected"),
+    [(None, 0, 16, 1), (None, 1, 16, 1), (None, 4, 16, 4), (None, 8, 6, 6), (2, 4, 16, 2), (3, 0, 16, 3)],
+)
+def test_there_is_one_process_for_each_gpu_unless_set(
+    monkeypatch: pytest.MonkeyPatch, setting: int | None, gpus: int, examples: int, expected: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    device = torch.device("cuda" if gpus else "cpu")
+    assert count_processes(setting, device, examples_per_step=examples) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "examples", "problem"),
+    [
+        (3, "cuda", 16, "TAGGER_RUN_PROCESSES=3, but this machine has 2 GPUs"),
+        (17, "cpu", 16, "TAGGER_RUN_PROCESSES=17, but a step has only 16 examples to share"),
+    ],
+)
+def test_more_processes_than_gpus_or_examples_are_refused(
+    monkeypatch: pytest.MonkeyPatch, setting: int, device: str, examples: int, problem: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InvalidInputError, match=problem):
+        count_processes(setting, torch.device(device), examples_per_step=examples)

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import CPU
-from processes import LOST, Processes, run_together
+from processes import LOST, Processes, free_port, run_together
 from tiny_training import make_examples, make_model, make_run, read_log, train_tiny, trained_weights
 
 from job import train
-from job.distributed.group import Group, PeerLost
+from job.distributed import group as groups
+from job.distributed.group import Group, PeerLost, compare, connect, prefixed
+from job.errors import InvalidInputError
 from job.quantize import load_tokenizer
 from job.settings import Base, Train
 from job.training import checkpoints, gradients
@@ -180,6 +182,19 @@ def test_other_settings_in_one_process_are_refused_by_all(tmp_path: Path) -> Non
     for rank in range(3):
         assert "TAGGER_LORA_R is 17 and not 16" in processes.error(rank), rank
         assert processes.error(rank).startswith("InvalidInputError: process 2 does not see what process 0 sees")
+
+
+def test_an_address_that_does_not_respond_is_named_with_the_time_waited() -> None:
+    with pytest.raises(InvalidInputError, match=r"127\.0\.0\.1:\d+ did not respond within [1-9]\d* s") as caught:
+        connect("127.0.0.1", free_port(), hosts=False, seconds=1.0)
+    assert len(str(caught.value)) <= 300
+
+
+def test_a_process_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "HEAR_SECONDS", 0.1)
+    store = connect("127.0.0.1", 0, hosts=True, seconds=5)
+    with pytest.raises(InvalidInputError, match="process 1, 2 did not start within"):
+        compare(prefixed(store, "x"), "process", 0, 3, {}, time.monotonic() + 0.2)
 
 
 def test_losing_a_process_is_an_interruption() -> None:

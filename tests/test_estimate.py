@@ -125,3 +125,14 @@ def test_recomputation_is_refused_where_transformers_cannot(tmp_path: Path) -> N
     assert activations("auto") == activations("off")
     with pytest.raises(InvalidInputError, match="cannot recompute the activations of the architecture ctrl; use auto"):
         activations("on")
+
+
+def test_processes_that_do_not_fit_together_into_memory_are_refused() -> None:
+    machine = Small(torch.device("cpu"), "fp32")
+    object.__setattr__(machine, "free", 4.0 * 2**30)
+    need = MemoryEstimate(parameters=0, weights=1.5 * 2**30, adapters=0, activations=0, logits=0, disk=0)
+    assert memory_problems(need, machine, 2) == []
+    [problem] = memory_problems(need, machine, 3)
+    assert problem.startswith("TAGGER_RUN_PROCESSES=3: each holds the base model and needs 1.5 GiB")
+    assert problem.endswith("use at most 2")
+    assert memory_problems(dataclasses.replace(need, weights=2.0**40), machine) == [], "one process may swap"

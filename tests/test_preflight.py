@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import CPU, make_settings
 from hub import WRITE_TOKEN, Hub, Repo
 
 from job import preflight
@@ -37,6 +39,28 @@ def settings(**groups: dict[str, Any]) -> Settings:
         "hub": {"repo": REPO},
     }
     return Settings.model_validate({name: values.get(name, {}) | groups.get(name, {}) for name in values | groups})
+
+
+def test_the_check_says_how_a_step_is_shared(llama: Path, tmp_path: Path) -> None:
+    checked = preflight.check(make_settings(llama, tmp_path, run={"processes": 2}, hub={"push": "never"}))
+    assert preflight.processes_here(checked.settings) == 2
+    line = preflight.check_machine(checked, 2).describe()[-1]
+    assert re.fullmatch(
+        r"processes: 2 on this machine; 16 examples of a step have about (\d+) tokens, \d+ for each: below about 2,000 "
+        "more processes bring nothing; raise TAGGER_TRAIN_BATCH_SIZE",
+        line,
+    ), line
+    assert "processes" not in "".join(preflight.check_machine(checked).describe())
+
+
+def test_what_processes_need_survives_json(llama: Path, tmp_path: Path) -> None:
+    settings = make_settings(llama, tmp_path, hub={"push": "never"}, sample={"threshold": "auto"})
+    checked = preflight.check(settings)
+    received = preflight.PreflightResult.from_json(json.loads(json.dumps(checked.as_json())))
+    assert received.examples == checked.examples
+    assert received.run.path == checked.run.path
+    assert received.settings.result_values() == checked.settings.result_values()
+    assert received.facts(CPU) == checked.facts(CPU)
 
 
 def test_names_become_commits_and_nothing_is_written(world: Hub) -> None:
