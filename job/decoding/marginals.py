@@ -198,16 +198,29 @@ def _expand(
 
     `logits` is [states, vocabulary]. A branch is the row of its parent, its token id and its state.
     """
-    probabilities = logits.float().softmax(-1)
+    values = iter(_child_probabilities(states, logits))
     branches: list[tuple[int, int, _TrieState]] = []
-    for row, (text, node, probability, tokens_left) in enumerate(states):
-        values = (probabilities[row, node.index.to(logits.device)] * probability).tolist()
-        for i, child, value in zip(node.ids, node.children.values(), values, strict=True):
+    for row, (text, node, _, tokens_left) in enumerate(states):
+        for i, child, value in zip(node.ids, node.children.values(), values):  # noqa: B905 - the next row has the rest
             if (tag := child.unique_tag) is not None:
                 found[text][tag] = found[text].get(tag, 0.0) + value
             elif value >= MIN_PROBABILITY and tokens_left > 0:
                 branches.append((row, i, _TrieState(text, child, value, tokens_left - 1)))
     return branches
+
+
+def _child_probabilities(states: list[_TrieState], logits: torch.Tensor) -> list[float]:
+    """Return P(the list continues with the token of a child) for all children of all states, one after another.
+
+    They are gathered on the device and fetched at once, because each transfer waits for the device.
+    """
+    columns = torch.cat([state.node.index for state in states]).to(logits.device)
+    counts = torch.tensor([len(state.node.ids) for state in states])
+    rows = torch.arange(len(states)).repeat_interleave(counts).to(logits.device)
+    weights = torch.tensor([state.probability for state in states], device=logits.device)
+    probabilities = logits.float().softmax(-1)[rows, columns] * weights[rows]
+    values: list[float] = probabilities.tolist()
+    return values
 
 
 def _branch_batches(
@@ -248,12 +261,13 @@ def append_best(forward: _Forward, active: _ActiveBatch, extensions: list[_Exten
     present = torch.tensor([[0] * pad + [1] * (width - pad) for pad in left_pad], device=device)
     mask = torch.cat([active.mask, present], 1)
     logits, cache = forward(tokens, mask, active.cache, width)
-    for distribution, (pad, extension), first, rest in zip(
-        active.distributions, pairs, active.logits, logits, strict=True
-    ):
-        steps = torch.cat([first[None], rest[pad:-1]]).float().log_softmax(-1)
-        with_comma = steps.gather(1, torch.tensor(extension.ids, device=device)[:, None]).sum().exp().item()
-        distribution.continue_prob *= min(1.0, with_comma * distribution.continue_prob / extension.probability)
+    log_probs = []
+    for row, pad in enumerate(left_pad):
+        steps = torch.cat([active.logits[row][None], logits[row, pad:-1]]).float().log_softmax(-1)
+        log_probs.append(steps.gather(1, tokens[row, pad:, None]).sum())
+    with_comma = torch.stack(log_probs).exp().tolist()  # at once: each transfer waits for the device
+    for distribution, extension, probability in zip(active.distributions, extensions, with_comma, strict=True):
+        distribution.continue_prob *= min(1.0, probability * distribution.continue_prob / extension.probability)
     tokens_left = [left - len(extension.ids) for left, extension in zip(active.tokens_left, extensions, strict=True)]
     return _ActiveBatch(active.distributions, tokens_left, mask, logits[:, -1], cache)
 
