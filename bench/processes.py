@@ -75,7 +75,8 @@ def seconds_per_step(processes: int, base: str, steps: int) -> float:
             "TAGGER_RUN_DIR": folder,
             "TAGGER_HUB_PUSH": "never",
         }
-        log = subprocess.run([sys.executable, "-m", "job"], env=environ, stderr=subprocess.PIPE, text=True, check=True)
+        command, quiet = [sys.executable, "-m", "job"], subprocess.DEVNULL
+        log = subprocess.run(command, env=environ, stdout=quiet, stderr=subprocess.PIPE, text=True, check=True)
     lines = [line for line in log.stderr.splitlines() if " s a step" in line]
     return statistics.median(float(line.split()[-4]) for line in lines[1:])
 
