@@ -205,3 +205,11 @@ def make_settings(model: Path, tmp_path: Path, **groups: dict[str, object]) -> S
 @pytest.fixture
 def loopback_hub() -> hub.Hub:
     return SERVER.fresh()
+
+
+def open_to_other_users(folder: Path) -> None:
+    """Let other users into a temporary folder of a test, which only its owner may enter."""
+    for parent in (folder, *folder.parents):
+        if parent == Path(tempfile.gettempdir()):
+            break
+        parent.chmod(0o755)

@@ -28,7 +28,8 @@ from modal._serialization import deserialize_data_format
 from modal_proto import api_pb2 as api
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("modal_app.py", "job", "Dockerfile", ".dockerignore", "requirements.lock", "pyproject.toml", "deploy")
+LOCKS = tuple(file.name for file in sorted(ROOT.glob("requirements*.lock")))
+SOURCES = ("modal_app.py", "job", "Dockerfile", ".dockerignore", "pyproject.toml", "deploy", *LOCKS)
 MODAL = Path(sys.executable).with_name("modal")
 DONE = api.GenericResult.GENERIC_STATUS_SUCCESS
 CANCELLED = api.GenericResult.GENERIC_STATUS_TERMINATED

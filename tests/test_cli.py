@@ -98,7 +98,7 @@ def test_a_full_disk_ends_with_1_and_the_run_can_be_resumed(
             {"TAGGER_SAMPLE_OUTPUT": "empty.jsonl", "TAGGER_SAMPLE_INPUT": "empty.jsonl"},
             ["OUTPUT=empty.jsonl"],
         ),
-        ({"TAGGER_LORA_TARGETS": "foo.q_proj"}, ["TAGGER_LORA_TARGETS=foo.q_proj does not fit the model"]),
+        ({"TAGGER_LORA_TARGETS": "foo.q_proj"}, ["TAGGER_LORA_TARGETS: the model has no module named foo.q_proj"]),
         ({"TAGGER_SAMPLE_OUTPUT": "/proc/answers.jsonl"}, ["cannot be written", "TAGGER_SAMPLE_OUTPUT"]),
         (
             {"TAGGER_DATA_DATASET": "absent.jsonl", "TAGGER_BASE_MODEL": "./absent", "TAGGER_RUN_DIR": "/proc/runs"},
@@ -343,7 +343,7 @@ def test_every_command_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    for command in ("run", "check", "prefetch", "retrain", "evaluate", "push", "promote", "sample", "settings"):
+    for command in COMMANDS:
         assert f"    {command} " in shown
 
 
@@ -354,10 +354,11 @@ def test_the_help_of_a_command_has_its_purpose_and_exit_codes(command: str, caps
     shown = capsys.readouterr().out
     assert COMMANDS[command].description in " ".join(shown.split())
     assert f"  0  {EXIT_CODES[0].meaning}" in shown
-    resumes = command in ("run", "retrain", "push", "promote")
+    publishes = command in ("run", "retrain", "push", "promote")
+    resumes = publishes or command == "tag"
     assert f"  75 {EXIT_CODES[75].meaning if resumes else 'interrupted'}\n" in shown
     assert (EXIT_CODES[75].action in shown) == resumes
-    assert (f"  4  {EXIT_CODES[4].meaning}" in shown) == resumes
+    assert (f"  4  {EXIT_CODES[4].meaning}" in shown) == publishes
 
 
 def test_the_help_imports_nothing_heavy() -> None:

@@ -148,6 +148,7 @@ def test_the_image_is_the_dockerfile_without_entry_point(world: World) -> None:
     sent = {file.filename for request in world.requested("MountGetOrCreate") for file in request.files}
     assert {
         "/requirements.lock",
+        "/requirements-build.lock",
         "/requirements-torch.lock",
         "/job/training/checkpoints.py",
         "/deploy/entrypoint.sh",

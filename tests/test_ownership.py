@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import open_to_other_users
 
 from job.errors import InvalidInputError, JobError
 from job.runs import ownership
@@ -152,9 +153,8 @@ def test_another_users_lock_file_can_be_locked(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         ownership.acquire(tmp_path).release()
         return
+    open_to_other_users(tmp_path)
     tmp_path.chmod(0o777)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
     os.seteuid(54321)
     try:
         ownership.acquire(tmp_path).release()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import open_to_other_users
 
 from job.errors import InvalidInputError
 from job.runs.run_folder import RunFolder, find_run, with_recorded_revisions
@@ -226,8 +227,7 @@ def other_user(tmp_path: Path) -> Iterator[None]:
     """Become another user, for whom the folders above the test's are open."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
+    open_to_other_users(tmp_path)
     os.seteuid(54321)
     yield
     os.seteuid(0)
