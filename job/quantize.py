@@ -244,6 +244,12 @@ def load_model(settings: Base, compute: ComputeSpec) -> PreTrainedModel:
     # in inference RWKV divides weights in place, which a merge would save; it only keeps fp16 from overflowing
     if hasattr(model.config, "rescale_every"):
         model.config.rescale_every = 0
+    if settings.quantize != "none" and settings.quantize not in describe_weights(model)["linear_layers"]:
+        log.warning(
+            "quantize: no layer is in %s, because transformers does not quantize those of %s; they take the memory of "
+            "TAGGER_BASE_QUANTIZE=none",
+            *(settings.quantize, config.model_type),
+        )
     if settings.quantize == "nf4" and device.type == "cpu":
         _keep_nf4_gradients(model)
     return model

@@ -15,7 +15,15 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from conftest import CPU
 from hub import Hub, Repo
 from safetensors.torch import load_file, save_file
-from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BitsAndBytesConfig,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from job import quantize
 from job.errors import InvalidInputError
@@ -35,6 +43,18 @@ def test_linear_layers_are_quantized_and_the_head_is_not(bloom: Path, how: str, 
     assert type(block.mlp.dense_h_to_4h) is kind
     assert type(model.get_output_embeddings()) is torch.nn.Linear
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_layers_that_transformers_does_not_quantize_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 100}
+    FalconForCausalLM(FalconConfig(**sizes)).save_pretrained(tmp_path)
+    load(tmp_path, "int8")
+    assert "no layer is in int8, because transformers does not quantize those of falcon" in caplog.text
+    caplog.clear()
+    load(tmp_path, "none")
+    assert "no layer" not in caplog.text
 
 
 def test_nf4_has_the_same_gradients_after_an_evaluation(llama: Path) -> None:
