@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ os.environ.update(HF_ENDPOINT=SERVER.url, HF_HOME=HF_HOME, HF_TOKEN_PATH="/nowhe
 os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", TQDM_DISABLE="1")
 for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(name, None)
+# a shell starts what runs in the background with SIGINT ignored, and the processes of the tests would inherit that
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import gguf
 import numpy as np

@@ -30,6 +30,7 @@ def test_a_signal_interrupts_and_handlers_are_restored(number: signal.Signals) -
         with pytest.raises(KeyboardInterrupt):
             interrupt(number)
         assert shutdown.received() == number.name
+    shutdown.check()  # what comes next in this process was not interrupted
     assert [signal.getsignal(each) for each in (*shutdown.SIGNALS, signal.SIGUSR1)] == before
 
 

@@ -50,6 +50,7 @@ def handled(then: signal.Handlers | None = None) -> Iterator[None]:
             signal.signal(number, handler if then is None else then)
         signal.set_wakeup_fd(old_fd)
         os.close(writer)  # this ends the thread
+        _state.received = None  # the next job of this process was not interrupted
 
 
 @contextmanager
