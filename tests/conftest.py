@@ -211,6 +211,12 @@ def loopback_hub() -> hub.Hub:
     return SERVER.fresh()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker has one of them left when the others are done."""
+    first = ["test_pipeline", "test_launcher", "test_retrain", "test_modal_app", "test_trainer", "test_streams"]
+    items.sort(key=lambda item: first.index(item.path.stem) if item.path.stem in first else len(first))
+
+
 def open_to_other_users(folder: Path) -> None:
     """Let other users into a temporary folder of a test, which only its owner may enter."""
     for parent in (folder, *folder.parents):
