@@ -81,7 +81,7 @@ def test_every_error_and_its_print_are_masked(capsys: pytest.CaptureFixture[str]
 
 
 def test_lines_of_library_loggers_are_masked(caplog: pytest.LogCaptureFixture) -> None:
-    log = logging.getLogger("some.library")
+    log = logging.getLogger("a_library")
     log.warning("request to %s", f"https://ada:{SECRET}@host")
     try:
         raise OSError(f"http://ada:{SECRET}@proxy does not respond")
