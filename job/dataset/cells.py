@@ -32,8 +32,6 @@ CONSTRUCTOR = re.compile(
 """How a value of another type begins when it was written as text: `deque([...`, `Index([...`, `b'...'`."""
 NESTED = re.compile(r"""[\[{]\s*(?:'.*'|".*")\s*[\]}]$""", re.DOTALL)
 """A list that was written as text and then taken for one tag."""
-NO_TAG = re.compile(r"(?:^|\s)\.\.\.(?:\s|$)|\w\(['\"\d]|:\s*(?:true|false|null|0|1)$", re.IGNORECASE)
-"""What an item without quotes holds that is no tag: numpy's `...`, a call, or a flag."""
 
 
 class CellError(ValueError):

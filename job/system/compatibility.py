@@ -129,15 +129,6 @@ def replace_pad_id(config: PreTrainedConfig) -> int | None:
     return removed
 
 
-def num_token_rows(model: PreTrainedModel) -> int:
-    """Return the number of token ids for which a model has both a row in the embedding and a logit."""
-    embedding: Any = model.get_input_embeddings()
-    rows = int(embedding.num_embeddings)
-    head = model.get_output_embeddings()
-    columns = getattr(head, "out_features", None)
-    return rows if columns is None else min(rows, int(columns))
-
-
 def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
     """Replace a pad token without a row in the embedding, and drop other special tokens without one.
 
