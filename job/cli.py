@@ -127,10 +127,12 @@ def _check(options: argparse.Namespace, settings: Settings) -> None:
 
 def _prefetch(options: argparse.Namespace, settings: Settings) -> None:
     from job import data
-    from job.hub import weights
+    from job.hub import embedders, weights
 
     show(f"data: {len(data.load(settings.data).train)} examples to train on")
     show(f"base model: {weights.resolve_weights(settings.base)}")
+    if embedder := embedders.resolve_embedder(settings.eval):
+        show(f"embedding model: {embedder}")
 
 
 def _retrain(options: argparse.Namespace, settings: Settings) -> None:
@@ -300,8 +302,8 @@ COMMANDS = {
     "prefetch": Command(
         _prefetch,
         "download base model and data set, for machines without access to the Hub",
-        "Download base model and data set into the Hugging Face cache. Prints the number of training examples and the "
-        "path of the base model.",
+        "Download base model, data set and the model of TAGGER_EVAL_EMBEDDER into the Hugging Face cache. Prints the "
+        "number of training examples and the path of the base model.",
     ),
     "retrain": Command(
         _retrain,

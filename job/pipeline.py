@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from job.distributed.group import Group
     from job.distributed.place import Place
+    from job.metrics.baselines import Baseline
     from job.sample import Tagger
     from job.system.device import ComputeSpec
 
@@ -126,11 +127,13 @@ def launch(checked: PreflightResult, compute: ComputeSpec, team: Team, processes
     """
     from job.dataset.summary import describe, summarise
     from job.distributed import launcher
+    from job.hub.embedders import resolve_embedder
     from job.hub.weights import resolve_weights
 
     settings, run = checked.settings, checked.run
     machine = preflight.check_machine(checked, processes)
     resolve_weights(settings.base)
+    resolve_embedder(settings.eval)
     for line in (*machine.describe(), *describe(summarise(checked.examples, settings.data))):
         log.info(line)
     store = launcher.meet(team.machines, checked.facts(compute), train=True)
@@ -200,6 +203,7 @@ def fine_tune(checked: PreflightResult, compute: ComputeSpec, group: Group | Non
     from job.dataset.summary import describe, summarise
     from job.decoding.config import initial_config
     from job.lora import save_adapter
+    from job.metrics.embeddings import load_embedding_baseline
     from job.sample import Tagger
     from job.train import train
 
@@ -209,6 +213,7 @@ def fine_tune(checked: PreflightResult, compute: ComputeSpec, group: Group | Non
         log.info(line)
     with run.chapter("load"):
         loaded = load(checked, compute)
+        more_baselines = load_embedding_baseline(settings.eval, str(compute.device))
     model, tokenizer = loaded.model, loaded.tokenizer
     run.begin(str(compute), loaded.weights)
     if group is not None:
@@ -219,7 +224,7 @@ def fine_tune(checked: PreflightResult, compute: ComputeSpec, group: Group | Non
             model, loaded.encoded, settings.train, tokenizer=tokenizer, compute=compute, run=run, exchange=group
         )
     tagger = Tagger(model, tokenizer, settings, compute, initial_config(settings.sample, loaded.examples), group)
-    scores, predictions = evaluate_adapter(checked, model, tagger)
+    scores, predictions = evaluate_adapter(checked, model, tagger, more_baselines)
     results.save_metrics(run, scores, trained, predictions)
     results.save_samples(run, tagger.tag(inference_texts(settings.sample)))
     if group is not None:
@@ -284,7 +289,7 @@ def load(checked: PreflightResult, compute: ComputeSpec) -> Loaded:
 
 
 def evaluate_adapter(
-    checked: PreflightResult, model: peft.PeftModel, tagger: Tagger
+    checked: PreflightResult, model: peft.PeftModel, tagger: Tagger, more_baselines: Mapping[str, Baseline]
 ) -> tuple[dict[str, Scores], list[Prediction]]:
     """Choose the threshold, then score baselines, base model and adapter on the held-out examples.
 
@@ -309,7 +314,7 @@ def evaluate_adapter(
         run, "evaluate", f"{weights}, {threshold}", lambda: evaluate(tagger, held_out)
     )
     log.info("evaluate: with the adapter, %s", adapter)
-    baselines = score_baselines(examples.train + examples.calibration, held_out)
+    baselines = score_baselines(examples.train + examples.calibration, held_out, more_baselines)
     return {**baselines, "base": base, "adapter": adapter}, predictions
 
 

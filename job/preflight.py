@@ -20,11 +20,11 @@ from job.dataset.tags import drop_rare_tags
 from job.decoding import config as decoding
 from job.distributed.team import Team
 from job.errors import GateRejected, InvalidInputError
-from job.hub import access, weights
+from job.hub import access, embedders, weights
 from job.hub import client as hub
 from job.runs import run_folder
 from job.runs.run_folder import RunFolder
-from job.settings import Base, Data, Settings
+from job.settings import Base, Data, Eval, Settings
 from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local, is_on_hub
 from job.types import Example, HubRevision, SplitData
 
@@ -115,6 +115,7 @@ def check(settings: Settings) -> PreflightResult:
     settings = run_folder.with_recorded_revisions(settings)
     base = problems.collect(_check_base_model, settings.base)
     dataset = problems.collect(_resolve_dataset, settings.data)
+    embedder = problems.collect(_check_embedder, settings.eval)
     repo = problems.collect(push.prepare_repo, settings)
     problems.collect(gate.check_published, settings, repo)
     problems.collect(data.inference_texts, settings.sample)
@@ -123,7 +124,11 @@ def check(settings: Settings) -> PreflightResult:
     if is_on_hub(settings.data.dataset, DATA_SUFFIXES):
         problems.raise_if_any()  # before a data set is downloaded
 
-    settings = settings.with_revisions(base=base.commit if base else None, data=dataset.commit if dataset else None)
+    settings = settings.with_revisions(
+        base=base.commit if base else None,
+        data=dataset.commit if dataset else None,
+        embedder=embedder.commit if embedder else None,
+    )
     examples = problems.collect(data.load, settings.data)
     if examples is None:
         problems.collect(run_folder.check_writable, settings.run.dir)
@@ -156,6 +161,15 @@ def _resolve_dataset(settings: Data) -> HubRevision | None:
     if not is_on_hub(settings.dataset, DATA_SUFFIXES) or hub.is_offline():
         return None
     return access.resolve_revision("dataset", settings.dataset, settings.revision)
+
+
+def _check_embedder(settings: Eval) -> HubRevision | None:
+    """Return the commit of an embedding model on the Hub; None if there is none, it is local, or the Hub is offline."""
+    name = settings.embedder
+    if name is None or is_local(name, ()):
+        embedders.resolve_embedder(settings)
+        return None
+    return None if hub.is_offline() else access.resolve_revision("embedder", name, settings.embedder_revision)
 
 
 def already_published(checked: PreflightResult) -> bool:

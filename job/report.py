@@ -39,6 +39,7 @@ TAGGERS = {
     "adapter": "this adapter",
     "published": "published adapter",
     "base": "base model alone",
+    "embedder": "sentence embeddings",
     "tfidf": "TF-IDF",
     "most_common_tags": "most common tags",
 }

@@ -311,6 +311,14 @@ class Eval(SettingsGroup):
         le=1,
         description="How far the micro-F1 may fall below the published adapter's, with TAGGER_EVAL_GATE=published.",
     )
+    embedder: Identifier | None = Field(
+        None,
+        description="Sentence embedding model to compare with, by a linear classifier on its embeddings: a Hub id such "
+        "as sentence-transformers/all-MiniLM-L6-v2, or a folder; empty: none.",
+    )
+    embedder_revision: GitRevision | None = Field(
+        None, description="Commit, tag or branch of the embedding model on the Hub; empty: the newest commit."
+    )
 
 
 class Hub(SettingsGroup):
@@ -536,11 +544,12 @@ class Settings(BaseSettings):
         """Return the values that change what a run trains or measures. They identify the run."""
         return {name: value for name, value in self.values().items() if changes_result(name)}
 
-    def with_revisions(self, *, base: str | None, data: str | None) -> Settings:
-        """Return a copy with these commit hashes as the revisions of base model and data set; None keeps one."""
+    def with_revisions(self, *, base: str | None, data: str | None, embedder: str | None = None) -> Settings:
+        """Return a copy with these commits as revisions of base model, data set, embedding model; None keeps one."""
         groups = {
             "base": self.base.model_copy(update={"revision": base or self.base.revision}),
             "data": self.data.model_copy(update={"revision": data or self.data.revision}),
+            "eval": self.eval.model_copy(update={"embedder_revision": embedder or self.eval.embedder_revision}),
         }
         return self.model_copy(update=groups)
 

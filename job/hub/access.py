@@ -10,10 +10,14 @@ from job.hub.answers import Account
 from job.settings import Hub
 from job.types import HubRevision, TokenInfo
 
-RepoType = Literal["model", "dataset"]
-
-_LABELS = {"model": "base model", "dataset": "data set"}
-_VARIABLES = {"model": "TAGGER_BASE_MODEL", "dataset": "TAGGER_DATA_DATASET"}
+Role = Literal["model", "dataset", "embedder"]
+_LABELS = {"model": "base model", "dataset": "data set", "embedder": "embedding model"}
+_VARIABLES = {"model": "TAGGER_BASE_MODEL", "dataset": "TAGGER_DATA_DATASET", "embedder": "TAGGER_EVAL_EMBEDDER"}
+_REVISION_VARIABLES = {
+    "model": "TAGGER_BASE_REVISION",
+    "dataset": "TAGGER_DATA_REVISION",
+    "embedder": "TAGGER_EVAL_EMBEDDER_REVISION",
+}
 
 
 def token_info() -> TokenInfo:
@@ -126,7 +130,7 @@ def _create_if_missing(repo: str, *, private: bool) -> bool:
     return is_private
 
 
-def resolve_revision(repo_type: RepoType, name: str, revision: str | None) -> HubRevision:
+def resolve_revision(role: Role, name: str, revision: str | None) -> HubRevision:
     """Return the commit hash and licence of a model or data set at a revision, or at its head for None.
 
     Raises InvalidInputError with a message of its own for each of these: the repo is missing, is gated, has no such
@@ -140,9 +144,9 @@ def resolve_revision(repo_type: RepoType, name: str, revision: str | None) -> Hu
         RevisionNotFoundError,
     )
 
-    variable, repo = _VARIABLES[repo_type], f"the {_LABELS[repo_type]} {name}"
+    variable, repo = _VARIABLES[role], f"the {_LABELS[role]} {name}"
     try:
-        return client.retry(lambda: _revision_info(repo_type, name, revision), client.CHECK_SECONDS, "hub")
+        return client.retry(lambda: _revision_info(role, name, revision), client.CHECK_SECONDS, "hub")
     except GatedRepoError:
         raise InvalidInputError(
             f"{repo} is gated; accept its terms on its page on the Hub with the account of HF_TOKEN, or set {variable} "
@@ -153,9 +157,7 @@ def resolve_revision(repo_type: RepoType, name: str, revision: str | None) -> Hu
             f"{repo} is not on the Hub, or is private and HF_TOKEN may not read it; check {variable}"
         ) from None
     except RevisionNotFoundError:
-        raise InvalidInputError(
-            f"{repo} has no revision {revision}; check {variable.rpartition('_')[0]}_REVISION"
-        ) from None
+        raise InvalidInputError(f"{repo} has no revision {revision}; check {_REVISION_VARIABLES[role]}") from None
     except HFValidationError:
         raise InvalidInputError(
             f"{variable}={name} is neither a local path that exists nor a Hub id; expected owner/name"
@@ -164,19 +166,20 @@ def resolve_revision(repo_type: RepoType, name: str, revision: str | None) -> Hu
         raise client.hub_unreachable(error) from None
 
 
-def _revision_info(repo_type: RepoType, name: str, revision: str | None) -> HubRevision:
+def _revision_info(role: Role, name: str, revision: str | None) -> HubRevision:
     """Ask the Hub once; raises InvalidInputError for a model without safetensors weights."""
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     api = client.api()
+    repo_type = "dataset" if role == "dataset" else "model"
     validate_repo_id(name)
     api.auth_check(name, repo_type=repo_type)
     info = api.repo_info(name, repo_type=repo_type, revision=revision)
     files = [file.rfilename for file in getattr(info, "siblings", None) or []]
     if repo_type == "model" and files and not any(file.endswith(".safetensors") for file in files):
         raise InvalidInputError(
-            f"the base model {name} has no weights in safetensors, and pickles are not read because they can run "
-            "code; choose another revision or model (TAGGER_BASE_MODEL)"
+            f"the {_LABELS[role]} {name} has no weights in safetensors, and pickles are not read because they can run "
+            f"code; choose another revision or model ({_VARIABLES[role]})"
         )
     return HubRevision(str(info.sha), licence_of(info))
 

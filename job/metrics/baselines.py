@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from job.dataset.tags import normalise_tag
 from job.metrics.scores import score
 from job.types import Example, Scores
 
+Baseline = Callable[[Sequence[Example], Sequence[Example]], list[list[str]]]
+"""Learns from training examples, and predicts the tags of others."""
 MIN_TAG_COUNT = 3
-"""TF-IDF learns tags that at least this many training examples have."""
+"""Baselines learn tags that at least this many training examples have."""
 C = 30
 """Inverse regularization strength of TF-IDF's logistic regression."""
 THRESHOLD = 0.1
 """Lowest probability of a tag that TF-IDF predicts; docs/evaluation.md compares it with 0.2."""
 
 
-def score_baselines(train: Sequence[Example], examples: Sequence[Example]) -> dict[str, Scores]:
-    """Return the scores of each baseline on the examples, by name."""
+def score_baselines(
+    train: Sequence[Example], examples: Sequence[Example], more: Mapping[str, Baseline] | None = None
+) -> dict[str, Scores]:
+    """Return the scores of each baseline on the examples, by name; `more` names others than those of this module."""
     gold = [example.tags for example in examples]
-    answers = {"most_common_tags": most_common_tags(train, examples), "tfidf": tfidf(train, examples)}
-    return {name: score(gold, predicted) for name, predicted in answers.items()}
+    baselines: dict[str, Baseline] = {"most_common_tags": most_common_tags, "tfidf": tfidf, **(more or {})}
+    return {name: score(gold, baseline(train, examples)) for name, baseline in baselines.items()}
 
 
 def most_common_tags(train: Sequence[Example], examples: Sequence[Example]) -> list[list[str]]:
@@ -39,7 +43,7 @@ def tfidf(train: Sequence[Example], examples: Sequence[Example]) -> list[list[st
     from sklearn.multiclass import OneVsRestClassifier
     from sklearn.preprocessing import MultiLabelBinarizer
 
-    tags = [tag for tag, count in sorted(_counts(train).items()) if MIN_TAG_COUNT <= count < len(train)]
+    tags = learnable_tags(train)
     vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+")
     if not tags or not any(vectorizer.build_analyzer()(example.text) for example in train):
         return [[]] * len(examples)  # no tag to learn, or no word to learn from
@@ -52,6 +56,11 @@ def tfidf(train: Sequence[Example], examples: Sequence[Example]) -> list[list[st
     unseen = vectorizer.transform([example.text for example in examples])
     probabilities = classifier.predict_proba(unseen)[:, -len(tags) :]
     return [[tags[i] for i in np.flatnonzero(row >= THRESHOLD)] for row in probabilities]
+
+
+def learnable_tags(train: Sequence[Example]) -> list[str]:
+    """Return the normalised tags that at least MIN_TAG_COUNT training examples have, and that not all have."""
+    return [tag for tag, count in sorted(_counts(train).items()) if MIN_TAG_COUNT <= count < len(train)]
 
 
 def _counts(train: Sequence[Example]) -> Counter[str]:
