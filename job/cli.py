@@ -147,7 +147,7 @@ def _evaluate(options: argparse.Namespace, settings: Settings) -> None:
     from job.runs import markup
 
     held_out = data.load(settings.data).held_out[: settings.eval.limit]
-    tagger = pipeline.load_tagger_as_trained(settings, "BASE", "DATA_SEPARATOR", "DATA_MAX_LENGTH")
+    tagger = pipeline.load_tagger_as_trained(settings, "BASE", "DATA_SEPARATOR", "DATA_MAX_LENGTH", texts=len(held_out))
 
     from job.evaluate import evaluate
 
@@ -203,7 +203,7 @@ def _sample(options: argparse.Namespace, settings: Settings) -> None:
 
     texts = check_texts(options.texts, "TEXT") or data.inference_texts(settings.sample)
     results.check_output(settings.sample.output, settings.sample.input)
-    tagger = pipeline.load_tagger_as_trained(settings, "BASE", "DATA")
+    tagger = pipeline.load_tagger_as_trained(settings, "BASE", "DATA", texts=len(texts))
     results.show_samples(tagger.tag(texts), settings.sample.output)
 
 

@@ -11,12 +11,13 @@ from job.metrics.thresholds import best_threshold, threshold_curve
 from job.types import Example, Prediction, Scores, ThresholdScores
 
 if TYPE_CHECKING:
+    from job.inference import TextsTagger
     from job.sample import Tagger
 
 log = logging.getLogger(__name__)
 
 
-def evaluate(tagger: Tagger, examples: Sequence[Example]) -> tuple[Scores, list[Prediction]]:
+def evaluate(tagger: TextsTagger, examples: Sequence[Example]) -> tuple[Scores, list[Prediction]]:
     """Tag the texts of the examples, and score the answers against the examples' tags."""
     answers = tagger.tag([example.text for example in examples])
     scores = score([e.tags for e in examples], [a.tags for a in answers], [a.well_formed for a in answers])

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from job import promote, push, quantize, report, results
-from job.decoding import config as decoding
 from job.errors import GateRejected, InvalidInputError, PublishError
 from job.hub import client as hub
 from job.metrics.bootstrap import f1_difference
@@ -76,6 +73,8 @@ def run_gate(run: RunFolder, settings: Settings, repo: str | None, compute: Comp
     A run that was already promoted keeps the verdict that it was promoted with. Raises PublishError if the Hub
     cannot be reached.
     """
+    from job.inference import fetch_adapter
+
     scores, predictions = results.scores(run), results.predictions(run)
     parent_commit, adapter, published, load_error = None, None, None, None
     if settings.eval.gate != "off" and repo is not None:
@@ -86,7 +85,7 @@ def run_gate(run: RunFolder, settings: Settings, repo: str | None, compute: Comp
                     return promoted
                 parent_commit = hub.branch_head(repo, settings.hub.revision)
                 if settings.eval.gate == "published":
-                    adapter = _fetch_published(repo, parent_commit, 60 * settings.hub.retry_minutes)
+                    adapter = fetch_adapter(repo, parent_commit, 60 * settings.hub.retry_minutes)
             if adapter is not None:
                 published = _evaluate_published(run, settings, repo, parent_commit, adapter, predictions, compute)
         except InvalidInputError as error:
@@ -180,29 +179,6 @@ def reject(run: RunFolder, verdict: Verdict, repo: str | None, settings: Hub) ->
     raise GateRejected(f"{verdict.verdict}: {verdict.reason}. The adapter was not published; {where}")
 
 
-def _fetch_published(repo: str, revision: str, seconds: float) -> Path | None:
-    """Return the folder with the adapter of a repo at a revision, downloaded; None if the repo has none.
-
-    Raises InvalidInputError if the adapter has no weights; if the Hub cannot be reached, its client's own errors.
-    """
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
-    def fetch(name: str, download: Callable[[str, str, str], Path] = hub.download_metadata) -> Path:
-        return hub.retry(lambda: download(repo, revision, name), seconds, "gate")
-
-    try:
-        folder = fetch("adapter_config.json").parent
-    except RemoteEntryNotFoundError:
-        return None
-    try:
-        fetch("adapter_model.safetensors", hub.download)
-    except RemoteEntryNotFoundError:
-        raise InvalidInputError("it has no adapter_model.safetensors") from None
-    with suppress(RemoteEntryNotFoundError):  # older adapters have no decoding configuration
-        fetch(decoding.CONFIG_NAME)
-    return folder
-
-
 def _evaluate_published(
     run: RunFolder,
     settings: Settings,
@@ -216,8 +192,8 @@ def _evaluate_published(
 
     Raises InvalidInputError if it does not load.
     """
+    from job import inference
     from job.evaluate import evaluate
-    from job.sample import load_tagger
 
     try:
         old_values = hub.read_manifest(repo, revision).get("settings", {})
@@ -230,6 +206,8 @@ def _evaluate_published(
     if any(name in old_values and old_values[name] != settings.values()[name] for name in SPLIT_SETTINGS):
         log.warning("gate: the published adapter was trained on another split and may have seen held-out texts")
     examples = [Example(prediction.text, prediction.gold) for prediction in predictions]
-    return results.cached_evaluation(
-        run, "evaluate_published", revision, lambda: evaluate(load_tagger(old_settings, adapter, compute), examples)
-    )
+
+    def evaluate_old() -> tuple[Scores, list[Prediction]]:
+        return evaluate(inference.load(old_settings, adapter, compute, texts=len(examples)), examples)
+
+    return results.cached_evaluation(run, "evaluate_published", revision, evaluate_old)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from job.distributed.group import Group
     from job.distributed.place import Place
+    from job.inference import TextsTagger
     from job.metrics.baselines import Baseline
     from job.sample import Tagger
     from job.system.device import ComputeSpec
@@ -346,13 +347,18 @@ def finish(run: RunFolder, settings: Settings, repo: str | None, compute: Comput
     return results.summary(run)
 
 
-def load_tagger_as_trained(settings: Settings, *setting_prefixes: str) -> Tagger:
-    """Load the adapter of TAGGER_HUB_REPO, or of a run on disk, with some settings of its training.
+def load_tagger_as_trained(settings: Settings, *setting_prefixes: str, texts: int) -> TextsTagger:
+    """Load the adapter of TAGGER_HUB_REPO, or of a run on disk, with some settings of its training, to tag `texts`.
 
-    These are the settings whose names start with one of `setting_prefixes`, given without TAGGER_: `BASE`,
+    The settings are the settings whose names start with one of `setting_prefixes`, given without TAGGER_: `BASE`,
     `DATA_SEPARATOR`. What is set here wins over the manifest of a repo.
     """
-    return load_adapter(*find_adapter(settings, *setting_prefixes))
+    from job import inference
+    from job.system.device import ComputeSpec
+
+    settings, adapter = find_adapter(settings, *setting_prefixes)
+    compute = ComputeSpec.resolve(settings.run.device, settings.train.precision)
+    return inference.load(settings, adapter, compute, texts=texts)
 
 
 def load_adapter(settings: Settings, adapter: str | Path) -> Tagger:

@@ -64,6 +64,7 @@ class PreflightResult:
         run = self.settings.run.model_copy(update={"dir": self.run.path.parent, "id": self.run.path.name})
         settings = self.settings.model_copy(update={"run": run})
         return {
+            "task": "train",
             "settings": settings.model_dump(mode="json"),
             "examples": TypeAdapter(SplitData).dump_python(self.examples, mode="json"),
             "licence": self.licence,

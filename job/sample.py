@@ -85,6 +85,13 @@ class Tagger:
         answers = dict(self._tag_share(texts))
         return [answers[i] for i in range(len(texts))]
 
+    def lead(self, group: Group, texts: Sequence[str]) -> list[TaggedText]:
+        """Return the answer for each text, in order, with the help of other processes that `follow` until then."""
+        self._group = group
+        answers = self.tag(texts)
+        group.send({"do": "end"})
+        return answers
+
     def follow(self, group: Group) -> None:
         """Tag this process's share of the texts that process 0 tags, until that one has finished."""
         self._group = group
@@ -220,7 +227,7 @@ def load_tagger(settings: Settings, adapter: Published | Path | str, compute: Co
         source, revision = adapter.repo, adapter.revision
     else:
         source, revision = adapter, None if isinstance(adapter, Path) else settings.hub.revision
-    config = _adapter_config(source, revision)
+    config = adapter_config(source, revision)
     if config.base_model_name_or_path is None:
         raise InvalidInputError(
             f"the adapter in {source} does not name its base model; expected one that was saved by this job"
@@ -243,7 +250,8 @@ def _is_disabled(model: torch.nn.Module) -> bool:
     return any(module.disable_adapters for module in model.modules() if isinstance(module, LoraLayer))
 
 
-def _adapter_config(source: Path | str, revision: str | None) -> AdapterConfig:
+def adapter_config(source: Path | str, revision: str | None) -> AdapterConfig:
+    """Return the configuration of the adapter in a folder or a repo; raises InvalidInputError if there is none."""
     try:
         folder = source if isinstance(source, Path) else hub.download_metadata(source, revision, CONFIG_NAME).parent
         return adapter_files.read_config(folder)

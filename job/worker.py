@@ -1,4 +1,4 @@
-"""A process that the job started for a training with several processes."""
+"""A process that the job started to train or to tag together with others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-from job import pipeline
+from job import inference, pipeline
 from job.distributed import launcher, place
 from job.distributed.group import PeerLost
 from job.distributed.place import Assignment
@@ -23,7 +23,8 @@ def work(assignment: Assignment) -> int:
     if rank > 0:  # process 0 logs what all of them do
         logging.getLogger("job").setLevel(logging.WARNING)
     try:
-        pipeline.take_part(assignment.place(int(os.environ["RANK"])), assignment.inputs)
+        take_part = inference.take_part if assignment.inputs["task"] == inference.TASK else pipeline.take_part
+        take_part(assignment.place(int(os.environ["RANK"])), assignment.inputs)
         shutdown.check()
     except KeyboardInterrupt as stop:
         launcher.leave_error(assignment, rank, None, lost=isinstance(stop, PeerLost))

@@ -17,11 +17,12 @@ import pytest
 from conftest import SAYINGS
 from processes import free_port
 
-from job import pipeline
+from job import cli, pipeline
 from job.config import environment
 from job.distributed import launcher
 from job.distributed.place import Place
 from job.errors import InvalidInputError, JobError
+from job.types import Summary
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,6 +135,28 @@ def test_a_launchers_processes_train_together(tiny: dict[str, str], tmp_path: Pa
     os.chdir(tmp_path / "alone")
     pipeline.run(environment.load())
     assert results(tmp_path / "0") == results(tmp_path / "alone")
+
+
+def test_several_processes_give_the_answers_of_one(
+    tiny: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A problem of the adapter, which they find, still is one sentence and code 2."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("TAGGER_TRAIN_MAX_STEPS", "2")
+    run = pipeline.run(environment.load())
+    assert isinstance(run, Summary)
+    printed = {}
+    for processes in ("1", "2"):
+        monkeypatch.setenv("TAGGER_RUN_PROCESSES", processes)
+        capsys.readouterr()
+        assert cli.main(["evaluate"]) == 0
+        printed[processes] = capsys.readouterr().out
+    assert printed["1"] == printed["2"]
+    (run.folder / "adapter" / "adapter_model.safetensors").write_bytes(b"cut off")
+    assert cli.main(["evaluate"]) == 2
+    assert "the weights of the adapter in" in capsys.readouterr().err
 
 
 def failure(code: int, seconds: int) -> Any:

@@ -23,7 +23,7 @@ def test_a_warm_container_tags_with_the_current_adapter(monkeypatch: pytest.Monk
         def tag(self, texts: list[str]) -> list[TaggedText]:
             return []
 
-    def load(settings: Settings, *_: str) -> Silent:
+    def load(settings: Settings, *_: str, texts: int) -> Silent:
         loaded.append(settings.hub.revision)
         return Silent()
 

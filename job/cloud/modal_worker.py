@@ -23,7 +23,7 @@ from job.system import logging_setup
 from job.types import Summary
 
 if TYPE_CHECKING:
-    from job.sample import Tagger
+    from job.inference import TextsTagger
     from job.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -188,8 +188,9 @@ def tag_texts(env: Mapping[str, str], texts: Sequence[str]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def _tagger(env: tuple[tuple[str, str], ...], commit: str | None) -> Tagger:
+def _tagger(env: tuple[tuple[str, str], ...], commit: str | None) -> TextsTagger:
     """Load the adapter at a commit of the repo, or that of a run; `env` is only a part of the cache's key."""
     settings = environment.load()
     at_commit = settings.hub.model_copy(update={"revision": commit})
-    return pipeline.load_tagger_as_trained(settings.model_copy(update={"hub": at_commit}), "BASE", "DATA")
+    settings = settings.model_copy(update={"hub": at_commit})
+    return pipeline.load_tagger_as_trained(settings, "BASE", "DATA", texts=1)  # in this process, where it stays loaded

@@ -112,21 +112,21 @@ def choose_precision(setting: Literal["auto", "fp16", "bf16", "fp32"], device: t
     return setting
 
 
-def count_processes(setting: int | None, device: torch.device, *, examples_per_step: int) -> int:
+def count_processes(setting: int | None, device: torch.device, *, examples_per_step: int | None = None) -> int:
     """Return the number of processes for TAGGER_RUN_PROCESSES on this machine; None is `auto`.
 
-    `auto` is one for each GPU, at most one for each example of a step, and 1 on a CPU. Raises InvalidInputError for
-    more processes than GPUs, or than a step has examples.
+    `auto` is one for each GPU, in training at most one for each example of a step, and 1 on a CPU. Raises
+    InvalidInputError for more processes than GPUs, or than a step has examples.
     """
     gpus = torch.cuda.device_count() if device.type == "cuda" else None
     if setting is None:
-        return 1 if gpus is None else max(1, min(gpus, examples_per_step))
+        return 1 if gpus is None else max(1, min(gpus, examples_per_step or gpus))
     if gpus is not None and setting > gpus:
         raise InvalidInputError(
             f"TAGGER_RUN_PROCESSES={setting}, but this machine has {gpus} GPU{'s' if gpus > 1 else ''}, and each "
             f"process needs one of its own; set it to auto or to at most {gpus}"
         )
-    if setting > examples_per_step:
+    if examples_per_step is not None and setting > examples_per_step:
         raise InvalidInputError(
             f"TAGGER_RUN_PROCESSES={setting}, but a step has only {examples_per_step} examples to share; set it to at "
             "most that, or raise TAGGER_TRAIN_BATCH_SIZE"
