@@ -10,7 +10,7 @@ PROCESSES ?= 1
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",/\1/p' pyproject.toml)
 
 .PHONY: help run test coverage lint workflows-check hadolint manifests sbom audit image-check torture torture-tag \
-	test-ray zoo two-machines bench bench-processes quality pictures docs install lock clean
+	test-ray zoo two-machines bench bench-processes gpu-check quality pictures docs install lock clean
 
 run: install  ## run the complete job here, with the recipe RECIPE (offline): bundled base model, no GPU, no Hub
 	@echo "tagger-job: running the recipe $(RECIPE); offline takes 3 to 5 minutes on two CPU cores. Results are in runs/."
@@ -89,6 +89,10 @@ torture-tag: install  ## kill KILLS (100) workers of `tag` at random moments; th
 # TRL and a sentence encoder, which the measurements compare with, use the job's torch and transformers.
 bench: install .bench-packages/installed  ## measure training speed and memory; options in BENCH="--rounds 5"
 	PYTHONPATH=.bench-packages $(BIN)/python -m bench.train $(BENCH)
+
+GPU ?=
+gpu-check: install  ## check and measure the job on this machine's GPU (8 minutes); without one GPU="--device cpu"
+	$(BIN)/python -m bench.gpu $(GPU)
 
 bench-processes: install  ## measure what several processes cost; options in BENCH="--rounds 5"
 	$(BIN)/python -m bench.processes $(BENCH)

@@ -31,7 +31,9 @@ from job.settings import Settings
 from job.system.device import ComputeSpec
 from job.training.batching import MicroBatch, num_label_tokens
 from job.training.gradients import GradientComputer
-from job.training.trainer import MAX_GRAD_NORM, MICRO_BATCH_TOKENS, learning_rate
+from job.training.kernels import Kernels
+from job.training.optimizer import make_optimizer, update_weights
+from job.training.trainer import MICRO_BATCH_TOKENS, learning_rate
 from job.types import EncodedExample
 
 Tick = Callable[[], None]
@@ -85,7 +87,7 @@ def _job(
         base: Any = work.model.get_base_model()
         base.activation_checkpointing_enable({"use_reentrant": True} if efficient else None)
     parameters = [parameter for parameter in work.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+    optimizer = make_optimizer(parameters, Kernels.for_device(work.compute.device))
     scaler = torch.amp.GradScaler(work.compute.device.type, enabled=work.compute.precision == "fp16")
     scaler.scale(torch.zeros((), device=work.compute.device))
     limit, rows = MICRO_BATCH_TOKENS[work.compute.device.type], work.settings.train.batch_size
@@ -94,7 +96,6 @@ def _job(
         losses = []
         with computer.installed(efficient=efficient):
             for number, step in enumerate(work.steps):
-                optimizer.param_groups[0]["lr"] = learning_rate(work.settings.train, number)
                 if split:
                     batches = computer.split(step, limit=limit)
                 else:
@@ -106,19 +107,12 @@ def _job(
                 )
                 outcome = computer.exact.load(sums, loss_scale=scale)
                 assert not outcome.out_of_memory, "out of memory"
-                _update_weights(optimizer, scaler)
+                update_weights(optimizer, scaler, parameters, learning_rate(work.settings.train, number))
                 losses.append(outcome.loss)
                 tick()
         return losses
 
     return run
-
-
-def _update_weights(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_GRAD_NORM)
-    scaler.step(optimizer)
-    scaler.update()
 
 
 # ---- other ways to train the adapters ------------------------------------------------------------------------------

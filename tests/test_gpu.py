@@ -21,8 +21,9 @@ import pytest
 import torch
 from conftest import SAYINGS, make_settings
 from safetensors.torch import load_file
-from torch.nn.utils.rnn import pad_sequence
 
+from bench.gpu.gradients import difference, own, plain
+from bench.gpu.models import fill_adapters, texts_of_length
 from job import pipeline
 from job.dataset.tokenization import IGNORE_INDEX
 from job.freeze import freeze
@@ -30,15 +31,12 @@ from job.lora import add_adapters
 from job.quantize import load_model
 from job.settings import Base, Lora
 from job.system.device import ComputeSpec
-from job.training.batching import num_label_tokens
-from job.training.gradients import GradientComputer
 from job.types import EncodedExample
 
 ROOT = Path(__file__).parents[1]
 HAS_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="PyTorch sees no GPU on this machine")
 pytestmark = pytest.mark.gpu
-Gradients = dict[str, torch.Tensor]
 
 
 def gpu(precision: str) -> ComputeSpec:
@@ -60,62 +58,8 @@ def adapted(folder: Path, quantize: str, compute: ComputeSpec) -> peft.PeftModel
     model = load_model(Base.model_validate({"model": str(folder), "quantize": quantize}), compute)
     freeze(model)
     model = add_adapters(model, Lora(dropout=0.0), seed=42).train()
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # it starts at zero, and lora_A would get no gradient
-            torch.nn.init.normal_(parameter.data, std=0.02)
+    fill_adapters(model)
     return model
-
-
-def taken(model: peft.PeftModel) -> Gradients:
-    found = {name: p.grad.detach().float().cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def plain(model: peft.PeftModel, rows: list[EncodedExample], compute: ComputeSpec) -> tuple[float, Gradients]:
-    """Compute loss and gradients as the notebook does: padded rows, the libraries' forward passes, every logit."""
-    ids = pad_sequence([torch.tensor(row.input_ids) for row in rows], batch_first=True)
-    mask = pad_sequence([torch.ones(len(row.input_ids), dtype=torch.int64) for row in rows], batch_first=True)
-    labels = pad_sequence([torch.tensor(row.labels) for row in rows], batch_first=True, padding_value=IGNORE_INDEX)
-    with compute.autocast():
-        loss = model(
-            input_ids=ids.to(compute.device),
-            attention_mask=mask.to(compute.device),
-            labels=labels.to(compute.device),
-            num_items_in_batch=num_label_tokens(rows),
-            use_cache=False,
-        ).loss
-    loss.backward()
-    return float(loss.detach()), taken(model)
-
-
-def own(
-    model: peft.PeftModel,
-    rows: list[EncodedExample],
-    compute: ComputeSpec,
-    *,
-    limit: int = 10**6,
-    recompute: bool = False,
-) -> tuple[float, Gradients]:
-    """Compute loss and gradients as the job does: packed, memory-efficient, only the labelled positions."""
-    computer = GradientComputer(model, 0, compute, seed=42)
-    assert computer.packing is not None
-    computer.set_recompute(recompute)
-    parts = computer.split(rows, limit=limit)
-    with computer.installed():
-        sums = computer.compute(parts, step=0, label_tokens=num_label_tokens(rows), count=len(parts))
-        outcome = computer.exact.load(sums)
-    computer.set_recompute(False)
-    assert outcome.finite and not outcome.out_of_memory and not outcome.too_large
-    return outcome.loss, taken(model)
-
-
-def difference(found: Gradients, expected: Gradients) -> float:
-    """Return the norm of the difference of two gradients, relative to that of the second."""
-    assert found.keys() == expected.keys()
-    apart = sum(float((found[name] - gradient).square().sum()) for name, gradient in expected.items())
-    return float((apart / sum(float(gradient.square().sum()) for gradient in expected.values())) ** 0.5)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
@@ -277,10 +221,7 @@ def train_with_little_memory(folder: Path, scratch: Path) -> None:
 
     logging_setup.configure()
     compute = gpu("fp32")
-    long = [
-        EncodedExample([10 + (7 * i + j) % 500 for j in range(400)], [IGNORE_INDEX] * 390 + [11] * 10)
-        for i in range(64)
-    ]
+    long = texts_of_length(64, 400)
     for micro_batch_tokens in (1000, 100_000):
         manifest = {"schema_version": 1, "status": "running", "settings": {}, "dataset": {"fingerprint": "f"}}
         run = RunFolder(scratch / str(micro_batch_tokens), {**manifest, "versions": {}, "timings": {}})

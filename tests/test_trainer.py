@@ -21,7 +21,7 @@ from job.dataset.tokenization import IGNORE_INDEX
 from job.errors import JobError
 from job.settings import Train
 from job.system import logging_setup
-from job.training import checkpoints, trainer
+from job.training import checkpoints, optimizer
 from job.training.gradients import is_out_of_memory
 from job.training.packing import PackedAttention
 from job.training.trainer import learning_rate
@@ -61,7 +61,7 @@ def test_loss_and_gradients_equal_the_full_computation(
     model = make_model(base, quantize)
     found: dict[str, torch.Tensor] = {}
     monkeypatch.setattr(PackedAttention, "supports", lambda model: packed)
-    monkeypatch.setattr(trainer, "MAX_GRAD_NORM", math.inf)
+    monkeypatch.setattr(optimizer, "MAX_GRAD_NORM", math.inf)
     hook = register_optimizer_step_pre_hook(
         lambda *_: found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     )

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from job.dataset.prompts import strip_separator, target
 from job.errors import InvalidInputError
-from job.settings import Data, Settings
 from job.types import EncodedExample, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from job.settings import Data, Settings
 
 MIN_TEXTS_TO_CACHE = 10_000
 """The number of texts from which tokenization is cached; fewer are tokenized faster than a cache is read."""

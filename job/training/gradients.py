@@ -7,19 +7,22 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
 
-from job.settings import Train
 from job.system.device import ComputeSpec
 from job.training import dropout, memory_efficient
 from job.training.batching import Collator, MicroBatch, examples_of_step, micro_batches, num_label_tokens
 from job.training.dropout import DropoutKeys
+from job.training.kernels import Kernels
 from job.training.loss import mean_loss
 from job.training.packing import PackedAttention
 from job.types import EncodedExample
+
+if TYPE_CHECKING:
+    from job.settings import Train
 
 MICRO_BATCH_OVERHEAD_TOKENS = {"cpu": 96, "cuda": 2048}
 """Cost of one more micro-batch, as a number of tokens: weights are dequantized again, kernels are launched."""
@@ -132,13 +135,21 @@ class GradientComputer:
     """Compute the gradients of micro-batches with the forward passes of training."""
 
     def __init__(
-        self, model: peft.PeftModel, pad_token_id: int, compute: ComputeSpec, *, seed: int, packed: bool = True
+        self,
+        model: peft.PeftModel,
+        pad_token_id: int,
+        compute: ComputeSpec,
+        *,
+        seed: int,
+        packed: bool = True,
+        kernels: Kernels | None = None,
     ) -> None:
         self._model, self._compute = model, compute
+        self._kernels = kernels or Kernels.for_device(compute.device)
         self._recompute: bool | None = None
         base: Any = model.get_base_model()
         self._base = base
-        self.packing = PackedAttention(base) if packed and PackedAttention.supports(base) else None
+        self.packing = PackedAttention(base, self._kernels) if packed and PackedAttention.supports(base) else None
         self._collator = Collator(pad_token_id, packed=self.packing is not None)
         self._keys = DropoutKeys(seed)
         self._seed = seed
@@ -153,7 +164,7 @@ class GradientComputer:
         self._model.train()
         with (
             dropout.installed(self._model, self._keys) as switched_off,
-            memory_efficient.patched(self._model) if efficient else nullcontext(),
+            memory_efficient.patched(self._model, self._kernels) if efficient else nullcontext(),
             self.packing.installed() if self.packing else nullcontext(),
         ):
             yield switched_off

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from job.settings import Train
 from job.system.device import ComputeSpec
 from job.training.batching import num_label_tokens
 from job.types import EncodedExample
+
+if TYPE_CHECKING:
+    from job.settings import Train
 
 GIB = 2**30
 

@@ -6,13 +6,13 @@ They save less for the backward pass, or need fewer passes, than the libraries' 
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bitsandbytes.nn.modules import Linear8bitLt
 from peft.tuners.lora import LoraLayer
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from job.training.dropout import KeyedDropout
+from job.training.kernels import Kernels, compute_dtype
 
 if TYPE_CHECKING:
     import peft
@@ -31,9 +32,9 @@ Registry = dict[type, tuple[Callable[[Any], bool], Forward]]
 
 
 @contextmanager
-def patched(model: peft.PeftModel) -> Iterator[None]:
+def patched(model: peft.PeftModel, kernels: Kernels | None = None) -> Iterator[None]:
     """Give the model's modules memory-efficient forward passes, and restore their own at the end of the block."""
-    registry = _registry(DequantBuffer())
+    registry = _registry(DequantBuffer(), kernels or Kernels.for_device(model.device))
     replaced = []
     for module in model.modules():
         if (forward := replacement_forward(module, registry)) is not None:
@@ -54,14 +55,19 @@ def replacement_forward(module: torch.nn.Module, registry: Registry) -> Forward 
     return None
 
 
-def _registry(buffer: DequantBuffer) -> Registry:
-    return {
+def _registry(buffer: DequantBuffer, kernels: Kernels) -> Registry:
+    registry: Registry = {
         LoraLayer: (_is_plain_lora, _lora_forward),
-        Linear8bitLt: (_is_on_cpu, functools.partial(_int8_forward, buffer=buffer)),
         LlamaMLP: (_is_swiglu, _swiglu_forward),
         Qwen2MLP: (_is_swiglu, _swiglu_forward),
         BloomGelu: (lambda module: True, _gelu_forward),
     }
+    # a model with int8 layers has imported bitsandbytes; others do not need it
+    if kernels.int8 == "dequantized" and "bitsandbytes" in sys.modules:
+        from bitsandbytes.nn.modules import Linear8bitLt
+
+        registry[Linear8bitLt] = (lambda module: True, functools.partial(_int8_forward, buffer=buffer))
+    return registry
 
 
 def _is_plain_lora(layer: Any) -> bool:
@@ -69,10 +75,6 @@ def _is_plain_lora(layer: Any) -> bool:
     plain = layer.active_adapters == ["default"] and not layer.lora_variant and not layer.merged
     known = isinstance(layer.lora_dropout["default"], (KeyedDropout, torch.nn.Identity)) if plain else False
     return known and not any(layer.lora_bias.values()) and isinstance(layer.get_base_layer(), torch.nn.Linear)
-
-
-def _is_on_cpu(layer: Linear8bitLt) -> bool:
-    return bool(layer.weight.device.type == "cpu")
 
 
 def _is_swiglu(mlp: Any) -> bool:
@@ -108,12 +110,6 @@ def _gelu_forward(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
-def _compute_dtype(x: torch.Tensor, default: torch.dtype) -> torch.dtype:
-    """Return the dtype of the active autocast, for the backward pass, which runs outside of it; else the default."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else default
-
-
 class LoraFunction(torch.autograd.Function):
     """Compute LoRA's `dropout(x) @ a.T @ b.T * scale`, saving x and one byte for each value of the dropout mask.
 
@@ -131,7 +127,7 @@ class LoraFunction(torch.autograd.Function):
         rate: float,
         scale: float,
     ) -> torch.Tensor:
-        ctx.dtype, ctx.rate, ctx.scale = _compute_dtype(x, a.dtype), rate, scale
+        ctx.dtype, ctx.rate, ctx.scale = compute_dtype(x, a.dtype), rate, scale
         with torch.autocast(x.device.type, enabled=False):
             low = apply_dropout_mask(x, dropped).to(ctx.dtype) @ a.to(ctx.dtype).T / (1 - rate)
             ctx.save_for_backward(x, a, b, low, dropped)
@@ -182,14 +178,18 @@ class DequantBuffer:
 
         The result is valid until the next call.
         """
-        if self._buffer.numel() < weight.numel() or self._buffer.dtype != dtype:
-            self._buffer = torch.empty(weight.numel(), dtype=dtype)
-        view = self._buffer[: weight.numel()].view(weight.shape)
-        return view.copy_(weight).mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
+        buffer = self._buffer
+        if buffer.numel() < weight.numel() or buffer.dtype != dtype or buffer.device != weight.device:
+            self._buffer = buffer = torch.empty(weight.numel(), dtype=dtype, device=weight.device)
+        view = buffer[: weight.numel()].view(weight.shape)
+        factors = scale.unsqueeze(1).mul(1.0 / 127.0)
+        if weight.device.type == "cpu":
+            return view.copy_(weight).mul_(factors)
+        return torch.mul(weight, factors, out=view)  # one kernel
 
 
 class Int8LinearFunction(torch.autograd.Function):
-    """Compute a frozen 8-bit linear layer on a CPU without saving its input.
+    """Compute a frozen 8-bit linear layer without saving its input.
 
     bitsandbytes saves the input, which only the gradient of a trainable weight needs.
     """
@@ -203,7 +203,7 @@ class Int8LinearFunction(torch.autograd.Function):
         bias: torch.Tensor | None,
         buffer: DequantBuffer,
     ) -> torch.Tensor:
-        ctx.dtype, ctx.dtype_x = _compute_dtype(x, x.dtype), x.dtype
+        ctx.dtype, ctx.dtype_x = compute_dtype(x, x.dtype), x.dtype
         ctx.weight, ctx.scale, ctx.buffer = weight, scale, buffer
         bias = None if bias is None else bias.to(ctx.dtype)
         with torch.autocast(x.device.type, enabled=False):

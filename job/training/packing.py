@@ -14,6 +14,8 @@ from transformers import AttentionInterface
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor, dropout_add
 
 from job.training.batching import partition_by_cost
+from job.training.kernels import Kernels, compute_dtype
+from job.training.variable_length import VariableLengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,10 +54,12 @@ class PackedAttention:
     causal attention from a real token never looks.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, kernels: Kernels | None = None) -> None:
         self._model = model
+        self._kernels = kernels or Kernels.for_device(model.device)
         self._groups: list[_LengthGroup] = []
         self._alibi: torch.Tensor | None = None
+        self._texts: VariableLengths | None = None
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
@@ -88,6 +92,9 @@ class PackedAttention:
 
     def set_sequence_lengths(self, lengths: Sequence[int], device: torch.device) -> None:
         """Set the lengths of the texts in the next row, in ascending order."""
+        if self._kernels.attention == "varlen":
+            heads = self._model.config.n_head if self._model.config.model_type == "bloom" else None
+            self._texts = VariableLengths(lengths, device, alibi_heads=heads)
         overhead = GROUP_OVERHEAD.get(device.type, GROUP_OVERHEAD["cuda"])
         self._groups, start = [], 0
         for group in partition_by_cost(lengths, limit=sum(lengths), overhead=overhead, padded=True):
@@ -107,6 +114,9 @@ class PackedAttention:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float, dropout: float
     ) -> torch.Tensor:
         """Compute attention for inputs of [tokens, heads, head size]; returns [1, tokens, heads, head size]."""
+        dtype = compute_dtype(query, query.dtype)
+        if self._texts is not None and dtype != torch.float32 and not dropout:
+            return self._texts.attention(query.to(dtype), key.to(dtype), value.to(dtype), scale=scale)[None]
         outputs = []
         for group in self._groups:
             q, k, v = (group.pad(x) for x in (query, key, value))

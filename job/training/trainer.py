@@ -25,7 +25,9 @@ from job.training.batching import num_label_tokens
 from job.training.checkpoints import TrainerState
 from job.training.exchange import Exchange
 from job.training.gradients import FRACTION_BITS, StepComputer, StepRequest
+from job.training.kernels import Kernels
 from job.training.memory_budget import plan_batches
+from job.training.optimizer import make_optimizer, update_weights
 from job.types import EncodedExample
 
 log = logging.getLogger(__name__)
@@ -35,8 +37,6 @@ MICRO_BATCH_TOKENS = {"cpu": 256, "cuda": 8192}
 
 FEWER_FRACTION_BITS = 20
 """By how many places the fixed point of the gradients' sum moves if they are too large for it."""
-
-MAX_GRAD_NORM = 1.0
 
 
 def learning_rate(settings: Train, step: int) -> float:
@@ -72,7 +72,7 @@ class Trainer:
         self._run, self._exchange = run, exchange
         self._computer = StepComputer(model, examples, settings, tokenizer.pad_token_id, compute)
         self._adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW(self._adapters.values(), lr=0.0, weight_decay=0.0)
+        self._optimizer = make_optimizer(self._adapters.values(), Kernels.for_device(compute.device))
         self._scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
         self._scaler.scale(torch.zeros((), device=compute.device))  # it creates its state at the first use
         self.swa_weights: dict[str, torch.Tensor] = {}
@@ -181,7 +181,7 @@ class Trainer:
             # Modal's timeout is not deferred, so this flag keeps it from saving half a step
             self.step_is_complete = False
             rate = learning_rate(settings, step)
-            norm = self._update_weights(rate)
+            norm = update_weights(self._optimizer, self._scaler, self._adapters.values(), rate)
             self.state.steps.append({"loss": loss * labels, "labels": labels, "grad_norm": norm, "learning_rate": rate})
             self.state.step += 1
             self._average_weights()
@@ -217,16 +217,6 @@ class Trainer:
                 self._sent_step = request.step
         self._computer.set_recompute(request.recompute)
         return exchange.sum(self._computer.share(request, exchange.rank, exchange.size))
-
-    def _update_weights(self, rate: float) -> float:
-        """Apply the clipped gradients with this learning rate; return their norm before clipping."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._scaler.unscale_(self._optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._adapters.values(), MAX_GRAD_NORM))
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        return norm
 
     def _average_weights(self) -> None:
         """Update the mean of the weights over the last steps (stochastic weight averaging, Izmailov et al., 2018).

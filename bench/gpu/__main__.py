@@ -1,0 +1,104 @@
+"""Check the job on a GPU: `python -m bench.gpu`, or `make gpu-check`.
+
+Needs torch, transformers, peft and accelerate, no network and no Hub. A check that needs another package is skipped,
+with the name of the package. `--device cpu` makes each check with tiny models, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu.harness import HEADER, Check, line, run_checks
+from bench.gpu.models import Work
+from bench.measure import describe
+
+LOOP = ("pydantic_settings", "psutil")
+"""What the training loop and the settings need in addition."""
+
+
+JOB = (*LOOP, "datasets", "httpx2", "regex", "jinja2", "scipy", "sklearn", "matplotlib", "pyarrow", "gguf")
+"""What the complete job needs in addition."""
+
+
+def checks() -> list[Check]:
+    """Return every check, in order: first what shows where the time goes."""
+    from bench.gpu import decoding, gradients, machine, memory, processes, recipe, speed, training
+
+    return [
+        Check("machine", machine.check_machine, seconds=30),
+        Check("profile", speed.check_profile, seconds=60),
+        Check("speed", speed.check_speed, seconds=150),
+        Check("gradients", gradients.check_gradients, seconds=120),
+        Check("memory", memory.check_memory, seconds=40),
+        Check("overflow", training.check_overflow, seconds=30),
+        Check("out-of-memory", training.check_out_of_memory, LOOP, seconds=40),
+        Check("resume", training.check_resume, LOOP, seconds=60),
+        Check("decoding", decoding.check_decoding, JOB, seconds=90),
+        Check("recipe", recipe.check_recipe, JOB, seconds=240),
+        Check("processes", processes.check_processes, JOB, seconds=90),
+    ]
+
+
+def main() -> int:
+    """Run the checks that are chosen, print the table, and return the exit code: 1 if one failed."""
+    every = checks()
+    options = _parser([check.name for check in every]).parse_args()
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("PyTorch sees no GPU here; --device cpu makes a dry run with tiny models", file=sys.stderr)
+        return 2
+    _quiet()
+    chosen = [c for c in every if c.name in (options.only or [c.name]) and c.name not in options.skip]
+    with tempfile.TemporaryDirectory() as folder:
+        work = Work(device, Path(folder), device.type == "cpu", options.steps, options.recipe_steps)
+        head = {"when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+        head["machine"] = describe(work.compute())
+        print(f"{head['when']}; {head['machine']}\n\n{HEADER}", flush=True)
+        record: list[dict[str, Any]] = []
+
+        def report(row: dict[str, Any]) -> None:
+            print(line(row), flush=True)
+            record.append(row)
+            if options.json:
+                options.json.write_text(json.dumps({**head, "checks": record}, indent=1) + "\n", encoding="utf-8")
+
+        rows = run_checks(chosen, work, seconds=60 * options.minutes, report=report)
+    counts = {status: sum(row["status"] == status for row in rows) for status in ("pass", "FAIL", "figure", "skipped")}
+    print(f"\n{', '.join(f'{n} {status}' for status, n in counts.items())}")
+    return int(counts["FAIL"] > 0)
+
+
+def _quiet() -> None:
+    """Keep the libraries' progress bars, and their warnings at every step, out of the table."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def _parser(names: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n\n")[2])
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="cpu: a dry run with tiny models; default: a GPU")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--skip", nargs="+", choices=names, metavar="NAME", default=[])
+    parser.add_argument("--minutes", type=float, default=8, help="checks that come later are skipped (8)")
+    parser.add_argument("--steps", type=int, default=8, help="steps that the speed is measured over (8)")
+    parser.add_argument("--recipe-steps", type=int, default=200, help="steps of the complete recipe (200)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record to FILE, after each row")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

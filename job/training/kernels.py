@@ -1,0 +1,47 @@
+"""The choice between implementations of the parts of a step, which give the same result up to rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+import torch
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which implementation computes each part of a step. Those of the CPU are the reference."""
+
+    int8: Literal["bitsandbytes", "dequantized"] = "bitsandbytes"
+    """The forward pass of an int8 layer. `bitsandbytes`: LLM.int8, which rounds the inputs to int8 too, looks for
+    outliers in them (the CPU waits for the GPU in each layer), and keeps them for the backward pass. `dequantized`: the
+    weight is dequantized and multiplied in the precision of the computation, as in the backward pass of both."""
+    attention: Literal["groups", "varlen"] = "groups"
+    """Attention within the texts of a packed row. `groups`: texts of similar length are padded, with a call of
+    scaled_dot_product_attention for each group. `varlen`: one call of torch's FlashAttention for texts of any lengths,
+    in half precision."""
+    optimizer: Literal["foreach", "fused"] = "foreach"
+    """AdamW with a few kernels for each operation on all adapters, or with one kernel for all operations."""
+
+    @staticmethod
+    def choices(name: str, device: torch.device) -> tuple[str, ...]:
+        """Return the values of a field that can be computed on a device."""
+        values: tuple[str, ...] = get_args(get_type_hints(Kernels)[name])
+        if device.type == "cpu":
+            return tuple(value for value in values if value in CPU_CHOICES[name])
+        return values
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> Kernels:
+        """Return the implementations that a run uses on a device."""
+        return cls(int8="dequantized") if device.type == "cpu" else cls()
+
+
+CPU_CHOICES = {"int8": ("dequantized",), "attention": ("groups", "varlen"), "optimizer": ("foreach", "fused")}
+"""For each field of Kernels the values that a CPU can compute."""
+
+
+def compute_dtype(x: torch.Tensor, default: torch.dtype) -> torch.dtype:
+    """Return the dtype of the active autocast, for the backward pass, which runs outside of it; else the default."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else default
