@@ -48,31 +48,32 @@ def test_two_processes_train_bitwise_what_one_trains(llama: Path, tmp_path: Path
     assert read_log(tmp_path / "2") == read_log(tmp_path / "1")
 
 
-@pytest.mark.parametrize("size", [3, 5])
-def test_every_number_of_processes_trains_the_same(llama: Path, tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize(("size", "quantize"), [(3, "none"), (5, "none"), (5, "int8"), (5, "nf4")])
+def test_every_number_of_processes_trains_the_same(llama: Path, tmp_path: Path, size: int, quantize: str) -> None:
     """With five processes, some have no micro-batch; all have the trained weights at the end."""
-    alone = train_in(None, llama, tmp_path / "1", weight_averaging=0.5)
+    alone = train_in(None, llama, tmp_path / "1", quantize, weight_averaging=0.5)
     processes = Processes(
-        size, lambda group: train_in(group, llama, tmp_path / "n", weight_averaging=0.5), tmp_path / "out"
+        size, lambda group: train_in(group, llama, tmp_path / "n", quantize, weight_averaging=0.5), tmp_path / "out"
     )
     assert processes.wait() == [0] * size
     for rank in range(size):
         assert processes.result(rank) == alone, rank
 
 
-def test_without_a_set_size_the_split_differs_only_in_rounding(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", ["int8", "nf4", "none"])
+def test_without_a_set_size_the_split_differs_only_in_rounding(llama: Path, tmp_path: Path, quantize: str) -> None:
     def train_with(size: int) -> Any:
         def work(group: Group | None) -> Any:
-            return train_in(group, llama, tmp_path / str(size), micro_batch_tokens=None)
+            return train_in(group, llama, tmp_path / str(size), quantize, micro_batch_tokens=None)
 
         return work(None) if size == 1 else run_together(size, work, tmp_path / f"out-{size}")
 
     weights = {}
-    for size in (1, 2, 3):
+    for size in (1, 2, 3, 5):
         weights[size], path = train_with(size), tmp_path / str(size)
         plan = json.loads((path / "manifest.json").read_text())["batch_plan"]
         assert plan["parts"] == size
-    for size in (2, 3):
+    for size in (2, 3, 5):
         for name, values in weights[1].items():
             found = torch.tensor(weights[size][name])
             torch.testing.assert_close(found, torch.tensor(values), rtol=1e-4, atol=1e-6)

@@ -176,3 +176,13 @@ def test_a_file_system_without_locks_is_reported_before_a_model_is_loaded(
     assert "has no locks (flock); the run is marked by a lease" in done.stderr
     assert json.loads((tmp_path / "one" / "manifest.json").read_text())["status"] == "passed"
     assert not (tmp_path / "one" / "lease").exists()
+
+
+def test_a_lock_that_is_released_soon_is_waited_for(tmp_path: Path) -> None:
+    """Processes that lost the one that started them save their last step, while the next attempt may start already."""
+    first = ownership.acquire(tmp_path)
+    release = threading.Timer(0.3, first.release)
+    release.start()
+    second = ownership.acquire(tmp_path)
+    release.join()
+    second.release()

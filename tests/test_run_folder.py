@@ -183,7 +183,7 @@ def test_the_run_with_the_newest_adapter_is_found(tmp_path: Path) -> None:
 def test_a_run_has_one_owner_at_a_time(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path\nfrom job.runs.run_folder import RunFolder\n"
-        "from job.errors import InvalidInputError\n"
+        "from job.errors import InvalidInputError\nfrom job.runs import ownership\nownership.WAIT_SECONDS = 0.1\n"
         f"try: RunFolder(Path({str(tmp_path / 'one')!r}), {{}}).lock()\n"
         "except InvalidInputError as error: print(error)"
     )

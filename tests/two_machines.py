@@ -1,7 +1,8 @@
 """Train on two network namespaces that stand for two machines: `make two-machines`, as root on Linux.
 
 Each has one end of a virtual cable. Machine 1 starts late and has no run folder; the cable is pulled in the middle of a
-run; both machines get one number; the settings differ. What completes must be bitwise what one process trains.
+run; both machines get one number; the settings differ. What completes must be bitwise what one process trains, as must
+what several processes train in a container: the one that starts them has number 1, and the root is read-only.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import conftest
+import psutil
 
 from job.distributed.group import LOST_SECONDS
 
@@ -103,12 +105,56 @@ def alone(folder: Path, base: Path) -> dict[str, bytes]:
     return {name: (folder / "runs" / "run" / name).read_bytes() for name in COMPARED}
 
 
+CONTAINER = """
+set -e
+mount --make-rprivate /
+mount -t proc proc /proc
+mount --bind "$0" "$0"
+mount --bind / / || true
+mount -o remount,ro,bind /
+cd "$0"
+if touch "$1/not-read-only" 2> /dev/null; then echo "the root is not read-only"; exit 9; fi
+exec "$2" -m job run
+"""
+"""Runs the job as process 1, with a read-only root and one writable folder."""
+
+
+def in_a_container(folder: Path, base: Path, expected: dict[str, bytes]) -> None:
+    """Train with three processes in a container, interrupt that, and resume with two."""
+    folder.mkdir()
+    environ = os.environ | SETTINGS | {"TAGGER_BASE_MODEL": str(base), "HF_HOME": str(folder / "cache")}
+    environ |= {"TMPDIR": str(folder), "HOME": str(folder)}
+    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", CONTAINER]
+    arguments = [str(folder), str(folder.parent), sys.executable]
+
+    def start(processes: int) -> subprocess.Popen[str]:
+        more = {"TAGGER_RUN_PROCESSES": str(processes)}
+        return subprocess.Popen([*command, *arguments], env=environ | more, stderr=subprocess.PIPE, text=True)
+
+    first = start(3)
+    log, deadline = folder / "runs" / "run" / "log.jsonl", time.monotonic() + 120
+    while not log.exists():
+        assert time.monotonic() < deadline and first.poll() is None, first.communicate()[1]
+        time.sleep(0.02)
+    [job] = psutil.Process(first.pid).children()
+    job.terminate()
+    started = time.monotonic()
+    [(code, errors)] = end(first)
+    assert code == 75, errors
+    print(f"in a container, process 1 had SIGTERM: ended with 75 after {time.monotonic() - started:.1f} s")
+    [(code, errors)] = end(start(2))
+    assert code == 0, errors
+    assert {name: (folder / "runs" / "run" / name).read_bytes() for name in COMPARED} == expected
+    print("and resumed with fewer processes, the result of one process")
+
+
 def main() -> None:
     scratch = Path(tempfile.mkdtemp(prefix="tagger-two-machines-"))
     rows = [json.loads(line) for line in conftest.SAYINGS.read_text(encoding="utf-8").splitlines()]
     base = scratch / "base"
     conftest.make_llama(conftest.make_llama_tokenizer(rows), base)
     expected = alone(scratch / "alone", base)
+    in_a_container(scratch / "container", base, expected)
     with machines() as names:
         late = Trial(names, scratch / "late", base)
         first = late.start(0)

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 LOCK, LEASE = "lock", "lease"
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 """Errors of a file system without locks: NFS without a lock server, and volumes in user space."""
+WAIT_SECONDS = 10.0
+"""How long a locked run is waited for: processes that lost the one that started them save their last step first."""
 RENEW_SECONDS = 10.0
 LEASE_SECONDS = 60.0
 """An owner who has not renewed a lease for this long has lost it. Others measure it with their own clock, as the time
@@ -52,14 +54,14 @@ def has_locks(folder: Path) -> bool:
 
 
 def acquire(run: Path) -> Owner:
-    """Become the owner of a run's folder; raises InvalidInputError while another process is.
+    """Become the owner of a run's folder; raises InvalidInputError if another process still is after WAIT_SECONDS.
 
     Without locks, the lease of an owner that has ended without releasing it is taken over: at once if it was a process
     of this machine, else after LEASE_SECONDS.
     """
     lock = _open_lock(run / LOCK)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _wait_for_lock(lock, run)
     except BlockingIOError:
         os.close(lock)
         raise _refused(run) from None
@@ -75,6 +77,22 @@ def acquire(run: Path) -> Owner:
             os.close(lock)
             raise
     return _Lock(lock)
+
+
+def _wait_for_lock(lock: int, run: Path) -> None:
+    """Lock a file; raises BlockingIOError if another process has it after WAIT_SECONDS, else an OSError at once."""
+    deadline, is_logged = time.monotonic() + WAIT_SECONDS, False
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        if not is_logged:
+            log.info("run: another process has %s; waiting up to %.0f s for it to end", run, WAIT_SECONDS)
+            is_logged = True
+        time.sleep(0.1)
+        shutdown.check()
 
 
 class _Lock(Owner):
