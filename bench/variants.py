@@ -32,7 +32,7 @@ from job.system.device import ComputeSpec
 from job.training.batching import MicroBatch, num_label_tokens
 from job.training.gradients import GradientComputer
 from job.training.kernels import Kernels
-from job.training.optimizer import make_optimizer, update_weights
+from job.training.optimizer import LossScale, make_optimizer, update_weights
 from job.training.trainer import MICRO_BATCH_TOKENS, learning_rate
 from job.types import EncodedExample
 
@@ -88,8 +88,7 @@ def _job(
         base.activation_checkpointing_enable({"use_reentrant": True} if efficient else None)
     parameters = [parameter for parameter in work.model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(parameters, Kernels.for_device(work.compute.device))
-    scaler = torch.amp.GradScaler(work.compute.device.type, enabled=work.compute.precision == "fp16")
-    scaler.scale(torch.zeros((), device=work.compute.device))
+    loss_scale = LossScale(enabled=work.compute.precision == "fp16")
     limit, rows = MICRO_BATCH_TOKENS[work.compute.device.type], work.settings.train.batch_size
 
     def run(tick: Tick) -> list[float]:
@@ -101,13 +100,15 @@ def _job(
                 else:
                     starts = range(0, len(step), rows)
                     batches = [MicroBatch(step[i : i + rows], list(range(i, i + rows))) for i in starts]
-                scale = scaler.get_scale()
-                sums = computer.compute(
-                    batches, step=number, label_tokens=num_label_tokens(step), count=len(batches), loss_scale=scale
-                )
-                outcome = computer.exact.load(sums, loss_scale=scale)
+                labels, count, scale = num_label_tokens(step), len(batches), loss_scale.scale
+                sums = computer.compute(batches, step=number, label_tokens=labels, count=count, loss_scale=scale)
+                outcome = computer.exact.load(sums)
                 assert not outcome.out_of_memory, "out of memory"
-                update_weights(optimizer, scaler, parameters, learning_rate(work.settings.train, number))
+                if outcome.finite:
+                    rate = learning_rate(work.settings.train, number)
+                    gradient = computer.exact.gradient
+                    update_weights(optimizer, gradient, grad_norm=outcome.grad_norm, learning_rate=rate)
+                loss_scale.update(finite=outcome.finite)
                 losses.append(outcome.loss)
                 tick()
         return losses

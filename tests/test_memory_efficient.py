@@ -25,7 +25,8 @@ IDS = torch.randint(10, 500, (1, 24), generator=torch.Generator().manual_seed(0)
 def batch() -> dict[str, torch.Tensor]:
     keep = torch.zeros(IDS.shape, dtype=torch.bool)
     keep[0, 5:20] = True
-    return {"input_ids": IDS, "shift_labels": IDS[0, 6:21], "logits_to_keep": keep}
+    kept = keep.flatten().nonzero().flatten()
+    return {"input_ids": IDS, "shift_labels": IDS[0, 6:21], "logits_to_keep": keep, "kept": kept}
 
 
 def library_loss(model: peft.PeftModel) -> torch.Tensor:

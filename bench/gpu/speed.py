@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import cProfile
 import functools
 import statistics
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +24,7 @@ from job.system.device import ComputeSpec
 from job.training.batching import num_label_tokens
 from job.training.gradients import GradientComputer
 from job.training.kernels import Kernels
-from job.training.optimizer import make_optimizer, update_weights
+from job.training.optimizer import LossScale, make_optimizer, update_weights
 from job.types import EncodedExample
 
 EXAMPLES_PER_STEP = 16
@@ -47,18 +51,19 @@ def own_steps(
     computer.set_recompute(recompute)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(parameters, kernels)
-    scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
-    scaler.scale(torch.zeros((), device=compute.device))
+    loss_scale = LossScale(enabled=compute.precision == "fp16")
     losses = []
     with computer.installed():
         for number, step in enumerate(steps):
             batches = computer.split(step, limit=MAX_TOKENS)
-            scale = scaler.get_scale()
-            labels, count = num_label_tokens(step), len(batches)
+            labels, count, scale = num_label_tokens(step), len(batches), loss_scale.scale
             sums = computer.compute(batches, step=number, label_tokens=labels, count=count, loss_scale=scale)
-            outcome = computer.exact.load(sums, loss_scale=scale)
+            outcome = computer.exact.load(sums)
             assert not outcome.out_of_memory, "out of memory"
-            update_weights(optimizer, scaler, parameters, LEARNING_RATE)
+            if outcome.finite:
+                norm = outcome.grad_norm
+                update_weights(optimizer, computer.exact.gradient, grad_norm=norm, learning_rate=LEARNING_RATE)
+            loss_scale.update(finite=outcome.finite)
             losses.append(outcome.loss)
             tick()
     computer.set_recompute(False)
@@ -194,7 +199,7 @@ def kernel_variants(device: torch.device) -> dict[str, Kernels]:
 def check_profile(work: Work) -> Rows:
     """Count the kernels of a step, the waits of the CPU, and the share of the time in which the GPU computes."""
     compute = work.compute()
-    texts = [examples(4 if work.toy else EXAMPLES_PER_STEP, seed=i) for i in range(WARM_UP + 2)]
+    texts = [examples(4 if work.toy else EXAMPLES_PER_STEP, seed=i) for i in range(WARM_UP + 4)]
     default = Kernels.for_device(work.device)
     variants = {"this job": default}
     if all_of_them := kernel_variants(work.device).get("all of these"):
@@ -207,23 +212,54 @@ def check_profile(work: Work) -> Rows:
 
 
 class _Profiled:
-    """Profiles the last step: the ticks before it are counted."""
+    """Times a step, then profiles one with PyTorch and one with Python's profiler, and finds the waits in one."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._ticks = 0
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
         self._profile = profile(activities=activities)
+        self._python = cProfile.Profile()
         self._clock = measure.Clock(device)
+        self._warnings: list[warnings.WarningMessage] = []
 
     def tick(self) -> None:
+        """Note the end of a step."""
         self._ticks += 1
         self._clock.tick()
         if self._ticks == WARM_UP + 1:
             self._profile.__enter__()
-            self._clock.tick()
         elif self._ticks == WARM_UP + 2:
             self._profile.__exit__(None, None, None)
+            self._python.enable()
+        elif self._ticks == WARM_UP + 3:
+            self._python.disable()
+            self._watch_waits()
+        elif self._ticks == WARM_UP + 4:
+            self._stop_watching()
+
+    def _watch_waits(self) -> None:
+        """Let PyTorch warn where the CPU waits for the GPU."""
+        self._caught = warnings.catch_warnings(record=True)
+        self._warnings = self._caught.__enter__() or []
+        warnings.simplefilter("always")
+        if self._on_gpu:
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def _stop_watching(self) -> None:
+        if self._on_gpu:
+            torch.cuda.set_sync_debug_mode("default")
+        self._caught.__exit__(None, None, None)
+
+    def _places_of_waits(self) -> list[tuple[str, int]]:
+        """Return the lines in which the CPU waits for the GPU, with how often in a step."""
+        found = [f"{Path(w.filename).name}:{w.lineno}" for w in self._warnings if "synchroniz" in str(w.message)]
+        return Counter(found).most_common()
+
+    def _functions(self) -> list[tuple[str, int, float]]:
+        """Return the functions of the main thread with the most time of their own: name, calls, milliseconds."""
+        rows = sorted(self._python.getstats(), key=lambda row: -row.inlinetime)[:25]
+        return [(_function_name(row.code), row.callcount, round(row.inlinetime * 1e3, 2)) for row in rows]
 
     def data(self) -> dict[str, Any]:
         """Return counts and times of the profiled step, and the operations that take longest."""
@@ -231,7 +267,7 @@ class _Profiled:
         kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
         busy = sum(event.self_device_time_total for event in kernels) / 1e6
         operations = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
-        unprofiled, wall = self._clock.seconds[WARM_UP], self._clock.seconds[-1]
+        unprofiled, wall = self._clock.seconds[WARM_UP], self._clock.seconds[WARM_UP + 1]
         by_time = sorted(operations, key=lambda event: -event.self_cpu_time_total)
         return {
             "wall": unprofiled,
@@ -241,6 +277,8 @@ class _Profiled:
             "kernels": sum(event.count for event in kernels),
             "operations": sum(event.count for event in operations if event.key.startswith("aten::")),
             "waits": sum(event.count for event in operations if event.key in WAITS),
+            "places_of_waits": self._places_of_waits(),
+            "slowest_functions": self._functions(),
             "slowest_operations": [
                 (event.key, event.count, round(event.self_cpu_time_total / 1e3, 2)) for event in by_time[:20]
             ],
@@ -253,10 +291,18 @@ class _Profiled:
     def figure(self) -> str:
         """Describe the profiled step in one line."""
         data = self.data()
-        slowest = ", ".join(f"{key} {count} x {ms:.1f} ms" for key, count, ms in data["slowest_operations"][:8])
+        slowest = {
+            what: ", ".join(f"{key[:60]} {count} x {ms:.1f} ms" for key, count, ms in data[f"slowest_{what}"][:8])
+            for what in ("operations", "functions", "kernels")
+        }
         gpu = ""
         if self._on_gpu:
             gpu = f"{data['kernels']} kernels, {data['waits']} waits, GPU busy {1000 * data['gpu_busy']:.0f} ms: "
-            gpu += f"launch-bound {data['launch_bound']:.0%}; "
+            places = ", ".join(f"{place} {count} x" for place, count in data["places_of_waits"])
+            gpu += f"launch-bound {data['launch_bound']:.0%}; waits in {places or 'no line'}; "
         step = f"step {1000 * data['wall']:.0f} ms, {data['operations']} operations; "
-        return f"{step}{gpu}most CPU time: {slowest}"
+        return step + gpu + "; ".join(f"most time of {what}: {names}" for what, names in slowest.items() if names)
+
+
+def _function_name(code: Any) -> str:
+    return code if isinstance(code, str) else f"{Path(code.co_filename).name}:{code.co_firstlineno}({code.co_name})"

@@ -22,7 +22,7 @@ from job.system.device import ComputeSpec
 from job.training.batching import num_label_tokens
 from job.training.gradients import GradientComputer
 from job.training.kernels import Kernels
-from job.training.optimizer import make_optimizer, update_weights
+from job.training.optimizer import LossScale, make_optimizer, update_weights
 from job.types import EncodedExample
 
 if TYPE_CHECKING:
@@ -57,20 +57,24 @@ def check_overflow(work: Work) -> Rows:
         computer = GradientComputer(model, SPECIAL["pad_token_id"], compute, seed=42)
         optimizer = make_optimizer(parameters, kernels)
         first = 2.0**30 if precision == "fp16" else 2.0**127
-        scaler = torch.amp.GradScaler(work.device.type, init_scale=first)
-        scaler.scale(torch.zeros((), device=work.device))
+        loss_scale = LossScale(enabled=True)
+        loss_scale.scale = first
         step, skipped, kept = examples(8), 0, True
         with computer.installed():
             while True:
-                before, scale = trained_weights(model), scaler.get_scale()
+                before, scale = trained_weights(model), loss_scale.scale
                 batches = computer.split(step, limit=10**6)
                 # gradients in fp32 are far from the largest number, so they are made larger
                 labels: Any = num_label_tokens(step) * (1 if precision == "fp16" else 1e-6)
                 sums = computer.compute(batches, step=0, label_tokens=labels, count=len(batches), loss_scale=scale)
-                finite = computer.exact.load(sums, loss_scale=scale).finite
-                update_weights(optimizer, scaler, parameters, 1e-3)
+                outcome = computer.exact.load(sums)
+                finite = outcome.finite
+                if finite:
+                    norm = outcome.grad_norm
+                    update_weights(optimizer, computer.exact.gradient, grad_norm=norm, learning_rate=1e-3)
+                loss_scale.update(finite=finite)
                 changed = largest_difference(trained_weights(model), before) > 0
-                kept = kept and changed == finite and scaler.get_scale() == (scale if finite else scale / 2)
+                kept = kept and changed == finite and loss_scale.scale == (scale if finite else scale / 2)
                 if finite or skipped == 60:
                     break
                 skipped += 1

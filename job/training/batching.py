@@ -121,7 +121,8 @@ class Collator:
 
     Padded, one row per example: `input_ids` and `attention_mask`, int64 [rows, width]. Packed, all examples
     concatenated in one row: `input_ids` and `position_ids`, int64 [1, tokens].
-    Both: `logits_to_keep`, bool of the same shape, true where the next token is a label;
+    Both: `logits_to_keep`, bool of the same shape, true where the next token is a label; `kept`, int64 [kept], the same
+    as positions in the flattened rows, for on a GPU the CPU would wait for their number;
     `shift_labels`, int64 [kept], these labels in order. The model computes logits for the kept
     positions only: with a large vocabulary, logits take most of the memory and nearly half of the
     computation of a step.
@@ -148,4 +149,5 @@ class Collator:
             }
             next_labels = pad_sequence(shifted, batch_first=True, padding_value=IGNORE_INDEX)
         keep = next_labels != IGNORE_INDEX
-        return {**rows, "shift_labels": next_labels[keep], "logits_to_keep": keep}
+        kept = keep.flatten().nonzero().flatten()
+        return {**rows, "shift_labels": next_labels[keep], "logits_to_keep": keep, "kept": kept}

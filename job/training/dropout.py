@@ -43,7 +43,7 @@ class DropoutKeys:
         of_step = _mix(_mix(torch.tensor(self._seed)) ^ step)
         rows = _mix(_mix(of_step ^ torch.tensor(indices))[:, None] ^ torch.arange(max(lengths)))
         tokens = torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)]) if packed else rows
-        self._tokens = tokens.flatten().to(device)
+        self._tokens = tokens.flatten().to(device, non_blocking=True)
         self._keys = self._keys_of_modules(self._tokens)
 
     def _keys_of_modules(self, tokens: torch.Tensor) -> torch.Tensor:

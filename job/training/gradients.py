@@ -62,6 +62,8 @@ class StepOutcome:
     """Mean over the label tokens; NaN if one is not finite."""
     finite: bool
     """Whether all gradients are finite."""
+    grad_norm: float
+    """L2 norm of all gradients; infinite if one is not finite."""
     too_large: bool
     """Whether a gradient does not fit into the fixed point."""
     out_of_memory: bool
@@ -78,13 +80,14 @@ class ExactSum:
     def __init__(self, parameters: Sequence[torch.nn.Parameter], device: torch.device) -> None:
         self._parameters = parameters
         size = sum(parameter.numel() for parameter in parameters)
-        self._gradient = torch.zeros(size, device=device)
+        self.gradient = torch.zeros(size, device=device)
+        """The gradients of all parameters, which are views of it."""
         self.sums = torch.zeros(size + _PLACES, dtype=torch.int64, device=device)
         """The sums of the gradients, then those of the _PLACES."""
         # on a CPU, in pieces that stay in its cache between the passes over them
         piece = CACHED_NUMBERS if device.type == "cpu" else max(1, size)
         self._pieces = list(
-            zip(torch.split(self._gradient, piece), torch.split(self.sums[:-_PLACES], piece), strict=True)
+            zip(torch.split(self.gradient, piece), torch.split(self.sums[:-_PLACES], piece), strict=True)
         )
         self._whole = torch.empty(min(piece, size), dtype=torch.int64, device=device)
 
@@ -94,15 +97,15 @@ class ExactSum:
         self._set_views()
 
     def _set_views(self) -> None:
-        self._gradient.zero_()
-        parts = torch.split(self._gradient, [parameter.numel() for parameter in self._parameters])
+        self.gradient.zero_()
+        parts = torch.split(self.gradient, [parameter.numel() for parameter in self._parameters])
         for parameter, part in zip(self._parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
 
     def add(self, loss: torch.Tensor, *, count: int, loss_scale: float, fraction_bits: int) -> None:
         """Add the loss and the scaled gradients of one of `count` micro-batches, and clear the gradients."""
         scale = 2.0**fraction_bits / loss_scale
-        lowest, highest = torch.aminmax(self._gradient)
+        lowest, highest = torch.aminmax(self.gradient)
         largest = torch.maximum(-lowest, highest) * scale
         finite = largest.isfinite()
         fits = largest < 2.0**62 / count
@@ -119,16 +122,21 @@ class ExactSum:
         self.sums.zero_()
         self.sums[_OUT_OF_MEMORY] = 1
 
-    def load(self, sums: torch.Tensor, *, loss_scale: float = 1.0, fraction_bits: int = FRACTION_BITS) -> StepOutcome:
-        """Set the parameters' gradients to the sums, scaled; all to infinity if one was not finite."""
-        loss, bad_loss, bad, too_large, out_of_memory = sums[-_PLACES:].tolist()
+    def load(self, sums: torch.Tensor, *, fraction_bits: int = FRACTION_BITS) -> StepOutcome:
+        """Set the parameters' gradients to the sums, without the loss scale; all to infinity if one was not finite.
+
+        This is where the CPU waits for the GPU, once in a step: everything that it has to know comes in one transfer.
+        """
+        sums = sums.to(self.gradient.device)
         self._set_views()
-        scale = 2.0**-fraction_bits * loss_scale
-        self._gradient.copy_(sums[:-_PLACES].to(self._gradient.device).double().mul_(scale))
+        self.gradient.copy_(sums[:-_PLACES].double().mul_(2.0**-fraction_bits))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        fetched = torch.cat([sums[-_PLACES:].double(), norm.double()[None]])
+        loss, bad_loss, bad, too_large, out_of_memory, grad_norm = fetched.tolist()
         if bad:
-            self._gradient.fill_(math.inf)
+            self.gradient.fill_(math.inf)
         mean = math.nan if bad_loss else loss * 2.0**-FRACTION_BITS
-        return StepOutcome(mean, not bad, too_large > 0, out_of_memory > 0)
+        return StepOutcome(mean, not bad, math.inf if bad else grad_norm, too_large > 0, out_of_memory > 0)
 
 
 class GradientComputer:
@@ -145,7 +153,7 @@ class GradientComputer:
         kernels: Kernels | None = None,
     ) -> None:
         self._model, self._compute = model, compute
-        self._kernels = kernels or Kernels.for_device(compute.device)
+        self._kernels = (kernels or Kernels.for_device(compute.device)).for_precision(compute.precision)
         self._recompute: bool | None = None
         base: Any = model.get_base_model()
         self._base = base
@@ -218,7 +226,8 @@ class GradientComputer:
 
     def _backward(self, micro_batch: MicroBatch, step: int, label_tokens: int, loss_scale: float) -> torch.Tensor:
         device, lengths = self._compute.device, micro_batch.lengths
-        batch = {name: tensor.to(device) for name, tensor in self._collator(micro_batch.examples).items()}
+        made = self._collator(micro_batch.examples)
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in made.items()}
         if self.packing is not None:
             self.packing.set_sequence_lengths(lengths, device)
         self._keys.set_tokens(step, micro_batch.indices, lengths, device, packed=self.packing is not None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_type_hints
 
 import torch
@@ -35,6 +35,10 @@ class Kernels:
     def for_device(cls, device: torch.device) -> Kernels:
         """Return the implementations that a run uses on a device."""
         return cls(int8="dequantized") if device.type == "cpu" else cls()
+
+    def for_precision(self, precision: str) -> Kernels:
+        """Return the implementations that can be computed in a precision: FlashAttention needs half precision."""
+        return replace(self, attention="groups") if precision == "fp32" else self
 
 
 CPU_CHOICES = {"int8": ("dequantized",), "attention": ("groups", "varlen"), "optimizer": ("foreach", "fused")}

@@ -30,7 +30,8 @@ def mean_loss(model: peft.PeftModel, batch: Mapping[str, torch.Tensor], *, label
     if "position_ids" in batch and "position_ids" in parameters:  # BLOOM has ALiBi and takes none
         inputs["position_ids"] = batch["position_ids"]
     if has_linear_head(base):
-        hidden = base.base_model(**inputs, use_cache=False).last_hidden_state[keep]
+        states = base.base_model(**inputs, use_cache=False).last_hidden_state
+        hidden = states.flatten(0, 1).index_select(0, batch["kept"])
         head = base.get_output_embeddings().weight
         summed = LinearCrossEntropyFunction.apply(hidden, head, labels)  # type: ignore[no-untyped-call]
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,23 +28,34 @@ GROUP_OVERHEAD = {"cpu": 64, "cuda": 1024}
 """The cost of one more attention call, as a number of padded tokens."""
 
 
+BIAS_ALIGNMENT = 8
+"""On a GPU the kernels of attention with a bias copy one whose width is no multiple of this."""
+
+
 @dataclass(frozen=True)
 class _LengthGroup:
-    """Consecutive texts of similar length, padded on the right for one attention call."""
+    """Texts of similar length, padded on the right for one attention call."""
 
-    tokens: slice
-    """The position of the texts in the row."""
     rows: int
     width: int
     gather: torch.Tensor
-    """int64 [rows * width]: the token at each padded position; an arbitrary one where there is padding."""
+    """int64 [rows * width]: the token of the row at each padded position; an arbitrary one where there is padding."""
     scatter: torch.Tensor
     """int64 [tokens]: the padded position of each token."""
 
+    @classmethod
+    def build(cls, lengths: Sequence[int], start: int, device: torch.device, *, multiple: int) -> _LengthGroup:
+        """Build the group of ascending lengths whose texts begin at token `start`, with a width that is a multiple."""
+        rows, width = len(lengths), math.ceil(lengths[-1] / multiple) * multiple
+        mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+        scatter = mask.flatten().nonzero().flatten()
+        gather = torch.full((mask.numel(),), start)
+        gather[scatter] = torch.arange(start, start + len(scatter))
+        return cls(rows, width, gather.to(device, non_blocking=True), scatter.to(device, non_blocking=True))
+
     def pad(self, row: torch.Tensor) -> torch.Tensor:
         """Pad the group's texts: from [tokens of the row, heads, head size] to [rows, heads, width, head size]."""
-        padded = row[self.tokens].index_select(0, self.gather)
-        return padded.view(self.rows, self.width, *row.shape[1:]).transpose(1, 2)
+        return row.index_select(0, self.gather).view(self.rows, self.width, *row.shape[1:]).transpose(1, 2)
 
 
 class PackedAttention:
@@ -59,6 +71,7 @@ class PackedAttention:
         self._kernels = kernels or Kernels.for_device(model.device)
         self._groups: list[_LengthGroup] = []
         self._alibi: torch.Tensor | None = None
+        self._biases: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self._texts: VariableLengths | None = None
 
     @staticmethod
@@ -95,38 +108,43 @@ class PackedAttention:
         if self._kernels.attention == "varlen":
             heads = self._model.config.n_head if self._model.config.model_type == "bloom" else None
             self._texts = VariableLengths(lengths, device, alibi_heads=heads)
+            return
         overhead = GROUP_OVERHEAD.get(device.type, GROUP_OVERHEAD["cuda"])
+        uses_alibi = self._model.config.model_type == "bloom"
+        multiple = BIAS_ALIGNMENT if uses_alibi and device.type == "cuda" else 1
         self._groups, start = [], 0
         for group in partition_by_cost(lengths, limit=sum(lengths), overhead=overhead, padded=True):
-            group_lengths = torch.tensor(lengths[group])
-            rows, width = len(group_lengths), int(group_lengths[-1])
-            mask = torch.arange(width) < group_lengths[:, None]
-            scatter = mask.flatten().nonzero().flatten()
-            gather = torch.zeros(mask.numel(), dtype=torch.int64)
-            gather[scatter] = torch.arange(len(scatter))
-            tokens = slice(start, start + len(scatter))
-            self._groups.append(_LengthGroup(tokens, rows, width, gather.to(device), scatter.to(device)))
-            start = tokens.stop
-        if self._model.config.model_type == "bloom":
-            self._alibi = _alibi(self._model.config.n_head, max(lengths), device)
+            self._groups.append(_LengthGroup.build(lengths[group], start, device, multiple=multiple))
+            start += sum(lengths[group])
+        self._biases.clear()
+        if uses_alibi:
+            self._alibi = _alibi(self._model.config.n_head, max(group.width for group in self._groups), device)
 
     def attention(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float, dropout: float
     ) -> torch.Tensor:
         """Compute attention for inputs of [tokens, heads, head size]; returns [1, tokens, heads, head size]."""
         dtype = compute_dtype(query, query.dtype)
-        if self._texts is not None and dtype != torch.float32 and not dropout:
-            return self._texts.attention(query.to(dtype), key.to(dtype), value.to(dtype), scale=scale)[None]
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if self._texts is not None:
+            return self._texts.attention(query, key, value, scale=scale)[None]
         outputs = []
-        for group in self._groups:
+        for number, group in enumerate(self._groups):
             q, k, v = (group.pad(x) for x in (query, key, value))
             if self._alibi is None:
                 bias: dict[str, Any] = {"is_causal": True, "enable_gqa": query.shape[1] != key.shape[1]}
             else:
-                bias = {"attn_mask": self._alibi[:, :, : group.width, : group.width].to(query.dtype)}
+                bias = {"attn_mask": self._bias(self._alibi, number, dtype)}
             attended = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, **bias)
             outputs.append(attended.transpose(1, 2).flatten(0, 1).index_select(0, group.scatter))
-        return torch.cat(outputs)[None]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
+
+    def _bias(self, alibi: torch.Tensor, number: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the bias of a group, [1, heads, width, width]; all layers share it."""
+        if (number, dtype) not in self._biases:
+            width = self._groups[number].width
+            self._biases[number, dtype] = alibi[:, :, :width, :width].to(dtype).contiguous()
+        return self._biases[number, dtype]
 
     def _interface_forward(
         self,

@@ -24,10 +24,10 @@ from job.training import checkpoints
 from job.training.batching import num_label_tokens
 from job.training.checkpoints import TrainerState
 from job.training.exchange import Exchange
-from job.training.gradients import FRACTION_BITS, StepComputer, StepRequest
+from job.training.gradients import FRACTION_BITS, StepComputer, StepOutcome, StepRequest
 from job.training.kernels import Kernels
 from job.training.memory_budget import plan_batches
-from job.training.optimizer import make_optimizer, update_weights
+from job.training.optimizer import LossScale, make_optimizer, update_weights
 from job.types import EncodedExample
 
 log = logging.getLogger(__name__)
@@ -73,8 +73,7 @@ class Trainer:
         self._computer = StepComputer(model, examples, settings, tokenizer.pad_token_id, compute)
         self._adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer = make_optimizer(self._adapters.values(), Kernels.for_device(compute.device))
-        self._scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
-        self._scaler.scale(torch.zeros((), device=compute.device))  # it creates its state at the first use
+        self._loss_scale = LossScale(enabled=compute.precision == "fp16")
         self.swa_weights: dict[str, torch.Tensor] = {}
         """For each adapter weight its mean over the averaged steps so far."""
         max_tokens = MICRO_BATCH_TOKENS.get(compute.device.type, MICRO_BATCH_TOKENS["cuda"])
@@ -111,8 +110,7 @@ class Trainer:
             }
             if (mean := tensors.get(f"{name}.mean")) is not None:
                 self.swa_weights[name] = mean.to(parameter.device)
-        if self.state.loss_scale:
-            self._scaler.load_state_dict(self.state.loss_scale)
+        self._loss_scale.load_state_dict(self.state.loss_scale)
         if self.state.step >= self._settings.max_steps:
             log.info("train: all %d steps are in %s", self.state.step, self._run.checkpoints)
         else:
@@ -170,10 +168,10 @@ class Trainer:
         """Take one optimizer step; raises DivergedError when its loss is not finite."""
         settings, step = self._settings, self.state.step
         examples = self._computer.examples_of(step)
-        loss = self._compute_gradients(max(len(example.input_ids) for example in examples))
-        if not math.isfinite(loss):
+        outcome = self._compute_gradients(max(len(example.input_ids) for example in examples))
+        if not math.isfinite(outcome.loss):
             raise DivergedError(
-                f"the loss is {loss} at step {step + 1}: training diverged or overflowed. "
+                f"the loss is {outcome.loss} at step {step + 1}: training diverged or overflowed. "
                 "Lower TAGGER_TRAIN_LEARNING_RATE, or use TAGGER_TRAIN_PRECISION=fp32"
             )
         labels = num_label_tokens(examples)
@@ -181,30 +179,35 @@ class Trainer:
             # Modal's timeout is not deferred, so this flag keeps it from saving half a step
             self.step_is_complete = False
             rate = learning_rate(settings, step)
-            norm = update_weights(self._optimizer, self._scaler, self._adapters.values(), rate)
-            self.state.steps.append({"loss": loss * labels, "labels": labels, "grad_norm": norm, "learning_rate": rate})
+            if outcome.finite:
+                update_weights(
+                    self._optimizer, self._computer.exact.gradient, grad_norm=outcome.grad_norm, learning_rate=rate
+                )
+            self._loss_scale.update(finite=outcome.finite)
+            entry = {"loss": outcome.loss * labels, "labels": labels, "grad_norm": outcome.grad_norm}
+            self.state.steps.append({**entry, "learning_rate": rate})
             self.state.step += 1
             self._average_weights()
             self.step_is_complete = True
 
-    def _compute_gradients(self, longest: int) -> float:
-        """Compute the step's gradients, with smaller micro-batches if memory runs out; return the mean loss.
+    def _compute_gradients(self, longest: int) -> StepOutcome:
+        """Compute the step's gradients, with smaller micro-batches if memory runs out.
 
         `longest` is the length of the step's longest example, in tokens.
         """
         state, fraction_bits = self.state, FRACTION_BITS
         while True:
-            scale = self._scaler.get_scale()
+            scale = self._loss_scale.scale
             request = StepRequest(
                 state.step, state.micro_batch_tokens, state.parts, state.recompute, scale, fraction_bits
             )
-            outcome = self._computer.exact.load(self._sums(request), loss_scale=scale, fraction_bits=fraction_bits)
+            outcome = self._computer.exact.load(self._sums(request), fraction_bits=fraction_bits)
             if outcome.out_of_memory:
                 self.handle_oom(longest)
             elif outcome.too_large:
                 fraction_bits -= FEWER_FRACTION_BITS
             else:
-                return outcome.loss
+                return outcome
 
     def _sums(self, request: StepRequest) -> torch.Tensor:
         """Return the exact sums over all micro-batches of a step, computed by all processes."""
@@ -272,7 +275,7 @@ class Trainer:
                 tensors[f"{name}.{key}"] = moments[key] if moments else torch.zeros_like(parameter)
             if name in self.swa_weights:
                 tensors[f"{name}.mean"] = self.swa_weights[name]
-        self.state.loss_scale = self._scaler.state_dict()
+        self.state.loss_scale = self._loss_scale.state_dict()
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         if self.try_write(
             f"the checkpoint of step {self.state.step}",

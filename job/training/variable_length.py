@@ -29,13 +29,13 @@ class VariableLengths:
     def __init__(self, lengths: Sequence[int], device: torch.device, *, alibi_heads: int | None) -> None:
         boundaries = pad(torch.tensor(lengths).cumsum(0), (1, 0))
         self._lengths, self._longest = list(lengths), max(lengths)
-        self._boundaries = boundaries.to(torch.int32).to(device)
+        self._boundaries = boundaries.to(torch.int32).to(device, non_blocking=True)
         self._bias: torch.Tensor | None = None
         self._columns: dict[tuple[torch.dtype, float], tuple[torch.Tensor, torch.Tensor]] = {}
         if alibi_heads is not None:
             slopes = build_alibi_tensor(torch.ones(1, 2), alibi_heads, torch.float32)[:, 0, 1]
             positions = torch.cat([torch.arange(length) for length in lengths])
-            self._bias = (positions[:, None] * slopes).to(device)
+            self._bias = (positions[:, None] * slopes).to(device, non_blocking=True)
 
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float) -> torch.Tensor:
         """Compute attention for inputs in half precision of [tokens, heads, head size]; returns the same shape."""
