@@ -40,25 +40,33 @@ def load(settings: Settings, adapter: Path | str, compute: ComputeSpec, *, texts
 
     Raises InvalidInputError when the adapter is absent or damaged; with several processes, when they tag.
     """
-    processes = count_processes(settings, compute, texts)
+    batches = -(-texts // settings.sample.batch_size)
+    processes = max(1, min(batches, count_processes(settings, compute)))
     if processes == 1:
         return load_tagger(settings, adapter, compute)
+    return _Processes(settings, prepare(settings, adapter), compute, processes)
+
+
+def prepare(settings: Settings, adapter: Path | str) -> Path:
+    """Download an adapter and its base model for processes that work offline; return the folder of the adapter.
+
+    Raises InvalidInputError when the adapter is absent or damaged.
+    """
     if isinstance(adapter, str):
         adapter = _fetch(adapter, settings.hub.revision)
     config = adapter_config(adapter, None)
     resolve_weights(settings.base.model_copy(update={"revision": settings.base.revision or config.revision}))
-    return _Processes(settings, adapter, compute, processes)
+    return adapter
 
 
-def count_processes(settings: Settings, compute: ComputeSpec, texts: int) -> int:
-    """Return how many processes share the batches of these texts on this machine; 1 within a launcher's process.
+def count_processes(settings: Settings, compute: ComputeSpec) -> int:
+    """Return how many processes can tag on this machine; 1 within a launcher's process.
 
     Raises InvalidInputError for more processes than GPUs.
     """
     if Team.find().place is not None:
         return 1
-    batches = -(-texts // settings.sample.batch_size)
-    return max(1, min(batches, device.count_processes(settings.run.processes, compute.device)))
+    return device.count_processes(settings.run.processes, compute.device)
 
 
 class _Processes:

@@ -446,8 +446,8 @@ class Run(SettingsGroup):
     )
     processes: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None,
-        description="Processes on this machine that train and evaluate together; auto or empty: one for each GPU, "
-        "and one on a CPU. Changes speed, never the result.",
+        description="Processes on this machine that train, evaluate and tag together; auto or empty: one for each "
+        "GPU, and one on a CPU. Changes speed, never the result.",
     )
 
     @field_validator("processes", mode="before")

@@ -23,7 +23,7 @@ from job.system.paths import exists, is_remote
 from job.tagging import shards, storage, worker
 from job.tagging.engines import check_engine, work_with_ray
 from job.tagging.formats import OWN_COLUMNS
-from job.tagging.plan import PLAN, Job, restart
+from job.tagging.plan import PLAN, Job, Parts, restart
 from job.tagging.progress import Progress, duration
 from job.tagging.stream import batches_of_data, batches_of_lines, tag_stream
 from job.tagging.worker import TextTagger
@@ -62,14 +62,32 @@ def tag(
                 f"{job.parts_folder}, or name another output"
             )
         restart(job)
-    progress, run = Progress(), work_with_ray
-    if settings.tag.engine == "local":
-        run = partial(worker.work, own=shard.own, sync=sync)
-    success = None
+    progress, success = Progress(), None
+    work = _engine(settings, adapter, load, shard, sync)
     while success is None:  # again, if a part was torn
-        parts = run(job, partial(load, settings, adapter), progress)
+        parts = work(job, progress=progress)
         success = worker.finish(parts, settings.tag.max_errors, verify=shard.count == 1)
     return _summary(success, progress, job)
+
+
+def _engine(
+    settings: Settings,
+    adapter: str | Path,
+    load: Callable[[Settings, str | Path], TextTagger],
+    shard: shards.Shard,
+    sync: worker.Sync,
+) -> Callable[..., Parts]:
+    """Return what tags the parts of a job: Ray, this process, or one for each GPU."""
+    from job import inference, tag_workers
+    from job.system.device import ComputeSpec
+
+    if settings.tag.engine == "ray":
+        return partial(work_with_ray, load=partial(load, settings, adapter))
+    compute = ComputeSpec.resolve(settings.run.device, settings.train.precision)
+    processes = inference.count_processes(settings, compute)
+    if processes == 1:
+        return partial(worker.work, load=partial(load, settings, adapter), own=shard.own, sync=sync)
+    return partial(tag_workers.work, settings=settings, adapter=adapter, processes=processes, own=shard.own, sync=sync)
 
 
 def new_job(settings: Settings) -> Job:

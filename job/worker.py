@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any
 
-from job import inference, pipeline
+from job import inference, pipeline, tag_workers
 from job.distributed import launcher, place
 from job.distributed.group import PeerLost
-from job.distributed.place import Assignment
+from job.distributed.place import Assignment, Place
 from job.errors import CRASHED, DONE, INTERRUPTED, describe_failure
 from job.runs import shutdown
 from job.system import logging_setup
@@ -23,8 +24,7 @@ def work(assignment: Assignment) -> int:
     if rank > 0:  # process 0 logs what all of them do
         logging.getLogger("job").setLevel(logging.WARNING)
     try:
-        take_part = inference.take_part if assignment.inputs["task"] == inference.TASK else pipeline.take_part
-        take_part(assignment.place(int(os.environ["RANK"])), assignment.inputs)
+        _take_part(assignment.place(int(os.environ["RANK"])), assignment.inputs)
         shutdown.check()
     except KeyboardInterrupt as stop:
         launcher.leave_error(assignment, rank, None, lost=isinstance(stop, PeerLost))
@@ -41,3 +41,12 @@ def work(assignment: Assignment) -> int:
         launcher.leave_error(assignment, rank, message)
         return code
     return DONE
+
+
+def _take_part(place: Place, inputs: dict[str, Any]) -> None:
+    if inputs["task"] == tag_workers.TASK:
+        tag_workers.take_part(place, inputs, pipeline.load_adapter)
+    elif inputs["task"] == inference.TASK:
+        inference.take_part(place, inputs)
+    else:
+        pipeline.take_part(place, inputs)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 JOB = ROOT / "job"
 CHAPTERS = (
     *("preflight", "estimate", "gate", "promote", "push", "merge", "report", "compare", "results", "model_card"),
-    *("evaluate", "tag", "inference", "sample", "train", "lora", "freeze", "quantize", "data"),
+    *("evaluate", "tag", "tag_workers", "inference", "sample", "train", "lora", "freeze", "quantize", "data"),
 )
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),

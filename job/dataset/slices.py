@@ -65,6 +65,11 @@ class SlicedData:
         self._reader: tuple[int, int, Iterator[Row]] | None = None
         """The file and the next row of the reader that is still open, for the slice that follows."""
 
+    @property
+    def reads_hub(self) -> bool:
+        """Whether slices may be read from the Hub."""
+        return self._dataset is not None or self._name.startswith("hf://")
+
     def fingerprint(self) -> list[dict[str, Any]]:
         """Return what identifies the data; for files their sizes, times of change and SHA-256."""
         if self._dataset is not None:

@@ -74,12 +74,14 @@ def launch(
     inputs: Mapping[str, Any],
     *,
     machines: Machines,
-    store: TCPStore,
+    store: TCPStore | None = None,
     virtual_gpus: bool,
+    offline: bool = True,
     on_progress: Callable[[], None] | None = None,
 ) -> None:
     """Run `processes` copies of the job on this machine with these `inputs`, and wait for their end.
 
+    They meet in `store`, if they work together. `offline` means that they may not use the Hub.
     `on_progress` is called every second from another thread.
     Raises ProcessError with the exit code of the process that failed first, and KeyboardInterrupt if that was
     interrupted.
@@ -89,12 +91,12 @@ def launch(
         size=machines.count * processes,
         local_size=processes,
         address=machines.address,
-        port=store.port,
+        port=0 if store is None else store.port,
     )
     with tempfile.TemporaryDirectory(prefix="tagger-") as folder:
         assignment = Assignment(first, os.getpid(), Path(folder), dict(inputs))
         assignment.write(Path(folder, "assignment.json"))
-        with _environment(processes, Path(folder, "assignment.json")), _repeated(on_progress):
+        with _environment(processes, Path(folder, "assignment.json"), offline=offline), _repeated(on_progress):
             _run_agent(processes, first, Path(folder), virtual_gpus=virtual_gpus)
 
 
@@ -129,15 +131,16 @@ def _run_agent(processes: int, first: Place, folder: Path, *, virtual_gpus: bool
 
 
 @contextmanager
-def _environment(processes: int, assignment: Path) -> Iterator[None]:
+def _environment(processes: int, assignment: Path, *, offline: bool) -> Iterator[None]:
     """Set the variables that the processes inherit, until the end of the block."""
     import torch
 
     variables = {
         WORKER: str(assignment),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, torch.get_num_threads() // processes)),
-        "HF_HUB_OFFLINE": "1",  # everything is downloaded and resolved
     }
+    if offline:  # everything is downloaded and resolved
+        variables["HF_HUB_OFFLINE"] = "1"
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -209,7 +212,7 @@ def _exit_code(code: int) -> int:
 def _describe(code: int) -> str:
     if code == -signal.SIGKILL:
         return (
-            "was killed by SIGKILL, usually because the machine ran out of memory. The newest checkpoint is kept: run "
+            "was killed by SIGKILL, usually because the machine ran out of memory. What was saved is kept: run "
             "the same command again, with fewer TAGGER_RUN_PROCESSES or more memory"
         )
     if code < 0:

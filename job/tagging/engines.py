@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from job.errors import InvalidInputError, JobError
-from job.tagging.plan import Job, Parts, open_parts
+from job.tagging.plan import Job, Parts
 from job.tagging.progress import Progress
-from job.tagging.worker import TextTagger, check_unchanged, open_data, renamed, start_progress, tag_part
+from job.tagging.worker import TextTagger, check_unchanged, open_job, start_progress, tag_part
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,7 @@ class PartWorker:
     """An actor: it loads the model once, and tags the parts that it is given."""
 
     def __init__(self, job: Job, load: Callable[[], TextTagger]) -> None:
-        self._data = open_data(job)
-        self._parts = open_parts(job, self._data)
+        self._data, self._parts = open_job(job)
         self._load = load
         self._tagger: TextTagger | None = None
 
@@ -59,12 +58,7 @@ def work_with_ray(job: Job, load: Callable[[], TextTagger], progress: Progress) 
     from ray.exceptions import RayTaskError
     from ray.util import ActorPool
 
-    data = open_data(job)
-    try:
-        parts = open_parts(job, data)
-    except InvalidInputError as error:
-        raise renamed(error) from None
-    parts.check_joined()
+    data, parts = open_job(job)
     if not (todo := parts.unsealed()):
         return parts
     start_progress(progress, parts, todo)

@@ -58,6 +58,22 @@ class Job:
     tagger: Mapping[str, Any] = field(default_factory=dict)
     """What the answers depend on: adapter, base model, decoding."""
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the job as JSON types."""
+        return {**vars(self), "data": self.data.model_dump(mode="json")}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Job:
+        """Return the job that `as_json` has described."""
+        columns = values["columns"]
+        return cls(
+            **{
+                **values,
+                "data": Data.model_validate(values["data"]),
+                "columns": None if columns is None else tuple(columns),
+            }
+        )
+
     @property
     def is_folder(self) -> bool:
         return self.output.endswith("/")

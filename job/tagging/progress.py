@@ -20,7 +20,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.rows = 0
-        self._parts = self._parts_done = 0
+        self._parts = self.parts_done = 0
         self._total: int | None = None
         self._started = self._logged = time.monotonic()
         self._bar: Any = None
@@ -43,9 +43,9 @@ class Progress:
 
     def add_part(self) -> None:
         """Count a part that is sealed."""
-        self._parts_done += 1
+        self.parts_done += 1
         if self._bar is not None and self._total is None:
-            self._bar.set_postfix_str(f"part {self._parts_done} of {self._parts}")
+            self._bar.set_postfix_str(f"part {self.parts_done} of {self._parts}")
 
     def close(self) -> None:
         """End the bar."""
@@ -67,10 +67,10 @@ class Progress:
         left = None
         if self._total and self.rows:
             left = self.seconds * (self._total - self.rows) / self.rows
-        elif self._parts_done:
-            left = self.seconds * (self._parts - self._parts_done) / self._parts_done
+        elif self.parts_done:
+            left = self.seconds * (self._parts - self.parts_done) / self.parts_done
         until = "" if left is None else f", {duration(max(0.0, left))} left"
-        return f"{self.rows:,}{of} rows, {self._parts_done} of {self._parts} parts, {self.rate:,.1f} rows/s{until}"
+        return f"{self.rows:,}{of} rows, {self.parts_done} of {self._parts} parts, {self.rate:,.1f} rows/s{until}"
 
 
 def duration(seconds: float) -> str:

@@ -45,10 +45,24 @@ def open_data(job: Job) -> SlicedData:
     try:
         return storage.retry_input(lambda: SlicedData(job.data, job.columns))
     except InvalidInputError as error:
-        raise renamed(error) from None
+        raise _renamed(error) from None
 
 
-def renamed(error: InvalidInputError) -> InvalidInputError:
+def open_job(job: Job) -> tuple[SlicedData, Parts]:
+    """Open the input of a job and its parts, which are planned if no worker has done so.
+
+    Raises InvalidInputError for an input, an output or a joined file that does not fit.
+    """
+    data = open_data(job)
+    try:
+        parts = open_parts(job, data)
+    except InvalidInputError as error:
+        raise _renamed(error) from None
+    parts.check_joined()
+    return data, parts
+
+
+def _renamed(error: InvalidInputError) -> InvalidInputError:
     """Return an error of the data chapter with the setting that names the input of tagging."""
     return InvalidInputError(*(p.replace("TAGGER_DATA_DATASET", "TAGGER_TAG_INPUT") for p in error.problems))
 
@@ -196,15 +210,10 @@ def work(
     `own` returns the worker's parts of a number of parts. The model is only loaded if there is something to do.
     Raises InvalidInputError for an input, an output or a seal that does not fit.
     """
-    data = open_data(job)
-    try:
-        parts = open_parts(job, data)
-    except InvalidInputError as error:
-        raise renamed(error) from None
-    parts.check_joined()
+    data, parts = open_job(job)
     mine = set(own(len(parts)))
     tagger: TextTagger | None = None
-    while todo := _unsealed(parts, sync):
+    while todo := unsealed(parts, sync):
         chosen = [part for part in todo if part in mine]
         if tagger is None:
             start_progress(progress, parts, chosen or todo)
@@ -228,7 +237,8 @@ def check_unchanged(parts: Parts, data: SlicedData) -> None:
         raise InvalidInputError(f"{problem}: TAGGER_TAG_INPUT was changed while it was read. Run again with --restart")
 
 
-def _unsealed(parts: Parts, sync: Sync) -> list[int]:
+def unsealed(parts: Parts, sync: Sync) -> list[int]:
+    """Return the parts that no worker has done yet, as far as this one can see."""
     sync(now=True)
     return parts.unsealed()
 
