@@ -22,7 +22,7 @@ def masks(
     keys = DropoutKeys(seed)
     for _ in range(3):
         keys.add_module()
-    keys.set_tokens(step, indices, lengths, CPU, packed=packed)
+    keys.set_tokens(keys.tokens(step, indices, lengths, packed=packed))
     shape = (1, sum(lengths)) if packed else (len(lengths), max(lengths))
     return keys.mask(module, torch.empty(*shape, 200), RATE)
 
@@ -78,7 +78,7 @@ def test_values_are_dropped_at_the_rate_and_independently() -> None:
 def test_a_layer_that_sees_some_tokens_only_gets_masks_too() -> None:
     keys = DropoutKeys(1)
     keys.add_module()
-    keys.set_tokens(0, [0], [50], CPU, packed=True)
+    keys.set_tokens(keys.tokens(0, [0], [50], packed=True))
     mask = keys.mask(0, torch.empty(17, 200), RATE)
     assert float(mask.float().mean()) == pytest.approx(RATE, abs=0.03)
     assert torch.equal(mask, keys.mask(0, torch.empty(17, 200), RATE))
@@ -131,6 +131,6 @@ def test_without_training_nothing_is_dropped(llama: Path) -> None:
     ids = torch.arange(10, 20)[None]
     expected = model(input_ids=ids).logits
     with dropout.installed(model, keys):
-        keys.set_tokens(0, [0], [10], CPU, packed=False)
+        keys.set_tokens(keys.tokens(0, [0], [10], packed=False))
         assert torch.equal(model(input_ids=ids).logits, expected)
         assert not torch.equal(model.train()(input_ids=ids).logits, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench.gpu.gradients import cosine, difference, own
 from bench.gpu.models import SHAPES, Work, examples
 from job.training.kernels import Kernels
-from job.training.variable_length import VariableLengths, bias_columns
+from job.training.variable_length import VariableLengths, alibi_slopes, bias_columns
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -27,7 +28,10 @@ def test_alibi_is_that_of_a_bias_on_the_scores() -> None:
     lengths, heads, size, scale = [3, 9, 70], 4, 16, 0.25
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(sum(lengths), heads, size, generator=generator).bfloat16() for _ in range(3))
-    found = VariableLengths(lengths, query.device, alibi_heads=heads).attention(query, key, value, scale=scale)
+    boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    tokens = torch.cat([torch.arange(length) for length in lengths])
+    texts = VariableLengths(boundaries, tokens, max(lengths), alibi_slopes(heads, query.device))
+    found = texts.attention(query, key, value, scale=scale)
     start = 0
     for length in lengths:
         text = slice(start, start + length)

@@ -84,6 +84,8 @@ def choose_device(setting: Literal["auto", "cuda", "cpu"]) -> torch.device:
         raise InvalidInputError(f"TAGGER_RUN_DEVICE=cuda, but {unavailable}, or set TAGGER_RUN_DEVICE=cpu")
     if setting == "cpu" or unavailable:
         return torch.device("cpu")
+    # cuDNN's attention makes a plan for each new shape, 20 ms each on an H100, and here every step has new shapes
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda", torch.cuda.current_device())
 
 

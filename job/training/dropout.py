@@ -33,17 +33,19 @@ class DropoutKeys:
         self._modules += 1
         return self._modules - 1
 
-    def set_tokens(
-        self, step: int, indices: Sequence[int], lengths: Sequence[int], device: torch.device, *, packed: bool
-    ) -> None:
-        """Set the texts of the next micro-batch: their numbers in the step, and their lengths in tokens.
+    def tokens(self, step: int, indices: Sequence[int], lengths: Sequence[int], *, packed: bool) -> torch.Tensor:
+        """Return a number for each token of a micro-batch: of texts with these numbers in the step, and lengths.
 
-        Packed, they are concatenated; padded, each has a row of the longest one's length.
+        Packed, the texts are concatenated; padded, each has a row of the longest one's length. int64, on the CPU.
         """
         of_step = _mix(_mix(torch.tensor(self._seed)) ^ step)
         rows = _mix(_mix(of_step ^ torch.tensor(indices))[:, None] ^ torch.arange(max(lengths)))
-        tokens = torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)]) if packed else rows
-        self._tokens = tokens.flatten().to(device, non_blocking=True)
+        found = torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)]) if packed else rows
+        return found.flatten()
+
+    def set_tokens(self, tokens: torch.Tensor) -> None:
+        """Set the tokens of the next micro-batch, as `tokens` returns them, on the device."""
+        self._tokens = tokens
         self._keys = self._keys_of_modules(self._tokens)
 
     def _keys_of_modules(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
+from torch.nn.functional import pad
 
 from job.system.device import ComputeSpec
 from job.training import dropout, memory_efficient
 from job.training.batching import Collator, MicroBatch, examples_of_step, micro_batches, num_label_tokens
 from job.training.dropout import DropoutKeys
+from job.training.graphs import GraphedPasses, Inputs, pad_inputs, to_device
 from job.training.kernels import Kernels
-from job.training.loss import mean_loss
+from job.training.loss import has_linear_head, mean_loss
 from job.training.packing import PackedAttention
 from job.types import EncodedExample
 
@@ -157,8 +159,10 @@ class GradientComputer:
         self._recompute: bool | None = None
         base: Any = model.get_base_model()
         self._base = base
-        self.packing = PackedAttention(base, self._kernels) if packed and PackedAttention.supports(base) else None
+        self.packing = PackedAttention(base) if packed and PackedAttention.supports(base) else None
         self._collator = Collator(pad_token_id, packed=self.packing is not None)
+        can_record = self._kernels.graphs == "on" and self.packing is not None and has_linear_head(base)
+        self._graphs = GraphedPasses(self._passes, compute.device) if can_record else None
         self._keys = DropoutKeys(seed)
         self._seed = seed
         self.exact = ExactSum([p for p in model.parameters() if p.requires_grad], compute.device)
@@ -219,23 +223,38 @@ class GradientComputer:
                 raise
         # outside of the except block, whose traceback keeps tensors alive
         self.exact.mark_out_of_memory()
+        if self._graphs is not None:
+            self._graphs.clear()
         gc.collect()
         if self._compute.device.type == "cuda":
             torch.cuda.empty_cache()
         return self.exact.sums
 
     def _backward(self, micro_batch: MicroBatch, step: int, label_tokens: int, loss_scale: float) -> torch.Tensor:
-        device, lengths = self._compute.device, micro_batch.lengths
-        made = self._collator(micro_batch.examples)
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in made.items()}
-        if self.packing is not None:
-            self.packing.set_sequence_lengths(lengths, device)
-        self._keys.set_tokens(step, micro_batch.indices, lengths, device, packed=self.packing is not None)
+        """Add the gradients of a micro-batch to those of the parameters; return its share of the loss."""
+        lengths, packed = micro_batch.lengths, self.packing is not None
+        inputs = self._collator(micro_batch.examples)
+        inputs["dropout_tokens"] = self._keys.tokens(step, micro_batch.indices, lengths, packed=packed)
+        inputs["label_tokens"], inputs["loss_scale"] = torch.tensor(float(label_tokens)), torch.tensor(loss_scale)
         # nothing else draws random numbers; what an architecture draws must not depend on other micro-batches
         torch.manual_seed(self._seed * 1_000_003 + step)
+        if self._graphs is not None and not self._recompute and (padded := pad_inputs(inputs, lengths)) is not None:
+            return self._graphs(*padded)
+        if self._kernels.attention == "varlen" and packed:
+            inputs["boundaries"] = pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
+        elif self.packing is not None:
+            self.packing.set_sequence_lengths(lengths, self._compute.device)
+        return self._passes(to_device(inputs, self._compute.device), max(lengths))
+
+    def _passes(self, inputs: Inputs, longest: int) -> torch.Tensor:
+        """Compute forward and backward pass of inputs on the device, where the CPU never waits; return the loss."""
+        if self.packing is not None and "boundaries" in inputs:
+            self.packing.set_texts(inputs["boundaries"], inputs["position_ids"][0], longest)
+        self._keys.set_tokens(inputs["dropout_tokens"])
+        padded = self._graphs is not None
         with self._compute.autocast():
-            loss = mean_loss(self._model, batch, label_tokens=label_tokens)
-        (loss * loss_scale).backward()  # type: ignore[no-untyped-call]
+            loss = mean_loss(self._model, inputs, label_tokens=inputs["label_tokens"], padded_labels=padded)
+        (loss * inputs["loss_scale"]).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
 

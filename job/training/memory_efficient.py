@@ -34,7 +34,8 @@ Registry = dict[type, tuple[Callable[[Any], bool], Forward]]
 @contextmanager
 def patched(model: peft.PeftModel, kernels: Kernels | None = None) -> Iterator[None]:
     """Give the model's modules memory-efficient forward passes, and restore their own at the end of the block."""
-    registry = _registry(DequantBuffer(), kernels or Kernels.for_device(model.device))
+    kernels = kernels or Kernels.for_device(model.device)
+    registry = _registry(DequantBuffer(), kernels)
     replaced = []
     for module in model.modules():
         if (forward := replacement_forward(module, registry)) is not None:
@@ -172,6 +173,8 @@ class DequantBuffer:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
+        self._factors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """By the id of a scale: the scale, so that the id remains its, and the factors [out, 1] of its weight."""
 
     def dequantized(self, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Dequantize an int8 weight [out, in] with the absolute maxima of its rows [out], as bitsandbytes does.
@@ -182,7 +185,9 @@ class DequantBuffer:
         if buffer.numel() < weight.numel() or buffer.dtype != dtype or buffer.device != weight.device:
             self._buffer = buffer = torch.empty(weight.numel(), dtype=dtype, device=weight.device)
         view = buffer[: weight.numel()].view(weight.shape)
-        factors = scale.unsqueeze(1).mul(1.0 / 127.0)
+        if id(scale) not in self._factors:
+            self._factors[id(scale)] = (scale, scale.unsqueeze(1).mul(1.0 / 127.0))
+        factors = self._factors[id(scale)][1]
         if weight.device.type == "cpu":
             return view.copy_(weight).mul_(factors)
         return torch.mul(weight, factors, out=view)  # one kernel

@@ -15,8 +15,8 @@ from transformers import AttentionInterface
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor, dropout_add
 
 from job.training.batching import partition_by_cost
-from job.training.kernels import Kernels, compute_dtype
-from job.training.variable_length import VariableLengths
+from job.training.kernels import compute_dtype
+from job.training.variable_length import VariableLengths, alibi_slopes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,9 +66,10 @@ class PackedAttention:
     causal attention from a real token never looks.
     """
 
-    def __init__(self, model: PreTrainedModel, kernels: Kernels | None = None) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._kernels = kernels or Kernels.for_device(model.device)
+        self._uses_alibi = model.config.model_type == "bloom"
+        self._slopes: torch.Tensor | None = None
         self._groups: list[_LengthGroup] = []
         self._alibi: torch.Tensor | None = None
         self._biases: dict[tuple[int, torch.dtype], torch.Tensor] = {}
@@ -85,39 +86,43 @@ class PackedAttention:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replace the model's attention, and restore it at the end of the block, for generation uses its own."""
-        if self._model.config.model_type == "bloom":
-            replaced = [module for module in self._model.modules() if isinstance(module, BloomAttention)]
-            for module in replaced:
-                module.forward = functools.partial(self._bloom_forward, module)  # type: ignore[method-assign]
-            try:
-                yield
-            finally:
-                for module in replaced:
-                    del module.forward
+        # its name also keeps transformers from building a mask of the row's square, which nothing would use
+        AttentionInterface.register(ATTENTION_NAME, self._interface_forward)
+        config = self._model.config
+        original = config._attn_implementation
+        replaced = [module for module in self._model.modules() if isinstance(module, BloomAttention)]
+        for module in replaced:
+            module.forward = functools.partial(self._bloom_forward, module)  # type: ignore[method-assign]
+        if self._uses_alibi:
+            config._attn_implementation = ATTENTION_NAME
         else:
-            original = self._model.config._attn_implementation
-            AttentionInterface.register(ATTENTION_NAME, self._interface_forward)
             self._model.set_attn_implementation(ATTENTION_NAME)
-            try:
-                yield
-            finally:
+        try:
+            yield
+        finally:
+            for module in replaced:
+                del module.forward
+            if self._uses_alibi:
+                config._attn_implementation = original
+            else:
                 self._model.set_attn_implementation(original)
+
+    def set_texts(self, boundaries: torch.Tensor, positions: torch.Tensor, longest: int) -> None:
+        """Set the texts of the next row, for one kernel instead of groups (see VariableLengths)."""
+        if self._uses_alibi and self._slopes is None:
+            self._slopes = alibi_slopes(self._model.config.n_head, boundaries.device)
+        self._texts = VariableLengths(boundaries, positions, longest, self._slopes)
 
     def set_sequence_lengths(self, lengths: Sequence[int], device: torch.device) -> None:
         """Set the lengths of the texts in the next row, in ascending order."""
-        if self._kernels.attention == "varlen":
-            heads = self._model.config.n_head if self._model.config.model_type == "bloom" else None
-            self._texts = VariableLengths(lengths, device, alibi_heads=heads)
-            return
         overhead = GROUP_OVERHEAD.get(device.type, GROUP_OVERHEAD["cuda"])
-        uses_alibi = self._model.config.model_type == "bloom"
-        multiple = BIAS_ALIGNMENT if uses_alibi and device.type == "cuda" else 1
+        multiple = BIAS_ALIGNMENT if self._uses_alibi and device.type == "cuda" else 1
         self._groups, start = [], 0
         for group in partition_by_cost(lengths, limit=sum(lengths), overhead=overhead, padded=True):
             self._groups.append(_LengthGroup.build(lengths[group], start, device, multiple=multiple))
             start += sum(lengths[group])
         self._biases.clear()
-        if uses_alibi:
+        if self._uses_alibi:
             self._alibi = _alibi(self._model.config.n_head, max(group.width for group in self._groups), device)
 
     def attention(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,22 +20,21 @@ ALIBI_COLUMNS = 8
 class VariableLengths:
     """The texts of a packed row, as FlashAttention takes them.
 
+    `boundaries`, int32 [texts + 1], are where each text begins and the last one ends. `positions`, int64 [tokens], are
+    those of the tokens in their texts. No text has more than `longest` tokens. `slopes` are ALiBi's, fp32 [heads].
+
     FlashAttention takes no bias. ALiBi (Press et al., 2022) adds slope * (position of the key - position of the query)
     to a score, and softmax ignores what is equal for all keys of a query: slope * position of the key remains. This is
     a product of further columns, 1 in the queries and the bias in the keys. It is split into ALIBI_TERMS numbers of
     half precision; the kernel adds their products in fp32.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device, *, alibi_heads: int | None) -> None:
-        boundaries = pad(torch.tensor(lengths).cumsum(0), (1, 0))
-        self._lengths, self._longest = list(lengths), max(lengths)
-        self._boundaries = boundaries.to(torch.int32).to(device, non_blocking=True)
-        self._bias: torch.Tensor | None = None
+    def __init__(
+        self, boundaries: torch.Tensor, positions: torch.Tensor, longest: int, slopes: torch.Tensor | None
+    ) -> None:
+        self._boundaries, self._longest = boundaries, longest
+        self._bias = None if slopes is None else positions[:, None] * slopes
         self._columns: dict[tuple[torch.dtype, float], tuple[torch.Tensor, torch.Tensor]] = {}
-        if alibi_heads is not None:
-            slopes = build_alibi_tensor(torch.ones(1, 2), alibi_heads, torch.float32)[:, 0, 1]
-            positions = torch.cat([torch.arange(length) for length in lengths])
-            self._bias = (positions[:, None] * slopes).to(device, non_blocking=True)
 
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float) -> torch.Tensor:
         """Compute attention for inputs in half precision of [tokens, heads, head size]; returns the same shape."""
@@ -51,19 +50,27 @@ class VariableLengths:
         return output[..., :size]
 
     def _alibi(self, dtype: torch.dtype, scale: float, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the further columns of queries and keys, [tokens, heads, ALIBI_COLUMNS]."""
+        """Return the further columns of queries and keys, [tokens, heads, ALIBI_COLUMNS]; all layers share them."""
         if (dtype, scale) not in self._columns:
             self._columns[dtype, scale] = bias_columns(bias / scale, dtype)
         return self._columns[dtype, scale]
 
     def _text_by_text(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        parts = [torch.split(x.transpose(0, 1), self._lengths, 1) for x in (query, key, value)]
+        lengths: list[int] = self._boundaries.diff().tolist()
+        assert max(lengths) <= self._longest, "the kernel would leave out the rest of the text"
+        parts = [torch.split(x.transpose(0, 1), lengths, 1) for x in (query, key, value)]
         grouped = query.shape[1] != key.shape[1]
         outputs = [
             scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=grouped)[0]
             for q, k, v in zip(*parts, strict=True)
+            if q.shape[1]
         ]
         return torch.cat(outputs, 1).transpose(0, 1)
+
+
+def alibi_slopes(heads: int, device: torch.device) -> torch.Tensor:
+    """Return ALiBi's slope of each head, fp32 [heads]."""
+    return build_alibi_tensor(torch.ones(1, 2, device=device), heads, torch.float32)[:, 0, 1]
 
 
 def bias_columns(bias: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
