@@ -17,7 +17,7 @@ from job.lora import add_adapters, count_parameters
 from job.settings import Settings
 from job.system.device import ComputeSpec, gpu_unavailable_reason
 from job.training.batching import num_label_tokens
-from job.training.memory_budget import CUDA_OVERHEAD, GIB, LOGIT_BYTES, activation_bytes
+from job.training.memory_budget import CUDA_OVERHEAD, GIB, LOGIT_BYTES, activation_bytes, packed_layer_bytes
 from job.types import EncodedExample
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def estimate(settings: Settings, compute: ComputeSpec, micro_batch: Sequence[Enc
             "TAGGER_TRAIN_GRADIENT_CHECKPOINTING=on: transformers cannot recompute the activations of the architecture "
             f"{model.config.model_type}; use auto or off"
         )
-    token_bytes = activation_bytes(config, width, itemsize, recompute=recompute)
+    layer_bytes = packed_layer_bytes(model, itemsize) if compute.device.type == "cuda" else None
+    token_bytes = activation_bytes(config, width, itemsize, recompute=recompute, layer_bytes=layer_bytes)
     return MemoryEstimate(
         parameters=linear + other,
         weights=linear * linear_bytes + other * itemsize,

@@ -69,7 +69,9 @@ def own(
     computer.set_recompute(recompute)
     parts = computer.split(rows, limit=limit)
     with computer.installed():
-        sums = computer.compute(parts, step=0, label_tokens=num_label_tokens(rows), count=len(parts))
+        # a graph is recorded at the second time and replayed from then on
+        for _ in range(3 if kernels is not None and kernels.graphs == "on" else 1):
+            sums = computer.compute(parts, step=0, label_tokens=num_label_tokens(rows), count=len(parts))
         outcome = computer.exact.load(sums)
     computer.set_recompute(False)
     assert outcome.finite, "the gradients are not finite"
@@ -95,31 +97,29 @@ def cosine(found: Gradients, expected: Gradients) -> float:
 def check_gradients(work: Work) -> Rows:
     """Compare packed, padded, divided and recomputed gradients in every quantization and precision.
 
-    The reference is the full computation of transformers and peft in fp32, with the weights of int8 layers dequantized.
+    The reference is the full computation of transformers and peft in fp32, with the weights that the model has after
+    its quantization and in its precision.
     """
     rows = examples(6 if work.toy else 16)
     for shape in SHAPES:
         for quantize in work.quantizations:
-            model = work.model(shape, quantize, work.compute("fp32"))
-            if quantize == "int8":
-                dequantize(model)
-            reference = plain(model, rows, work.compute("fp32"))
-            del model
             for precision in work.precisions:
-                yield _compare(work, shape, quantize, precision, rows, reference)
+                yield _compare(work, shape, quantize, precision, rows)
 
 
-def _compare(
-    work: Work,
-    shape: str,
-    quantize: str,
-    precision: str,
-    rows: Sequence[EncodedExample],
-    reference: tuple[float, Gradients],
-) -> Row:
+def _reference(
+    work: Work, shape: str, quantize: str, precision: str, rows: Sequence[EncodedExample]
+) -> tuple[float, Gradients]:
+    """Return loss and gradients of the full computation in fp32, with the weights of the model in `precision`."""
+    model = work.model(shape, quantize, work.compute(precision))
+    dequantize(model)
+    return plain(model.float(), rows, work.compute("fp32"))
+
+
+def _compare(work: Work, shape: str, quantize: str, precision: str, rows: Sequence[EncodedExample]) -> Row:
     compute = work.compute(precision)
+    expected_loss, expected = _reference(work, shape, quantize, precision, rows)
     model = work.model(shape, quantize, compute)
-    expected_loss, expected = reference
     loss, packed = own(model, rows, compute)
     found: dict[str, Any] = {
         "loss": loss,
@@ -138,10 +138,13 @@ def _compare(
 
 
 def _is_right(found: dict[str, Any], precision: str) -> bool:
-    """Return whether the gradients are right: in half precision also if the libraries' own are as far away."""
-    no_worse = found["difference"] <= NO_WORSE * found["plain"]
-    close = found["difference"] <= MAX_DIFFERENCE if precision == "fp32" else found["cosine"] >= MIN_COSINE
-    return (close or no_worse) and abs(found["loss"] / found["expected_loss"] - 1) < 2e-2
+    """Return whether loss and gradients are right; LLM.int8's own forward pass, which rounds more, is only shown."""
+    if precision == "fp32":
+        right = found["difference"] <= MAX_DIFFERENCE
+    else:
+        worst = max((found[n] for n in found if "=" in n and n != "int8=bitsandbytes"), default=0.0)
+        right = found["cosine"] >= MIN_COSINE and worst <= max(NO_WORSE * found["plain"], 0.05)
+    return right and abs(found["loss"] / found["expected_loss"] - 1) < 1e-2
 
 
 def _figure(found: dict[str, Any]) -> str:

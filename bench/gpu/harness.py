@@ -52,7 +52,7 @@ def run_checks(
     """Run the checks one after another, and call `report` with each record as soon as it is there.
 
     A record has `check`, `what`, `status` (pass, FAIL, figure, skipped), `figure`, `seconds` and `data`. A check that
-    raises an error fails, with the error as its figure. The checks that come after `seconds` are skipped.
+    raises an error fails, with the error as its figure. A check that may end after `seconds` is skipped.
     """
     records: list[dict[str, Any]] = []
     started = time.monotonic()
@@ -69,7 +69,7 @@ def run_checks(
             continue
         last = time.monotonic()
         try:
-            with time_limit(min(check.seconds, int(left) + 1)):
+            with time_limit(check.seconds):
                 for row in check.run(work):
                     now = time.monotonic()
                     add(check, row, STATUSES[row.passed], now - last)
@@ -86,7 +86,7 @@ def _why_skipped(check: Check, left: float) -> str:
     missing = [name for name in check.needs if not installed(name)]
     if missing:
         return f"{', '.join(missing)} not installed"
-    return "" if left > 0 else "no time left"
+    return "" if left >= check.seconds else f"{max(0.0, left):.0f} s left, and it may take {check.seconds} s"
 
 
 def installed(package: str) -> bool:

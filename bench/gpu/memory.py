@@ -9,9 +9,9 @@ from typing import Any
 from bench import measure
 from bench.gpu.harness import Row, Rows
 from bench.gpu.models import BLOOM, SHAPES, Work, examples, texts_of_length
-from bench.gpu.speed import own_steps
+from bench.gpu.speed import OwnTraining
 from job.training.batching import num_label_tokens
-from job.training.memory_budget import LOGIT_BYTES, activation_bytes
+from job.training.memory_budget import LOGIT_BYTES, activation_bytes, packed_layer_bytes
 from job.types import EncodedExample
 
 GIB = 2**30
@@ -42,22 +42,26 @@ def check_memory(work: Work) -> Rows:
         _Shape(SHAPES[1], "none", texts_of_length(8, 2 * long), recompute=True),
     ):
         model = work.model(shape.base, shape.quantize, compute, dropout=0.05)
-        config: Any = model.get_base_model().config
+        base: Any = model.get_base_model()
         tokens = sum(len(text.input_ids) for text in shape.texts)
-        width = max(len(text.input_ids) for text in shape.texts)
-        activations = tokens * activation_bytes(config, width, compute.dtype.itemsize, recompute=shape.recompute)
-        logits = LOGIT_BYTES * num_label_tokens(shape.texts) * config.vocab_size
-        adapters = 24 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-        estimate = (activations + logits + adapters) / GIB
+        width, itemsize = max(len(text.input_ids) for text in shape.texts), compute.dtype.itemsize
+        layer = packed_layer_bytes(base, itemsize)
+        activations = tokens * activation_bytes(
+            base.config, width, itemsize, recompute=shape.recompute, layer_bytes=layer
+        )
+        logits = LOGIT_BYTES * num_label_tokens(shape.texts) * base.config.vocab_size
+        estimate = (activations + logits) / GIB
+        training = OwnTraining(model, compute, recompute=shape.recompute)
+        training([examples(2)])  # what is allocated once, such as the moments of Adam, is not part of the figure
         peak = measure.watch_memory(work.device)
-        own_steps(model, compute, [shape.texts], recompute=shape.recompute)
+        training([shape.texts])
         used = peak()
         what = f"{shape.base}, {shape.quantize}, {tokens} tokens in texts of up to {width}"
         what += ", recomputed" if shape.recompute else ""
         on_gpu = work.device.type == "cuda"
         passed = used <= estimate <= TOO_MUCH * used if on_gpu else None
-        figure = f"estimate {estimate:.2f} GiB (activations {activations / GIB:.2f}, logits {logits / GIB:.2f}, "
-        figure += f"adapters {adapters / GIB:.2f}), used {used:.2f} GiB: {estimate / max(used, 1e-9):.2f} x"
+        figure = f"estimate {estimate:.2f} GiB (activations {activations / GIB:.2f}, logits {logits / GIB:.2f}), "
+        figure += f"used {used:.2f} GiB: {estimate / max(used, 1e-9):.2f} x"
         data = {"estimate": estimate, "used": used, "activations": activations, "logits": logits, "tokens": tokens}
         yield Row(what, passed, figure, data)
         del model

@@ -39,8 +39,10 @@ class Work:
     folder: Path
     toy: bool
     """Whether models are tiny and steps few: on a CPU."""
-    steps: int = 8
-    """Steps that the speed is measured over."""
+    steps: int = 4
+    """Steps that the speed is measured over in a round."""
+    rounds: int = 3
+    """Rounds, in which all ways to train take turns."""
     complete_steps: int = 200
     """Steps of the complete recipe."""
     weights: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -145,17 +147,25 @@ def _quantization(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig | Non
 
 
 def dequantize(model: torch.nn.Module) -> None:
-    """Replace each int8 layer by a linear layer with the same weights in fp32, the reference for its computation."""
-    from bitsandbytes.nn.modules import Linear8bitLt
+    """Replace each quantized layer by a linear layer with the same weights in fp32: the reference for it."""
+    if not installed("bitsandbytes"):
+        return
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Linear8bitLt):
-                linear = torch.nn.Linear(layer.in_features, layer.out_features, device="meta")
                 values, scale = int8_state(layer)
-                linear.weight = torch.nn.Parameter(values.float() * (scale / 127)[:, None], requires_grad=False)
-                linear.bias = layer.bias
-                setattr(parent, name, linear)
+                weight = values.float() * (scale / 127)[:, None]
+            elif isinstance(layer, Linear4bit):
+                weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+            else:
+                continue
+            linear = torch.nn.Linear(layer.in_features, layer.out_features, device="meta")
+            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+            linear.bias = layer.bias
+            setattr(parent, name, linear)
 
 
 def int8_state(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import cProfile
-import functools
 import statistics
+import sys
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,187 +29,194 @@ from job.training.optimizer import LossScale, make_optimizer, update_weights
 from job.types import EncodedExample
 
 EXAMPLES_PER_STEP = 16
-WARM_UP = 2
-"""Steps before those that are measured: kernels are loaded, and memory is allocated."""
+WARM_UP, FIRST_WARM_UP = 1, 6
+"""Steps before those that are measured in a round, and in the first one: kernels are loaded, sizes are recorded."""
 MAX_TOKENS = 8192
 LEARNING_RATE = 2e-4
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 """Calls in which the CPU waits for the GPU; a copy to memory of the CPU ends in one of them."""
 
 
-def own_steps(
-    model: peft.PeftModel,
-    compute: ComputeSpec,
-    steps: Sequence[Sequence[EncodedExample]],
-    *,
-    kernels: Kernels | None = None,
-    recompute: bool = False,
-    tick: Callable[[], None] = lambda: None,
-) -> list[float]:
-    """Take optimizer steps as the job does, call `tick` after each, and return the loss of each."""
-    kernels = kernels or Kernels.for_device(compute.device)
-    computer = GradientComputer(model, SPECIAL["pad_token_id"], compute, seed=42, kernels=kernels)
-    computer.set_recompute(recompute)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(parameters, kernels)
-    loss_scale = LossScale(enabled=compute.precision == "fp16")
-    losses = []
-    with computer.installed():
-        for number, step in enumerate(steps):
-            batches = computer.split(step, limit=MAX_TOKENS)
-            labels, count, scale = num_label_tokens(step), len(batches), loss_scale.scale
-            sums = computer.compute(batches, step=number, label_tokens=labels, count=count, loss_scale=scale)
-            outcome = computer.exact.load(sums)
-            assert not outcome.out_of_memory, "out of memory"
-            if outcome.finite:
-                norm = outcome.grad_norm
-                update_weights(optimizer, computer.exact.gradient, grad_norm=norm, learning_rate=LEARNING_RATE)
-            loss_scale.update(finite=outcome.finite)
-            losses.append(outcome.loss)
-            tick()
-    computer.set_recompute(False)
-    return losses
+Steps = Sequence[Sequence[EncodedExample]]
+Way = Callable[[Steps, Callable[[], None]], list[float]]
+"""Takes steps, calls a function after each, and returns the loss of each."""
 
 
-Way = Callable[[peft.PeftModel, Sequence[Sequence[EncodedExample]], Callable[[], None]], list[float]]
-"""Takes the steps with a model, calls a function after each, and returns the loss of each."""
+class OwnTraining:
+    """Takes optimizer steps as the job does."""
+
+    def __init__(
+        self, model: peft.PeftModel, compute: ComputeSpec, kernels: Kernels | None = None, *, recompute: bool = False
+    ) -> None:
+        kernels = kernels or Kernels.for_device(compute.device)
+        self._computer = GradientComputer(model, SPECIAL["pad_token_id"], compute, seed=42, kernels=kernels)
+        self._recompute = recompute
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._optimizer = make_optimizer(parameters, kernels)
+        self._loss_scale = LossScale(enabled=compute.precision == "fp16")
+
+    def __call__(self, steps: Steps, tick: Callable[[], None] = lambda: None) -> list[float]:
+        """Take the steps, call `tick` after each, and return the loss of each."""
+        computer, losses = self._computer, []
+        computer.set_recompute(self._recompute)
+        with computer.installed():
+            for number, step in enumerate(steps):
+                batches = computer.split(step, limit=MAX_TOKENS)
+                labels, count, scale = num_label_tokens(step), len(batches), self._loss_scale.scale
+                sums = computer.compute(batches, step=number, label_tokens=labels, count=count, loss_scale=scale)
+                outcome = computer.exact.load(sums)
+                assert not outcome.out_of_memory, "out of memory"
+                if outcome.finite:
+                    gradient, norm = computer.exact.gradient, outcome.grad_norm
+                    update_weights(self._optimizer, gradient, grad_norm=norm, learning_rate=LEARNING_RATE)
+                self._loss_scale.update(finite=outcome.finite)
+                losses.append(outcome.loss)
+                tick()
+        computer.set_recompute(False)
+        return losses
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What a way to train takes, as medians over steps."""
+@dataclass
+class Measurements:
+    """What a way to train took, in all rounds."""
 
-    tokens_per_second: float
-    seconds: float
-    """Of a step."""
-    first: float
-    """Seconds of the first step."""
-    gib: float
-    """Peak memory above the loaded model."""
-    share_of_peak: float
-    """Useful FLOP/s as a share of what large matrix products reach."""
-    loss: float
-    """Of the last step."""
+    seconds: list[float] = field(default_factory=list)
+    """Of each step after the warm-up."""
+    tokens: list[int] = field(default_factory=list)
+    useful_gflop: list[float] = field(default_factory=list)
+    gib: float = 0.0
+    """Peak memory above what was allocated before the steps."""
+    first: float = 0.0
+    """Seconds of the very first step."""
+    loss: float = 0.0
+    """Of the last step of the first round."""
+    error: str = ""
 
-    def __str__(self) -> str:
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the steps in the median of the rates."""
+        return statistics.median(n / s for n, s in zip(self.tokens, self.seconds, strict=True))
+
+    def figure(self, baseline: float, peak: float) -> str:
+        """Describe it in one line; `peak` is in GFLOP/s."""
+        share = statistics.median(f / s for f, s in zip(self.useful_gflop, self.seconds, strict=True)) / peak
+        quickest, slowest = (1000 * f(self.seconds) for f in (min, max))
         return (
-            f"{self.tokens_per_second:,.0f} tokens/s, {1000 * self.seconds:.0f} ms a step (the first "
-            f"{self.first:.2f} s), {self.gib:.2f} GiB above the weights, {self.share_of_peak:.1%} of the peak, "
-            f"loss {self.loss}"
+            f"{self.tokens_per_second / baseline:.2f} x, {self.tokens_per_second:,.0f} tokens/s, "
+            f"{1000 * statistics.median(self.seconds):.0f} ms a step ({quickest:.0f} to {slowest:.0f}, the very first "
+            f"{self.first:.2f} s), {self.gib:.2f} GiB, {share:.1%} of the peak, loss {self.loss:.4f}"
         )
 
 
-def measured(
-    model: peft.PeftModel,
-    compute: ComputeSpec,
-    steps: Sequence[Sequence[EncodedExample]],
-    take: Callable[[Callable[[], None]], list[float]],
-    peak: float,
-) -> Speed:
-    """Take the steps and measure them; `peak` is in GFLOP/s."""
-    memory = measure.watch_memory(compute.device)
-    clock = measure.Clock(compute.device)
-    losses = take(clock.tick)
-    later = slice(WARM_UP, None)
-    seconds = statistics.median(clock.seconds[later])
-    tokens = [sum(len(example.input_ids) for example in step) for step in steps][later]
-    useful = [measure.useful_gflop(model, step) for step in steps][later]
-    total = sum(clock.seconds[later])
-    return Speed(
-        sum(tokens) / total, seconds, clock.seconds[0], memory(), sum(useful) / total / peak, round(losses[-1], 4)
-    )
-
-
 def check_speed(work: Work) -> Rows:
-    """Measure each way to train on the same texts of real length, in the recipe's base and quantization."""
+    """Measure each way to train on the same texts of real length, in rounds in which the ways take turns."""
     compute = work.compute()
     peak = measure.peak_gflops(compute)
     yield Row("peak of matrix products", None, f"{peak / 1000:.1f} TFLOP/s in {compute.precision}", {"gflops": peak})
-    steps = [examples(4 if work.toy else EXAMPLES_PER_STEP, seed=i) for i in range(WARM_UP + work.steps)]
     for shape, quantize in ((BLOOM, work.quantizations[0]), (SHAPES[1], "none")):
-        baseline: float | None = None
-        for name, way in _ways(work).items():
+        found = _take_turns(work, shape, quantize)
+        baseline = next((m.tokens_per_second for m in found.values() if m.seconds), 1.0)
+        for name, measurements in found.items():
             what = f"{shape}, {quantize}, {compute.precision}: {name}"
-            try:
-                speed = _measure_way(work, shape, quantize, way, steps, peak)
-            except (RuntimeError, TypeError, ValueError, ImportError) as error:  # the others are measured all the same
-                yield Row(what, False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-                continue
-            baseline = baseline or speed.tokens_per_second
-            times = speed.tokens_per_second / baseline
-            yield Row(what, None, f"{times:.2f} x, {speed}", {**speed.__dict__, "times": times})
-            work.release()
+            if measurements.error:
+                yield Row(what, False, measurements.error)
+            else:
+                yield Row(what, None, measurements.figure(baseline, peak), dict(vars(measurements)))
+        work.release()
 
 
-def _measure_way(
-    work: Work, shape: str, quantize: str, way: Way, steps: Sequence[Sequence[EncodedExample]], peak: float
-) -> Speed:
-    model = work.model(shape, quantize, work.compute(), dropout=0.05)
-    return measured(model, work.compute(), steps, functools.partial(way, model, steps), peak)
+def _take_turns(work: Work, shape: str, quantize: str) -> dict[str, Measurements]:
+    ways = _ways(work, work.model(shape, quantize, work.compute(), dropout=0.05))
+    found = {name: Measurements() for name in ways}
+    for number in range(work.rounds):
+        # kernels are loaded and sizes seen in steps that are not measured, more of them in the first round
+        warm_up = WARM_UP if number else FIRST_WARM_UP
+        for name, (model, way) in ways.items():
+            slow = name in LIBRARY_WAYS
+            count = (1 if slow else warm_up) + (min(work.steps, 3) if slow else work.steps)
+            steps = [examples(4 if work.toy else EXAMPLES_PER_STEP, seed=i) for i in range(count)]
+            if not found[name].error:
+                _measure(found[name], model, way, steps, 1 if slow else warm_up, work.compute())
+    return found
 
 
-def _ways(work: Work) -> dict[str, Way]:
-    """Return the ways to take steps, by name; the first is the baseline."""
+def _measure(
+    found: Measurements, model: peft.PeftModel, way: Way, steps: Steps, warm_up: int, compute: ComputeSpec
+) -> None:
+    memory = measure.watch_memory(compute.device)
+    clock = measure.Clock(compute.device)
+    try:
+        losses = way(steps, clock.tick)
+    except (RuntimeError, TypeError, ValueError, ImportError) as error:  # the others are measured all the same
+        traceback.print_exc(file=sys.stderr)
+        found.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return
+    found.first, found.loss = found.first or clock.seconds[0], found.loss or losses[-1]
+    found.gib = max(found.gib, memory())
+    found.seconds += clock.seconds[warm_up:]
+    found.tokens += [sum(len(example.input_ids) for example in step) for step in steps[warm_up:]]
+    found.useful_gflop += [measure.useful_gflop(model, step) for step in steps[warm_up:]]
+
+
+LIBRARY_WAYS = {"the recipe as written": "recipe", "TRL's best": "trl-best"}
+"""The ways of the libraries by their name in bench/variants.py; they take fewer steps, because they are slow."""
+
+
+def _ways(work: Work, model: peft.PeftModel) -> dict[str, tuple[peft.PeftModel, Way]]:
+    """Return the ways to take steps by name, each with its model; the first is the baseline."""
     compute = work.compute()
 
-    def library(name: str) -> Way:
-        """Return one of the ways in bench/variants.py, with the settings of the recipe."""
-
-        def way(model: peft.PeftModel, steps: Any, tick: Callable[[], None]) -> list[float]:
+    def library(variant: str) -> Way:
+        def way(steps: Steps, tick: Callable[[], None]) -> list[float]:
             from bench import variants
             from job.settings import Train
 
             tokenizer: Any = SimpleNamespace(pad_token_id=SPECIAL["pad_token_id"])
             settings: Any = SimpleNamespace(train=Train())
-            prepared = variants.Work(model, tokenizer, compute, settings, steps, work.folder)
-            return variants.variants()[name](prepared)(tick)
+            given = variants.Work(model, tokenizer, compute, settings, [list(step) for step in steps], work.folder)
+            torch.backends.cuda.enable_cudnn_sdp(True)  # the default, which the job turns off
+            try:
+                return variants.variants()[variant](given)(tick)
+            finally:
+                torch.backends.cuda.enable_cudnn_sdp(False)
+                base: Any = model.get_base_model()
+                base.activation_checkpointing_disable()
 
         return way
 
-    def own(kernels: Kernels | None = None, *, recompute: bool = False) -> Way:
-        return lambda model, steps, tick: own_steps(
-            model, compute, steps, kernels=kernels, recompute=recompute, tick=tick
-        )
-
-    ways: dict[str, Way] = {}
-    if installed("pydantic_settings"):
-        ways["the recipe as written"] = library("recipe")
-        if installed("trl"):
-            ways["TRL's best"] = library("trl-best")
-    ways |= {"this job": own(), "this job, recomputing": own(recompute=True)}
+    names = ["the recipe as written", *(["TRL's best"] if installed("trl") else [])]
+    ways = {name: library(LIBRARY_WAYS[name]) for name in names} if installed("pydantic_settings") else {}
+    ways["this job"] = OwnTraining(model, compute)
+    ways["this job, recomputing"] = OwnTraining(model, compute, recompute=True)
     for name, kernels in kernel_variants(work.device).items():
-        ways[name] = own(kernels)
-    return ways
+        ways[name] = OwnTraining(model, compute, kernels)
+    return {name: (model, way) for name, way in ways.items()}
 
 
 def kernel_variants(device: torch.device) -> dict[str, Kernels]:
-    """Return the kernels to compare with the default ones: each change alone, then all together."""
+    """Return the kernels to compare with the default ones: each other choice alone."""
     default = Kernels.for_device(device)
-    changed: dict[str, Any] = {}
     found = {}
-    for name in (field.name for field in fields(Kernels)):
+    for name in (entry.name for entry in fields(Kernels)):
         for value in Kernels.choices(name, device):
             if value != getattr(default, name):
-                found[f"{name}={value}"] = Kernels(**{**default.__dict__, name: value})
-                changed.setdefault(name, value)
-    if len(changed) > 1:
-        found["all of these"] = Kernels(**{**default.__dict__, **changed})
+                found[f"{name}={value}"] = replace(default, **{name: value})
     return found
 
 
 def check_profile(work: Work) -> Rows:
     """Count the kernels of a step, the waits of the CPU, and the share of the time in which the GPU computes."""
     compute = work.compute()
-    texts = [examples(4 if work.toy else EXAMPLES_PER_STEP, seed=i) for i in range(WARM_UP + 4)]
+    texts = [examples(4 if work.toy else EXAMPLES_PER_STEP, seed=i % 2) for i in range(FIRST_WARM_UP + 4)]
     default = Kernels.for_device(work.device)
     variants = {"this job": default}
-    if all_of_them := kernel_variants(work.device).get("all of these"):
-        variants["all variants"] = all_of_them
-    for name, kernels in variants.items():
-        model = work.model(BLOOM, work.quantizations[0], compute, dropout=0.05)
-        profiled = _Profiled(work.device)
-        own_steps(model, compute, texts, kernels=kernels, tick=profiled.tick)
-        yield Row(f"{BLOOM}, {work.quantizations[0]}: {name}", None, profiled.figure(), profiled.data())
+    if "on" in Kernels.choices("graphs", work.device):
+        variants["graphs=on"] = replace(default, graphs="on")
+    for shape, quantize in ((BLOOM, work.quantizations[0]), (SHAPES[1], "none")):
+        for name, kernels in variants.items():
+            profiled = _Profiled(work.device)
+            OwnTraining(work.model(shape, quantize, compute, dropout=0.05), compute, kernels)(texts, profiled.tick)
+            yield Row(f"{shape}, {quantize}: {name}", None, profiled.figure(), profiled.data())
 
 
 class _Profiled:
@@ -227,15 +235,15 @@ class _Profiled:
         """Note the end of a step."""
         self._ticks += 1
         self._clock.tick()
-        if self._ticks == WARM_UP + 1:
+        if self._ticks == FIRST_WARM_UP + 1:
             self._profile.__enter__()
-        elif self._ticks == WARM_UP + 2:
+        elif self._ticks == FIRST_WARM_UP + 2:
             self._profile.__exit__(None, None, None)
             self._python.enable()
-        elif self._ticks == WARM_UP + 3:
+        elif self._ticks == FIRST_WARM_UP + 3:
             self._python.disable()
             self._watch_waits()
-        elif self._ticks == WARM_UP + 4:
+        elif self._ticks == FIRST_WARM_UP + 4:
             self._stop_watching()
 
     def _watch_waits(self) -> None:
@@ -267,7 +275,7 @@ class _Profiled:
         kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
         busy = sum(event.self_device_time_total for event in kernels) / 1e6
         operations = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
-        unprofiled, wall = self._clock.seconds[WARM_UP], self._clock.seconds[WARM_UP + 1]
+        unprofiled, wall = self._clock.seconds[FIRST_WARM_UP], self._clock.seconds[FIRST_WARM_UP + 1]
         by_time = sorted(operations, key=lambda event: -event.self_cpu_time_total)
         return {
             "wall": unprofiled,

@@ -17,6 +17,11 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], kernels: Kernels) -
     return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=fused)
 
 
+def initial_step(parameter: torch.nn.Parameter, kernels: Kernels) -> torch.Tensor:
+    """Return the number of updates of a parameter, 0, where the kernel of make_optimizer expects it."""
+    return torch.zeros((), device=parameter.device if kernels.optimizer == "fused" else "cpu")
+
+
 def update_weights(
     optimizer: torch.optim.Optimizer, gradient: torch.Tensor, *, grad_norm: float, learning_rate: float
 ) -> None:

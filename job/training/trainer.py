@@ -26,8 +26,8 @@ from job.training.checkpoints import TrainerState
 from job.training.exchange import Exchange
 from job.training.gradients import FRACTION_BITS, StepComputer, StepOutcome, StepRequest
 from job.training.kernels import Kernels
-from job.training.memory_budget import plan_batches
-from job.training.optimizer import LossScale, make_optimizer, update_weights
+from job.training.memory_budget import BatchPlan, packed_layer_bytes, plan_batches
+from job.training.optimizer import LossScale, initial_step, make_optimizer, update_weights
 from job.types import EncodedExample
 
 log = logging.getLogger(__name__)
@@ -72,17 +72,14 @@ class Trainer:
         self._run, self._exchange = run, exchange
         self._computer = StepComputer(model, examples, settings, tokenizer.pad_token_id, compute)
         self._adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._optimizer = make_optimizer(self._adapters.values(), Kernels.for_device(compute.device))
+        self._kernels = Kernels.for_device(compute.device)
+        self._optimizer = make_optimizer(self._adapters.values(), self._kernels)
         self._loss_scale = LossScale(enabled=compute.precision == "fp16")
         self.swa_weights: dict[str, torch.Tensor] = {}
         """For each adapter weight its mean over the averaged steps so far."""
-        max_tokens = MICRO_BATCH_TOKENS.get(compute.device.type, MICRO_BATCH_TOKENS["cuda"])
-        config = model.get_base_model().config
         # reuse the previous attempt's batch plan: a different split would round differently
         plan = run.manifest.get("batch_plan") or {
-            **asdict(
-                plan_batches(config, examples, settings, compute, max_tokens=max_tokens, processes=exchange.local_size)
-            ),
+            **asdict(_plan(model, examples, settings, compute, exchange.local_size)),
             # a configured size is kept, and the split then does not depend on the number of processes at all
             "parts": 1 if settings.micro_batch_tokens else exchange.size,
         }
@@ -105,7 +102,7 @@ class Trainer:
             parameter.data.copy_(tensors[name])
             moments = {"exp_avg": tensors[f"{name}.exp_avg"], "exp_avg_sq": tensors[f"{name}.exp_avg_sq"]}
             self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.state.step - self.skipped_steps())),
+                "step": initial_step(parameter, self._kernels).fill_(self.state.step - self.skipped_steps()),
                 **{key: moment.to(parameter.device) for key, moment in moments.items()},
             }
             if (mean := tensors.get(f"{name}.mean")) is not None:
@@ -333,6 +330,23 @@ class Trainer:
             log.info("train: %s", line)
         else:
             bar.write(line)
+
+
+def _plan(
+    model: peft.PeftModel, examples: Sequence[EncodedExample], settings: Train, compute: ComputeSpec, processes: int
+) -> BatchPlan:
+    """Choose the micro-batches for the memory that is free now."""
+    base: Any = model.get_base_model()
+    on_gpu = compute.device.type == "cuda"
+    return plan_batches(
+        base.config,
+        examples,
+        settings,
+        compute,
+        max_tokens=MICRO_BATCH_TOKENS.get(compute.device.type, MICRO_BATCH_TOKENS["cuda"]),
+        processes=processes,
+        layer_bytes=packed_layer_bytes(base, compute.dtype.itemsize) if on_gpu else None,
+    )
 
 
 def follow(
