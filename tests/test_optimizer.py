@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from job.training.kernels import Kernels
-from job.training.optimizer import MAX_GRAD_NORM, LossScale, make_optimizer, update_weights
+from job.training.optimizer import MAX_GRAD_NORM, LossScale, initial_step, make_optimizer, update_weights
 
 
 def flat(optimizer: str, factor: float) -> tuple[list[torch.nn.Parameter], torch.Tensor, torch.optim.AdamW]:
@@ -28,6 +28,15 @@ def test_an_update_equals_that_of_torch(kernel: str, factor: float) -> None:
     update_weights(optimizer, gradient, grad_norm=float(norm), learning_rate=1e-2)
     for own, other in zip(found, expected, strict=True):
         torch.testing.assert_close(own, other, rtol=0 if kernel == "foreach" else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kernel", ["foreach", "fused"])
+def test_a_resumed_optimizer_has_the_state_that_torch_creates(kernel: str) -> None:
+    parameters, gradient, optimizer = flat(kernel, 0.01)
+    update_weights(optimizer, gradient, grad_norm=0.1, learning_rate=1e-2)
+    created = optimizer.state[parameters[0]]["step"]
+    resumed = initial_step(parameters[0], Kernels(optimizer=kernel)).fill_(1)  # type: ignore[arg-type]
+    assert (resumed, resumed.dtype, resumed.device) == (created, created.dtype, created.device)
 
 
 def test_the_loss_scale_is_that_of_grad_scaler() -> None:
