@@ -41,15 +41,16 @@ def checks() -> list[Check]:
     return [
         Check("machine", machine.check_machine, seconds=10),
         Check("profile", speed.check_profile, seconds=25),
+        Check("kernels", gradients.check_kernels, seconds=15),
         Check("speed", speed.check_speed, seconds=90),
         Check("gradients", gradients.check_gradients, seconds=120),
         Check("memory", memory.check_memory, seconds=15),
         Check("overflow", training.check_overflow, seconds=15),
         Check("out-of-memory", training.check_out_of_memory, LOOP, seconds=20),
-        Check("resume", training.check_resume, LOOP, seconds=40),
-        Check("decoding", decoding.check_decoding, JOB, seconds=40),
         Check("recipe", recipe.check_recipe, JOB, seconds=70),
-        Check("processes", processes.check_processes, JOB, seconds=60),
+        Check("processes", processes.check_processes, JOB, seconds=45),
+        Check("resume", training.check_resume, LOOP, seconds=25),
+        Check("decoding", decoding.check_decoding, JOB, seconds=25),
     ]
 
 
@@ -62,7 +63,8 @@ def main() -> int:
         print("PyTorch sees no GPU here; --device cpu makes a dry run with tiny models", file=sys.stderr)
         return 2
     _quiet()
-    chosen = [c for c in every if c.name in (options.only or [c.name]) and c.name not in options.skip]
+    by_name = {check.name: check for check in every}
+    chosen = [by_name[name] for name in options.only or by_name if name not in options.skip]
     if device.type == "cpu":  # even with tiny models
         chosen = [replace(check, seconds=4 * check.seconds) for check in chosen]
     torch.backends.cuda.enable_cudnn_sdp(False)  # as job.system.device does
@@ -112,7 +114,7 @@ def _quiet() -> None:
 def _parser(names: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--device", choices=["cuda", "cpu"], help="cpu: a dry run with tiny models; default: a GPU")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"in this order: {', '.join(names)}")
     parser.add_argument("--skip", nargs="+", choices=names, metavar="NAME", default=[])
     parser.add_argument(
         "--minutes", type=float, default=8, help="since the start; checks that may end later are skipped"

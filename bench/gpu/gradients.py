@@ -107,6 +107,26 @@ def check_gradients(work: Work) -> Rows:
                 yield _compare(work, shape, quantize, precision, rows)
 
 
+def check_kernels(work: Work) -> Rows:
+    """Compare the gradients of each choice of kernels, in the precision of `auto`: quick, and without the library."""
+    compute, rows = work.compute("bf16" if work.toy else None), examples(6 if work.toy else 16)
+    for shape, quantize in ((SHAPES[0], work.quantizations[0]), (SHAPES[1], "none")):
+        expected_loss, expected = _reference(work, shape, quantize, compute.precision, rows)
+        model = work.model(shape, quantize, compute)
+        default = Kernels.for_device(work.device)
+        for name, kernels in {"this job": default, **kernel_variants(work.device)}.items():
+            what = f"{shape}, {quantize}, {compute.precision}: {name}"
+            try:
+                loss, found = own(model, rows, compute, kernels=kernels)
+            except (RuntimeError, TypeError, ValueError, ImportError) as error:  # the others are compared all the same
+                yield Row(what, False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                continue
+            data = {"loss": loss, "cosine": cosine(found, expected), "difference": difference(found, expected)}
+            figure = f"cosine {data['cosine']:.6f}, relative difference {data['difference']:.1e}, loss {loss:.5f}"
+            close = data["cosine"] >= MIN_COSINE and abs(loss / expected_loss - 1) < 1e-2
+            yield Row(what, close, f"{figure} (full computation {expected_loss:.5f})", data)
+
+
 def _reference(
     work: Work, shape: str, quantize: str, precision: str, rows: Sequence[EncodedExample]
 ) -> tuple[float, Gradients]:

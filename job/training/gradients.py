@@ -20,6 +20,7 @@ from job.training.dropout import DropoutKeys
 from job.training.graphs import GraphedPasses, Inputs, pad_inputs, to_device
 from job.training.kernels import Kernels
 from job.training.loss import has_linear_head, mean_loss
+from job.training.memory_efficient import DequantBuffer
 from job.training.packing import PackedAttention
 from job.types import EncodedExample
 
@@ -163,6 +164,7 @@ class GradientComputer:
         self._collator = Collator(pad_token_id, packed=self.packing is not None)
         can_record = self._kernels.graphs == "on" and self.packing is not None and has_linear_head(base)
         self._graphs = GraphedPasses(self._passes, compute.device) if can_record else None
+        self._buffer = DequantBuffer()  # kept as long as the recorded passes, which write to it
         self._keys = DropoutKeys(seed)
         self._seed = seed
         self.exact = ExactSum([p for p in model.parameters() if p.requires_grad], compute.device)
@@ -176,7 +178,7 @@ class GradientComputer:
         self._model.train()
         with (
             dropout.installed(self._model, self._keys) as switched_off,
-            memory_efficient.patched(self._model, self._kernels) if efficient else nullcontext(),
+            memory_efficient.patched(self._model, self._kernels, self._buffer) if efficient else nullcontext(),
             self.packing.installed() if self.packing else nullcontext(),
         ):
             yield switched_off

@@ -32,10 +32,11 @@ Registry = dict[type, tuple[Callable[[Any], bool], Forward]]
 
 
 @contextmanager
-def patched(model: peft.PeftModel, kernels: Kernels | None = None) -> Iterator[None]:
+def patched(
+    model: peft.PeftModel, kernels: Kernels | None = None, buffer: DequantBuffer | None = None
+) -> Iterator[None]:
     """Give the model's modules memory-efficient forward passes, and restore their own at the end of the block."""
-    kernels = kernels or Kernels.for_device(model.device)
-    registry = _registry(DequantBuffer(), kernels)
+    registry = _registry(buffer or DequantBuffer(), kernels or Kernels.for_device(model.device))
     replaced = []
     for module in model.modules():
         if (forward := replacement_forward(module, registry)) is not None:
