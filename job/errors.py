@@ -99,10 +99,46 @@ class PublishError(JobError):
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
+GPU_FAILURES = (
+    "uncorrectable ECC error",
+    "uncorrectable NVLink error",
+    "hardware stack error",
+    "busy or unavailable",
+    "no CUDA-capable device",
+    "device not ready",
+    "system not yet initialized",
+    "GPU is lost",
+    "CUDA error: unknown error",  # what CUDA reports of a GPU that has fallen off the bus
+)
+"""What CUDA's messages say when the GPU or its driver fails, and not a program; an illegal access is none of these."""
+
+
+def _describe_gpu_failure(error: Exception) -> str | None:
+    """Return the message for an error of PyTorch that a GPU is the cause of; None for others.
+
+    PyTorch's classes are known by name, because importing it takes seconds.
+    """
+    names = {cls.__name__ for cls in type(error).__mro__}
+    first = str(error).partition("\n")[0]
+    if "OutOfMemoryError" in names:
+        return (
+            f"the GPU is out of memory: {first.partition('. ')[0]}. What was saved before is intact: end other "
+            "programs on this GPU or use a larger one, then run the same command again"
+        )
+    if "RuntimeError" in names and any(failure in str(error) for failure in GPU_FAILURES):
+        return (
+            f"the GPU failed: {first}. What was saved before is intact: run the same command again, which resumes; if "
+            "it fails again, use another GPU (`nvidia-smi -q` and the kernel's log show the state of this one)"
+        )
+    return None
+
+
 def describe_failure(error: Exception) -> tuple[str, int] | None:
     """Return the message and the exit code for an error that a user can act on; None for a defect of the job."""
     if isinstance(error, JobError):
         return str(error), error.exit_code
+    if (message := _describe_gpu_failure(error)) is not None:
+        return message, CRASHED
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return (
             f"{error.filename or 'the disk'} cannot be written: {error.strerror}. What was saved before is intact: "

@@ -19,6 +19,7 @@ from hub import READ_TOKEN, WRITE_TOKEN, Fault, Hub, Repo
 from json_schema import violations
 from test_atomic import largest_file
 from tiny_run import REPO, move_to_hub, set_tiny_environment
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from job.cli import COMMANDS, main
 from job.errors import EXIT_CODES
@@ -274,6 +275,62 @@ def test_a_hub_model_without_safetensors_is_not_downloaded(published: Hub, capsy
     assert main([]) == 2
     assert "tiny/llama has no weights in safetensors, and pickles are not read" in capsys.readouterr().err
     assert not [request for request in published.requests if "/resolve/" in request]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be"),
+            "error: the GPU failed: CUDA error: uncorrectable ECC error encountered. What was saved before is intact",
+        ),
+        (
+            torch.AcceleratorError("CUDA error: unknown error"),
+            "error: the GPU failed: CUDA error: unknown error. What was saved before is intact",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+            "error: the GPU is out of memory: CUDA out of memory. What was saved before is intact: end other programs",
+        ),
+    ],
+    ids=["ecc", "off the bus", "out of memory"],
+)
+def test_a_gpu_that_fails_in_a_step_ends_the_run_which_resumes(
+    tiny: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: Any, error: RuntimeError, said: str
+) -> None:
+    """Raise what PyTorch raises when an update of the weights fails, in the third of five steps."""
+    tiny.setenv("TAGGER_TRAIN_MAX_STEPS", "5")
+    tiny.setenv("TAGGER_TRAIN_SAVE_STEPS", "2")
+    updates = 0
+
+    def fail(*_: object) -> None:
+        nonlocal updates
+        updates += 1
+        if updates == 3:
+            raise error
+
+    hook = register_optimizer_step_post_hook(fail)
+    try:
+        assert main([]) == 1
+        err = capsys.readouterr().err
+        assert said in err
+        assert "Traceback" not in err
+        assert main([]) == 0
+        assert "train: resuming after step 2 of 5" in caplog.text
+    finally:
+        hook.remove()
+
+
+def test_an_error_of_a_program_on_the_gpu_is_a_defect_with_its_traceback(tiny: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    hook = register_optimizer_step_post_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            main([])
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize("command", ["run", "check"])

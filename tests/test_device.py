@@ -18,8 +18,11 @@ from job.system.device import (
     choose_precision,
     count_processes,
     gpu_unavailable_reason,
+    has_kernels,
 )
 
+KERNELS = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+"""Those of PyTorch's build for CUDA 13."""
 PROPRIETARY = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Mar  5 22:23:56 UTC 2024\nGCC version:  gcc 11.4.0"
 )
@@ -74,9 +77,49 @@ def test_every_reason_for_no_gpu_has_its_own_remedy(
     assert "no NVIDIA driver; use a machine with a GPU" in str(gpu_unavailable_reason(advice=True))
 
 
-def test_a_usable_gpu_has_no_reason(unusable_gpu: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def visible_gpu(unusable_gpu: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A GPU that PyTorch sees; what the driver would report is forged."""
     unusable_gpu.setattr(torch.cuda, "is_available", lambda: True)
+    unusable_gpu.setattr(torch.cuda, "synchronize", lambda: None)
+    unusable_gpu.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    unusable_gpu.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    unusable_gpu.setattr(torch.cuda, "get_arch_list", lambda: KERNELS)
+    return unusable_gpu
+
+
+def test_a_usable_gpu_has_no_reason(visible_gpu: pytest.MonkeyPatch) -> None:
     assert gpu_unavailable_reason() is None
+
+
+def test_a_gpu_that_another_process_has_for_itself_is_refused(visible_gpu: pytest.MonkeyPatch) -> None:
+    def busy() -> None:
+        raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nSearch for `x`")
+
+    visible_gpu.setattr(torch.cuda, "synchronize", busy)
+    assert gpu_unavailable_reason(advice=True) == (
+        "the GPU cannot be used (CUDA error: CUDA-capable device(s) is/are busy or unavailable); nvidia-smi shows its "
+        "state and its processes; choose another one with CUDA_VISIBLE_DEVICES"
+    )
+    with pytest.raises(InvalidInputError, match="busy or unavailable.*or set TAGGER_RUN_DEVICE=cpu"):
+        choose_device("cuda")
+    assert choose_device("auto") == torch.device("cpu")
+
+
+def test_a_gpu_without_kernels_is_refused_with_its_capability(visible_gpu: pytest.MonkeyPatch) -> None:
+    visible_gpu.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    visible_gpu.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100-SXM2-16GB")
+    assert str(gpu_unavailable_reason()).startswith("Tesla V100-SXM2-16GB has compute capability 7.0 and PyTorch ")
+    assert "has kernels for sm_75, sm_80" in str(gpu_unavailable_reason())
+    with pytest.raises(InvalidInputError, match="use another GPU, or a build of PyTorch for this one"):
+        choose_device("cuda")
+
+
+def test_kernels_of_the_major_version_or_ptx_are_needed() -> None:
+    capabilities = [(7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (11, 0), (12, 0), (12, 1)]
+    expected = [False, True, True, True, True, True, False, True, True]
+    assert [has_kernels(capability, KERNELS) for capability in capabilities] == expected
+    assert has_kernels((12, 1), ["sm_75", "compute_90"]), "PTX is compiled for newer GPUs"
 
 
 def test_without_a_gpu_cuda_is_refused_and_auto_is_the_cpu(

@@ -13,7 +13,6 @@ import torch
 from bench.gpu import __main__ as gpu_check
 from bench.gpu.gradients import difference, own, plain
 from bench.gpu.harness import Check, Row, Rows, run_checks
-from bench.gpu.machine import has_kernels
 from bench.gpu.models import SHAPES, Work, dequantize, examples
 
 
@@ -77,9 +76,3 @@ def test_int8_gradients_equal_those_of_the_dequantized_weights(work: Work, shape
     _, expected = plain(reference, rows, compute)
     _, found = own(work.model(shape, "int8", compute), rows, compute)
     assert difference(found, expected) < 1e-5
-
-
-def test_kernels_of_the_major_version_or_ptx_are_needed() -> None:
-    build = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
-    capabilities = [(7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)]
-    assert [has_kernels(capability, build) for capability in capabilities] == [False, *[True] * 7]

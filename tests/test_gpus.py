@@ -47,3 +47,4 @@ def test_a_device_has_the_price_of_its_gpu(device: str, gpu: str) -> None:
 
 def test_an_unknown_device_has_no_price() -> None:
     assert price_per_second("NVIDIA of next year in bf16") is None
+    assert price_per_second("NVIDIA A100-SXM4-40GB MIG 1g.5gb") is None

@@ -10,6 +10,7 @@ import torch
 
 from bench.gpu.harness import Row, Rows, installed
 from bench.gpu.models import Work
+from job.system.device import has_kernels
 
 OPTIONAL = {
     "bitsandbytes": "int8 and nf4",
@@ -43,19 +44,6 @@ def check_machine(work: Work) -> Rows:
         f"{torch.cuda.device_count()}; CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}",
     )
     yield Row("nvidia-smi", None, _nvidia_smi())
-
-
-def has_kernels(capability: tuple[int, int], kernels: list[str]) -> bool:
-    """Return whether PyTorch has kernels for a compute capability: of its major version, or PTX to compile."""
-    major, minor = capability
-    for name in kernels:
-        kind, _, digits = name.partition("_")
-        number = int("".join(c for c in digits if c.isdigit()))
-        if kind == "compute" and number <= 10 * major + minor:
-            return True
-        if kind == "sm" and number // 10 == major and number % 10 <= minor:
-            return True
-    return False
 
 
 def _job_device(work: Work) -> str:

@@ -45,8 +45,13 @@ the one with 80 GB. CPU, memory and a choice of region cost extra.
 
 
 def price_per_second(device: str) -> float | None:
-    """Return the list price in US dollars of a device, by the name that its driver reports; None if unknown."""
+    """Return the list price in US dollars of a device, by the name that its driver reports; None if unknown.
+
+    A slice of a GPU (`NVIDIA A100-SXM4-40GB MIG 1g.5gb`) has no price here.
+    """
     words = re.split(r"[\s-]+", device)
+    if "MIG" in words:
+        return None
     return next((gpu.dollars_per_second for gpu in GPUS.values() if gpu.device_word in words), None)
 
 

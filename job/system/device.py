@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -152,11 +153,45 @@ def _cgroup_memory_left(group: Path) -> float:
 
 def gpu_unavailable_reason(*, advice: bool = False) -> str | None:
     """Return why PyTorch cannot use a GPU as a clause, with `advice` also what to do about it; None if it can."""
-    with warnings.catch_warnings(action="ignore"):  # PyTorch warns of a driver that is too old
-        if torch.cuda.is_available():
-            return None
-    reason, remedy = _find_gpu_problem()
+    with warnings.catch_warnings(action="ignore"):  # PyTorch warns of a driver that is too old, and of an old GPU
+        problem = _find_unusable_gpu() if torch.cuda.is_available() else _find_gpu_problem()
+    if problem is None:
+        return None
+    reason, remedy = problem
     return f"{reason}; {remedy}" if advice else reason
+
+
+def _find_unusable_gpu() -> tuple[str, str] | None:
+    """Return why a GPU that PyTorch sees cannot compute, and what to do about it; None if it can."""
+    try:
+        torch.cuda.synchronize()  # creates the context, which fails where another process has the GPU for itself
+        capability, kernels = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+    except RuntimeError as error:
+        return (
+            f"the GPU cannot be used ({str(error).partition(chr(10))[0]})",
+            "nvidia-smi shows its state and its processes; choose another one with CUDA_VISIBLE_DEVICES",
+        )
+    if not kernels or has_kernels(capability, kernels):
+        return None
+    return (
+        f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]} and PyTorch "
+        f"{torch.__version__} has kernels for {', '.join(kernels)}",
+        "use another GPU, or a build of PyTorch for this one",
+    )
+
+
+def has_kernels(capability: tuple[int, int], kernels: Sequence[str]) -> bool:
+    """Return whether a build's kernels, such as sm_90 or compute_120 (PTX), run on a GPU of this compute capability.
+
+    Kernels run on GPUs of their own major version that are not older; PTX is compiled for any that is not older.
+    """
+    number = 10 * capability[0] + capability[1]
+    for name in kernels:
+        kind, _, digits = name.partition("_")
+        built_for = int("".join(character for character in digits if character.isdigit()))
+        if built_for <= number and (kind == "compute" or built_for // 10 == capability[0]):
+            return True
+    return False
 
 
 def _find_gpu_problem() -> tuple[str, str]:
