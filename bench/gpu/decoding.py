@@ -16,6 +16,8 @@ from bench.gpu.harness import Row, Rows
 from bench.gpu.models import BLOOM, SHAPES, Work, adapted, config
 from bench.gpu.texts import SAYINGS, SEPARATOR, make_tokenizer, quotes, sayings
 from job.system.device import ComputeSpec
+from job.training import memory_efficient
+from job.training.kernels import Kernels
 
 if TYPE_CHECKING:
     from job.sample import Tagger
@@ -32,8 +34,8 @@ TIE = 1e-3
 
 def make_tagger(
     work: Work, shape: str, quantize: str, compute: ComputeSpec, decoding: str, *, batch_size: int, max_new_tokens: int
-) -> Tagger:
-    """Return a tagger with random weights and the tags of the sayings; its answers follow no meaning."""
+) -> tuple[Tagger, peft.PeftModel]:
+    """Return a tagger and its model, with random weights and the tags of the sayings; its answers mean nothing."""
     from job.decoding.config import DecodingConfig
     from job.sample import Tagger
     from job.settings import Settings
@@ -62,7 +64,7 @@ def make_tagger(
         max_tags=5,
         max_positions=5,
     )
-    return Tagger(model, tokenizer, Settings(**groups), compute, found)
+    return Tagger(model, tokenizer, Settings(**groups), compute, found), model
 
 
 def _favour_tags(model: peft.PeftModel, tokenizer: PreTrainedTokenizerFast, tags: Sequence[str]) -> None:
@@ -107,7 +109,7 @@ def check_decoding(work: Work) -> Rows:
         answers = []
         for device in (torch.device("cpu"), work.device):
             compute = ComputeSpec(device, "fp32")
-            tagger = make_tagger(work, SHAPES[1], "none", compute, decoding, batch_size=12, max_new_tokens=24)
+            tagger, _ = make_tagger(work, SHAPES[1], "none", compute, decoding, batch_size=12, max_new_tokens=24)
             answers.append(tagger.tag(texts))
         yield _compare(decoding, answers, tagger)
     yield from _speeds(work)
@@ -136,19 +138,26 @@ def _speeds(work: Work) -> Rows:
     texts = [row["quote"] for row in quotes(8 if work.toy else 64, seed=1)]
     for shape, quantize in ((BLOOM, work.quantizations[0]), (SHAPES[1], "none")):
         for decoding in ("greedy", "marginal"):
-            tagger = make_tagger(work, shape, quantize, compute, decoding, batch_size=32, max_new_tokens=32)
-            tagger.tag(texts[:2])
-            _synchronize(work.device)
-            started = time.perf_counter()
-            answers = tagger.tag(texts)
-            _synchronize(work.device)
-            seconds = time.perf_counter() - started
-            tags = sum(len(answer.tags) for answer in answers)
-            figure = f"{len(texts) / seconds:.1f} texts/s, {tags / seconds:.1f} tags/s in batches of 32"
-            data = {"texts": len(texts), "tags": tags, "seconds": seconds}
-            yield Row(f"{shape}, {quantize}, {decoding}, {compute.precision}", None, figure, data)
-            del tagger
+            tagger, model = make_tagger(work, shape, quantize, compute, decoding, batch_size=32, max_new_tokens=32)
+            what = f"{shape}, {quantize}, {decoding}, {compute.precision}"
+            yield _speed(what, tagger, texts, work.device)
+            if quantize == "int8":
+                with memory_efficient.patched(model, Kernels(int8="dequantized")):
+                    yield _speed(f"{what}, dequantized", tagger, texts, work.device)
+            del tagger, model
             work.release()
+
+
+def _speed(what: str, tagger: Tagger, texts: Sequence[str], device: torch.device) -> Row:
+    tagger.tag(texts[:2])
+    _synchronize(device)
+    started = time.perf_counter()
+    answers = tagger.tag(texts)
+    _synchronize(device)
+    seconds = time.perf_counter() - started
+    tags = sum(len(answer.tags) for answer in answers)
+    figure = f"{len(texts) / seconds:.1f} texts/s, {tags / seconds:.1f} tags/s in batches of 32"
+    return Row(what, None, figure, {"texts": len(texts), "tags": tags, "seconds": seconds})
 
 
 def _synchronize(device: torch.device) -> None:
