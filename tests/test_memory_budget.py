@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import (
+    AutoModelForCausalLM,
     BartConfig,
     GPT2Config,
     LlamaConfig,
@@ -15,9 +18,17 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from bench.gpu import models
 from job.settings import Train
 from job.system.device import ComputeSpec
-from job.training.memory_budget import LOGIT_BYTES, MEMORY_FRACTION, BatchPlan, activation_bytes, plan_batches
+from job.training.memory_budget import (
+    LOGIT_BYTES,
+    MEMORY_FRACTION,
+    BatchPlan,
+    activation_bytes,
+    packed_layer_bytes,
+    plan_batches,
+)
 from job.types import EncodedExample
 
 CONFIG = LlamaConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
@@ -101,3 +112,25 @@ def test_the_activations_of_a_mamba_are_estimated_as_they_are_kept() -> None:
         model(input_ids=ids, use_cache=False)
     kept = sum(size for pointer, size in saved.items() if pointer not in weights)
     assert 0.7 < 64 * activation_bytes(config, 64, 4, recompute=False) / kept < 1.4
+
+
+@pytest.mark.parametrize(("shape", "used"), [("bloomz-560m", 30.4), ("SmolLM2-135M", 30.9)])
+def test_packed_layers_are_estimated_as_measured_on_a_gpu(shape: str, used: float) -> None:
+    """`used` is what an H100 used in bf16 with the recipe's adapters, in bytes for each number of the hidden size."""
+    config = models.config(shape, toy=False)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+        targets = list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[config.model_type])
+        adapted = peft.get_peft_model(base, peft.LoraConfig(r=16, lora_dropout=0.05, target_modules=targets))
+    estimated = packed_layer_bytes(adapted.get_base_model(), 2)
+    assert estimated is not None
+    assert 1.0 < estimated / config.hidden_size / used < 1.2
+
+
+def test_no_packed_layer_is_estimated_where_texts_are_padded() -> None:
+    assert (
+        packed_layer_bytes(
+            AutoModelForCausalLM.from_config(GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=2)), 2
+        )
+        is None
+    )
