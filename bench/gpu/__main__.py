@@ -34,7 +34,7 @@ JOB = (*LOOP, "datasets", "httpx2", "regex", "jinja2", "scipy", "sklearn", "matp
 """What the complete job needs in addition."""
 
 
-def checks() -> list[Check]:
+def checks(recipe_steps: int = 200) -> list[Check]:
     """Return every check, in order: first what shows where the time goes."""
     from bench.gpu import decoding, gradients, machine, memory, processes, recipe, speed, training
 
@@ -47,7 +47,7 @@ def checks() -> list[Check]:
         Check("memory", memory.check_memory, seconds=15),
         Check("overflow", training.check_overflow, seconds=15),
         Check("out-of-memory", training.check_out_of_memory, LOOP, seconds=20),
-        Check("recipe", recipe.check_recipe, JOB, seconds=70),
+        Check("recipe", recipe.check_recipe, JOB, seconds=50 + recipe_steps // 2),
         Check("processes", processes.check_processes, JOB, seconds=45),
         Check("resume", training.check_resume, LOOP, seconds=25),
         Check("decoding", decoding.check_decoding, JOB, seconds=25),
@@ -56,17 +56,17 @@ def checks() -> list[Check]:
 
 def main() -> int:
     """Run the checks that are chosen, print the table, and return the exit code: 1 if one failed."""
-    every = checks()
-    options = _parser([check.name for check in every]).parse_args()
+    options = _parser([check.name for check in checks()]).parse_args()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         print("PyTorch sees no GPU here; --device cpu makes a dry run with tiny models", file=sys.stderr)
         return 2
     _quiet()
-    by_name = {check.name: check for check in every}
+    by_name = {check.name: check for check in checks(options.recipe_steps)}
     chosen = [by_name[name] for name in options.only or by_name if name not in options.skip]
-    if device.type == "cpu":  # even with tiny models
-        chosen = [replace(check, seconds=4 * check.seconds) for check in chosen]
+    seconds = 60 * options.minutes - seconds_so_far()
+    if device.type == "cpu":  # slower, even with tiny models
+        chosen, seconds = [replace(check, seconds=4 * check.seconds) for check in chosen], 4 * seconds
     torch.backends.cuda.enable_cudnn_sdp(False)  # as job.system.device does
     with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
         sizes = {"steps": options.steps, "rounds": options.rounds, "complete_steps": options.recipe_steps}
@@ -82,7 +82,7 @@ def main() -> int:
             if options.json:
                 options.json.write_text(json.dumps({**head, "checks": record}, indent=1) + "\n", encoding="utf-8")
 
-        rows = run_checks(chosen, work, seconds=60 * options.minutes - seconds_so_far(), report=report)
+        rows = run_checks(chosen, work, seconds=seconds, report=report)
     counts = {status: sum(row["status"] == status for row in rows) for status in ("pass", "FAIL", "figure", "skipped")}
     print(f"\n{', '.join(f'{n} {status}' for status, n in counts.items())}")
     return int(counts["FAIL"] > 0)
