@@ -115,6 +115,11 @@ def test_a_gpu_without_kernels_is_refused_with_its_capability(visible_gpu: pytes
         choose_device("cuda")
 
 
+def test_a_build_whose_kernels_have_other_names_is_not_judged(visible_gpu: pytest.MonkeyPatch) -> None:
+    visible_gpu.setattr(torch.cuda, "get_arch_list", lambda: ["gfx90a", "gfx942"])
+    assert gpu_unavailable_reason() is None
+
+
 def test_kernels_of_the_major_version_or_ptx_are_needed() -> None:
     capabilities = [(7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (11, 0), (12, 0), (12, 1)]
     expected = [False, True, True, True, True, True, False, True, True]

@@ -165,7 +165,8 @@ def _find_unusable_gpu() -> tuple[str, str] | None:
     """Return why a GPU that PyTorch sees cannot compute, and what to do about it; None if it can."""
     try:
         torch.cuda.synchronize()  # creates the context, which fails where another process has the GPU for itself
-        capability, kernels = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+        capability = torch.cuda.get_device_capability()
+        kernels = [name for name in torch.cuda.get_arch_list() if name.startswith(("sm_", "compute_"))]
     except RuntimeError as error:
         return (
             f"the GPU cannot be used ({str(error).partition(chr(10))[0]})",
