@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,10 @@ def test_what_the_fixed_point_cannot_hold_is_reported(
     outcome = exact.load(total)
     assert (outcome.finite, outcome.too_large, outcome.out_of_memory) == (finite, too_large, False)
     assert outcome.loss == 2.0
+    if not finite:
+        assert outcome.grad_norm == math.inf, "by which a skipped step is recognized"
+    elif not too_large:
+        assert outcome.grad_norm == abs(sum(gradients))
 
 
 def test_a_loss_that_is_not_finite_is_reported() -> None:
