@@ -11,8 +11,10 @@ import os
 import signal
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from job import __version__
@@ -103,17 +105,29 @@ def show(result: object) -> None:
 def _run(options: argparse.Namespace, settings: Settings) -> None:
     from job import pipeline
 
-    show(pipeline.run(settings))
+    if options.allow_differences and options.manifest is None:
+        raise InvalidInputError("--allow-differences is for --from manifest.json; add it, or leave the option out")
+    if options.manifest is None:
+        show(pipeline.run(settings))
+    else:
+        show(pipeline.reproduce_run(settings, options.manifest, allow_differences=options.allow_differences))
 
 
 def _check(options: argparse.Namespace, settings: Settings) -> None:
     from job import preflight
     from job.dataset.summary import describe, summarise
 
+    started = time.monotonic()
     checked = preflight.check(settings)
     machine = preflight.check_machine(checked, preflight.processes_here(checked.settings))
+    found = None
+    if options.measure:
+        from job import measure
+
+        found = measure.measure(checked, machine.processes, checks_seconds=time.monotonic() - started)
     if options.json:
         report = preflight.report_as_json(checked, machine)
+        report |= {} if found is None else {"estimate": measure.as_json(found)}
         print(json.dumps(report, indent=2, ensure_ascii=not streams.is_utf(sys.stdout)))
         return
     show(f"base model: {checked.settings.base.model} at {checked.settings.base.revision or 'this machine'}")
@@ -121,7 +135,7 @@ def _check(options: argparse.Namespace, settings: Settings) -> None:
         show(line)
     show(f"run: {checked.run.path}{', already complete' if checked.run.complete else ''}")
     show(f"push: {checked.repo or 'nothing will be pushed'}")
-    for line in machine.describe():
+    for line in (*machine.describe(), *(found.describe() if found is not None else ())):
         show(line)
 
 
@@ -289,6 +303,18 @@ COMMANDS = {
         "if there is a token and the gate passes, and tag the sample texts. An interrupted run is resumed; a complete "
         "one is not repeated. Prints the tagged texts, then where the adapter is. Progress goes to standard error.",
         tuple(EXIT_CODES),
+        {
+            "--from": {
+                "type": Path,
+                "dest": "manifest",
+                "metavar": "MANIFEST",
+                "help": "reproduce the run of this manifest.json: on the same kind of machine with the same adapter",
+            },
+            "--allow-differences": {
+                "action": "store_true",
+                "help": "with --from: reproduce it although data, versions or device differ; they are logged",
+            },
+        },
         resumes=True,
     ),
     "check": Command(
@@ -297,7 +323,14 @@ COMMANDS = {
         "Make the checks that `run` makes before it trains, and nothing else; weights are not downloaded. Prints base "
         "model, data with tags and warnings, run, repo, device, longest example and memory. Problems are reported "
         "together in each of three stages: settings; token, repo, base model and data; device, memory and disk.",
-        arguments={"--json": {"action": "store_true", "help": "print everything as JSON (job/runs/check.schema.json)"}},
+        arguments={
+            "--json": {"action": "store_true", "help": "print everything as JSON (job/runs/check.schema.json)"},
+            "--measure": {
+                "action": "store_true",
+                "help": "take a few steps and give a few answers on the device, and print time, memory and price of "
+                "the complete run; weights are downloaded",
+            },
+        },
     ),
     "prefetch": Command(
         _prefetch,
@@ -418,7 +451,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.set_defaults(command="run")
+    parser.set_defaults(command="run", manifest=None, allow_differences=False)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", description="default: run")
     for name, entry in COMMANDS.items():
         subparser = subparsers.add_parser(

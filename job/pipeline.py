@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job import preflight, report, results
+from job import preflight, report, reproduce, results
 from job.distributed.team import Team
 from job.errors import InvalidInputError
 from job.hub import client as hub
 from job.preflight import PreflightResult
-from job.runs import run_folder
+from job.runs import attempts, budget, run_folder
 from job.runs.run_folder import RunFolder
 from job.settings import Settings
 from job.system.paths import PACKAGE_PREFIX, WEIGHT_SUFFIXES, is_local
@@ -58,36 +58,66 @@ def retrain(settings: Settings, on_saved: Callable[[RunFolder], None] | None = N
     return run_checked(checked, on_saved)
 
 
+def reproduce_run(settings: Settings, manifest_file: Path, *, allow_differences: bool = False) -> Summary | str:
+    """Do the job as the run of a manifest did it; on the same kind of machine, with bitwise the same adapter.
+
+    Settings that do not change the result, such as where to publish, are those given here. Raises InvalidInputError
+    for a manifest that was edited, and for other data, versions or another device unless `allow_differences`.
+    """
+    manifest = reproduce.read(manifest_file)
+    checked = preflight.check(reproduce.settings_of(manifest, settings))
+    found = list(reproduce.differences(manifest, checked, resolve_compute(checked.settings, Team.find())))
+    if found and not allow_differences:
+        raise InvalidInputError(
+            f"the run of {manifest_file} cannot be reproduced exactly: {'; '.join(found)}. Make them equal, or add "
+            "--allow-differences"
+        )
+    for difference in found:
+        log.warning("run: %s; the result may differ from that of %s", difference, manifest_file)
+    reproduce.prepare(manifest, checked)
+    return run_checked(checked)
+
+
 def run_checked(checked: PreflightResult, on_saved: Callable[[RunFolder], None] | None = None) -> Summary | str:
     """Run every chapter after the preflight check, or those that an earlier attempt has not completed."""
     with checked.run.released_afterwards():
-        return _run_chapters(checked, on_saved)
+        team = Team.find()
+        if not team.leads:
+            return help_train(checked, team)
+        with attempts.recorded(checked.run):
+            return _run_chapters(checked, team, on_saved)
 
 
-def _run_chapters(checked: PreflightResult, on_saved: Callable[[RunFolder], None] | None) -> Summary | str:
+def _run_chapters(checked: PreflightResult, team: Team, on_saved: Callable[[RunFolder], None] | None) -> Summary | str:
     settings, run = checked.settings, checked.run
     run.on_saved = on_saved
-    team = Team.find()
-    if not team.leads:
-        return help_train(checked, team)
     log.info("run: %s", run.path)
     if run.complete and (checked.repo is None or run.published):
         log.info("run: already complete, nothing is repeated")
         dismiss(checked, team)
         return results.summary(run)
 
-    # torch and transformers take seconds to import: first finish the checks that need neither
+    compute = resolve_compute(settings, team)
+    seconds = budget.seconds_left(settings.run, run, str(compute), compute.gpus)
+    with budget.limited(settings.run, run, seconds):
+        if run.started:
+            run.lock()
+        run.memory = compute
+        if run.trained:
+            log.info("run: already trained and evaluated")
+            attempts.begin(run, checked.started, device=str(compute), gpus=compute.gpus, processes=1)
+            dismiss(checked, team)
+        else:
+            train_together(checked, compute, team)
+        return judge_and_publish(checked, compute)
+
+
+def judge_and_publish(checked: PreflightResult, compute: ComputeSpec) -> Summary:
+    """Apply the gate to a run that is trained and evaluated, merge if configured, and publish."""
     from job.gate import run_gate
     from job.merge import merge
 
-    compute = resolve_compute(settings, team)
-    if run.started:
-        run.lock()
-    if run.trained:
-        log.info("run: already trained and evaluated")
-        dismiss(checked, team)
-    else:
-        train_together(checked, compute, team)
+    settings, run = checked.settings, checked.run
     verdict = run_gate(run, settings, checked.repo, compute)
     if verdict.passed and settings.hub.merge and not run.is_intact("merged"):
         merge(run, settings, compute)
@@ -205,10 +235,13 @@ def fine_tune(checked: PreflightResult, compute: ComputeSpec, group: Group | Non
     from job.decoding.config import initial_config
     from job.lora import save_adapter
     from job.metrics.embeddings import load_embedding_baseline
+    from job.runs.estimates import find_estimate
     from job.sample import Tagger
+    from job.system.device import describe_machine
     from job.train import train
 
     settings, examples, run = checked.settings, checked.examples, checked.run
+    run.memory = compute
     machine = preflight.check_machine(checked)
     for line in (machine.describe()[0], *describe(summarise(examples, settings.data))) if group is None else ():
         log.info(line)
@@ -217,6 +250,10 @@ def fine_tune(checked: PreflightResult, compute: ComputeSpec, group: Group | Non
         more_baselines = load_embedding_baseline(settings.eval, str(compute.device))
     model, tokenizer = loaded.model, loaded.tokenizer
     run.begin(str(compute), loaded.weights)
+    run.update(machine=describe_machine(), estimate=run.manifest.get("estimate") or find_estimate(run.path.name))
+    processes = 1 if group is None else group.size  # each with one GPU, where there are GPUs
+    gpus = compute.gpus if group is None else min(1, compute.gpus) * processes
+    attempts.begin(run, checked.started, device=str(compute), gpus=gpus, processes=processes)
     if group is not None:
         group.start()
 
@@ -234,7 +271,6 @@ def fine_tune(checked: PreflightResult, compute: ComputeSpec, group: Group | Non
         save_adapter(model, tokenizer, folder, settings.base)
         tagger.decoding.save(folder)
         report.save_card(folder, settings, scores, run, licence=checked.licence)
-    run.update(peak_memory=compute.peak_memory())
     run.record_checksums(*run_folder.RESULTS, *report.CARD_PICTURES)
 
 

@@ -42,6 +42,8 @@ SAMPLED = 200
 """Examples that are tokenized to estimate the tokens of a step."""
 MOST_RISKY = 1000
 """Examples that are tokenized at most to find one whose tags do not fit."""
+INHERITED = ("batch_plan", "reproduces")
+"""Entries that a new manifest has from the run that it reproduces."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -58,6 +60,8 @@ class PreflightResult:
     """The repo that the run will be pushed to, or None."""
     licence: str | None
     """The base model's licence, from its page on the Hub."""
+    started: str
+    """When the checks began, in UTC: an attempt is counted from then on."""
 
     def as_json(self) -> dict[str, Any]:
         """Return what the processes that train need, as JSON types."""
@@ -66,8 +70,11 @@ class PreflightResult:
         return {
             "task": "train",
             "settings": settings.model_dump(mode="json"),
+            "sources": settings.sources,
+            "manifest": {name: self.run.manifest[name] for name in INHERITED if name in self.run.manifest},
             "examples": TypeAdapter(SplitData).dump_python(self.examples, mode="json"),
             "licence": self.licence,
+            "started": self.started,
         }
 
     def facts(self, compute: ComputeSpec) -> dict[str, str]:
@@ -82,9 +89,11 @@ class PreflightResult:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> PreflightResult:
         """Return the result that `as_json` described; nothing of it will be pushed."""
-        settings = Settings.model_validate(values["settings"])
+        settings = Settings.model_validate(values["settings"]).with_sources(values["sources"])
         examples = TypeAdapter(SplitData).validate_python(values["examples"])
-        return cls(settings, examples, RunFolder.open(settings, examples), None, values["licence"])
+        run = RunFolder.open(settings, examples)
+        run.manifest.update(values["manifest"])
+        return cls(settings, examples, run, None, values["licence"], values["started"])
 
 
 class _Problems:
@@ -112,7 +121,7 @@ def check(settings: Settings) -> PreflightResult:
 
     Raises InvalidInputError with every problem found.
     """
-    problems = _Problems()
+    problems, started = _Problems(), run_folder.utc_now()
     settings = run_folder.with_recorded_revisions(settings)
     base = problems.collect(_check_base_model, settings.base)
     dataset = problems.collect(_resolve_dataset, settings.data)
@@ -146,7 +155,7 @@ def check(settings: Settings) -> PreflightResult:
     run = problems.collect(RunFolder.open, settings, examples)
     problems.raise_if_any()
     assert run is not None
-    return PreflightResult(settings, examples, run, repo, base.licence if base else None)
+    return PreflightResult(settings, examples, run, repo, base.licence if base else None, started)
 
 
 def _check_base_model(settings: Base) -> HubRevision | None:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job import results
-from job.cloud.gpus import price_per_second
 from job.dataset.tags import normalise_tag
 from job.metrics.confusions import best_and_worst, confused_tags
 from job.model_card import model_card, score_table
-from job.runs import markup, plots
+from job.runs import attempts, markup, plots
+from job.runs.budget import price_per_hour
 from job.runs.run_folder import RunFolder
-from job.settings import Settings, iter_fields, to_env
+from job.settings import Run, Settings, iter_fields, to_env
 from job.types import Prediction, Published, Scores, ThresholdScores
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ def report_data(run: RunFolder, outcome: str, published: Published | None) -> di
         "confused_tags": list(map(asdict, confused[:PAIRS_SHOWN])),
         "tags_never_found": list(_never_found(run, decoding["tags"])),
         "cost": _cost(run),
+        "estimate": run.manifest.get("estimate"),
+        "attempts": attempts.attempts(run),
     }
 
 
@@ -116,12 +118,14 @@ def _never_found(run: RunFolder, known_tags: Sequence[str]) -> Iterator[dict[str
 
 def _cost(run: RunFolder) -> dict[str, Any] | None:
     """Return what the run cost on its device, over all attempts; None where no price is known."""
-    price = price_per_second(run.manifest.get("device") or "")
-    if price is None:
+    made = attempts.attempts(run)
+    settings = Run(price_per_hour=run.manifest["settings"].get("TAGGER_RUN_PRICE_PER_HOUR"))
+    found = price_per_hour(settings, run.manifest.get("device") or "", made[-1]["gpus"] if made else 1)
+    if found is None:
         return None
-    dollars = price * sum(run.manifest["timings"].values())
-    source = "Modal's list price of this GPU alone"
-    return {"dollars": round(dollars, 4), "dollars_per_hour": round(3600 * price, 4), "source": source}
+    price, source = found
+    seconds = max(sum(run.manifest["timings"].values()), attempts.used_seconds(run))
+    return {"dollars": round(price * seconds / 3600, 4), "dollars_per_hour": round(price, 4), "source": source}
 
 
 def _page(run: RunFolder, data: Mapping[str, Any], published: Published | None) -> dict[str, Any]:
@@ -150,7 +154,10 @@ def _page(run: RunFolder, data: Mapping[str, Any], published: Published | None) 
         "shown_never_found": NEVER_FOUND_SHOWN,
         "best": list(map(_answer, best)),
         "worst": list(map(_answer, worst)),
-        "chapters": list(_chapters(data["seconds"])),
+        "chapters": list(_chapters(data["seconds"], (data["estimate"] or {}).get("seconds", {}))),
+        "estimated_time": None if data["estimate"] is None else _duration(data["estimate"]["total_seconds"]),
+        "elapsed": _duration(attempts.used_seconds(run)),
+        "attempts": [_attempt(entry) for entry in data["attempts"]],
         "total_time": _duration(sum(data["seconds"].values())),
         "settings": list(changed_settings(manifest["settings"])),
         "steps": list(_next_steps(run, data, published)),
@@ -198,10 +205,20 @@ def _shortened(text: str) -> str:
     return text if len(text) <= TEXT_SHOWN else f"{text[: TEXT_SHOWN - 1].rstrip()}…"
 
 
-def _chapters(seconds: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+def _chapters(seconds: Mapping[str, float], estimate: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    """Yield what each chapter took, its share of all, and what was expected of it (None if nothing was)."""
     total = sum(seconds.values()) or 1.0
     for name, value in seconds.items():
-        yield {"name": name.replace("_", " "), "time": _duration(value), "share": value / total}
+        expected = _duration(estimate[name]) if name in estimate else None
+        title = name.replace("_", " ")
+        yield {"name": title, "time": _duration(value), "share": value / total, "expected": expected}
+
+
+def _attempt(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Return an attempt of the run as words; the present one has not ended."""
+    took = "running" if entry["seconds"] is None else _duration(entry["seconds"])
+    status = "this one" if entry["ended"] is None else entry["status"]
+    return {"started": entry["started"], "took": took, "status": status, "device": entry["device"]}
 
 
 def _duration(seconds: float) -> str:

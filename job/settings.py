@@ -17,6 +17,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     field_validator,
     model_validator,
@@ -26,6 +27,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from job.cloud.gpus import parse_gpus
 from job.config.redaction import mask_urls
 from job.config.validators import (
+    Budget,
     Cron,
     ExampleCount,
     GitRevision,
@@ -450,6 +452,19 @@ class Run(SettingsGroup):
         "GPU, and one on a CPU. Changes speed, never the result.",
     )
 
+    budget: Budget | None = Field(
+        None,
+        description="What a run may take over all its attempts: a time such as 90s, 30m or 2h, or US dollars such as "
+        "$3. Once it is used up, the run saves its state and ends with code 75; empty: no limit.",
+    )
+    price_per_hour: float | None = Field(
+        None,
+        gt=0,
+        le=100_000,
+        description="US dollars that this machine costs in an hour, for budget and report; empty: the list price on "
+        "Modal of GPUs that it has.",
+    )
+
     @field_validator("processes", mode="before")
     @classmethod
     def _auto_is_none(cls, value: object) -> object:
@@ -495,6 +510,8 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
     base: Base = Base()
     data: Data = Data()
     lora: Lora = Lora()
@@ -528,6 +545,17 @@ class Settings(BaseSettings):
                 "TAGGER_TRAIN_PRECISION=fp16 needs a GPU and TAGGER_RUN_DEVICE is cpu; use auto, fp32 or bf16"
             )
         return self
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Return where each setting that was set is from: `environment`, or the name of a file."""
+        return dict(self._sources)
+
+    def with_sources(self, sources: Mapping[str, str]) -> Settings:
+        """Return a copy that says where its settings are from."""
+        copy = self.model_copy()
+        copy._sources = dict(sources)
+        return copy
 
     def values(self) -> dict[str, Any]:
         """Return the value of every variable, by name, as JSON types, with passwords in URLs masked."""
@@ -563,7 +591,7 @@ class Settings(BaseSettings):
             if changes_result(name) and name in values:
                 groups[group][field] = values[name]
         try:
-            return Settings.model_validate(groups)
+            return Settings.model_validate(groups).with_sources(self._sources)
         except ValidationError as error:
             problems = [describe_error(detail, {}) for detail in error.errors(include_url=False)]
             raise InvalidInputError(

@@ -71,7 +71,7 @@ def train(
             ", ".join(unused),
         )
     losses = [entry["loss"] for entry in loop.history()]
-    return TrainResult(loop.state.step, losses[0], losses[-1], loop.state.seconds)
+    return TrainResult(loop.state.step, losses[0], losses[-1], loop.state.seconds, loop.tokens())
 
 
 def unused_adapters(model: peft.PeftModel) -> list[str]:

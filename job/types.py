@@ -98,6 +98,8 @@ class TrainResult:
     first_loss: float
     last_loss: float
     seconds: float
+    tokens: int
+    """Tokens of the examples of all steps, without padding."""
 
 
 @dataclass(frozen=True)

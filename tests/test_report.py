@@ -59,7 +59,9 @@ def make_run(
     history = [{"step": step, "loss": 4 / step, "learning_rate": 1e-3, "grad_norm": 1.0} for step in (1, 2, 3)]
     run.write_lines("log.jsonl", history)
     names = ("most_common_tags", "tfidf", "base", "adapter")
-    results.save_metrics(run, {name: score(gold, given) for name in names}, TrainResult(3, 4.0, 1.3, 9.0), predictions)
+    results.save_metrics(
+        run, {name: score(gold, given) for name in names}, TrainResult(3, 4.0, 1.3, 9.0, 600), predictions
+    )
     results.save_verdict(run, verdict or Verdict("off", "pass", f"the gate is off, {word}", 0.5, 0.0, 0.0), None)
     run.adapter.mkdir()
     DEFAULT_CONFIG.model_copy(update={"threshold": 0.07, "tags": (word, "rain", "sun", "love")}).save(run.adapter)

@@ -18,6 +18,8 @@ class Gpu:
     dollars_per_second: float
 
 
+PRICES_AS_OF = "May 2026"
+"""When the list prices were looked up."""
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -37,7 +39,7 @@ GPUS = {
         Gpu("A10G", 4, "A10G", 0.000306),
     )
 }
-"""Modal's GPUs (modal.com/docs/guide/gpu, November 2026) and list prices in US dollars (modal.com/pricing, May 2026).
+"""Modal's GPUs (modal.com/docs/guide/gpu, November 2026) and list prices in US dollars (modal.com/pricing).
 
 `!` requests exactly this GPU, `+` this or a newer one; A10G is the former name of A10. The price of an A100 is that of
 the one with 80 GB. CPU, memory and a choice of region cost extra.

@@ -62,7 +62,7 @@ def load(recipe: str | None = None) -> Settings:
     problems += _secrets_in(settings, third_party_variables(recipe))
     if problems:
         raise InvalidInputError(*problems)
-    return settings
+    return settings.with_sources({name: Path(source).name for name, source in source_of.items()})
 
 
 def _secrets_in(settings: Settings, variables: Mapping[str, str]) -> list[str]:

@@ -107,6 +107,21 @@ def allowed_name(text: str, most: int) -> str:
     return name.removesuffix(".git") or "model"
 
 
+def parse_budget(value: str) -> tuple[float, str]:
+    """Return a budget as an amount above 0 with its unit: seconds (`s`), or US dollars (`$`)."""
+    match = re.fullmatch(r"(\$?)([0-9]+(?:\.[0-9]+)?)([smh]?)", value.strip())
+    if match is None or bool(match[1]) == bool(match[3]) or float(match[2]) == 0:
+        raise ValueError("expected a time such as 90s, 30m or 2h, or US dollars such as $3")
+    if match[1]:
+        return float(match[2]), "$"
+    return float(match[2]) * {"s": 1, "m": 60, "h": 3600}[match[3]], "s"
+
+
+def _budget(value: str) -> str:
+    parse_budget(value)
+    return value.strip()
+
+
 def _run_id(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value):
         raise ValueError("expected letters, digits, '_', '.' and '-', beginning with a letter or digit")
@@ -134,6 +149,7 @@ def _is_cron_field(field: str, limits: tuple[int, int]) -> bool:
     )
 
 
+Budget = Annotated[str, AfterValidator(_budget)]
 Identifier = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_not_blank)]
 NameList = Annotated[tuple[Identifier, ...], NoDecode, BeforeValidator(_comma_separated)]
 TextList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_json_list)]

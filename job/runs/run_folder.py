@@ -10,18 +10,18 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from job import __version__
 from job.config.earlier_versions import current_settings, differences, unknown_settings
 from job.config.validators import allowed_name
 from job.errors import InvalidInputError
-from job.runs import ownership, schema, shutdown
+from job.runs import ownership, provenance, schema, shutdown
 from job.runs.atomic import atomic_directory, atomic_write, json_lines
 from job.runs.checksums import checksum_files, find_mismatch
 from job.settings import Run, Settings
@@ -36,6 +36,16 @@ RESULTS = ("adapter", "metrics.json", "log.jsonl", "predictions.jsonl", "tags.js
 TRACKED_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
 
 
+class MemoryMeter(Protocol):
+    """What measures peak memory: a `ComputeSpec`."""
+
+    def reset_peak_memory(self) -> None:
+        """Let `peak_memory` count from now on."""
+
+    def peak_memory(self) -> dict[str, float]:
+        """Return the peak memory in GiB, by what has it."""
+
+
 class RunFolder:
     """The folder of one run and its manifest."""
 
@@ -44,6 +54,8 @@ class RunFolder:
         self.manifest = manifest
         self.on_saved: Callable[[RunFolder], None] | None = None
         """Called after each checkpoint and each change of the manifest, to commit the volume that holds the run."""
+        self.memory: MemoryMeter | None = None
+        """Measures the peak memory of each chapter, if it is set."""
         self._locked = False
         self._owner: ownership.Owner | None = None
 
@@ -198,7 +210,7 @@ class RunFolder:
     def finish(self, published: Published | None) -> None:
         """Record that the run is complete, and where its adapter was published, if it was."""
         entry = None if published is None else asdict(published)
-        self.update(status="complete", finished=_utc_now(), published=entry)
+        self.update(status="complete", finished=utc_now(), published=entry)
 
     def update(self, **entries: Any) -> None:
         """Set entries of the manifest and write it; raises JobError if another process has taken the run over."""
@@ -209,7 +221,7 @@ class RunFolder:
 
     def manifest_text(self) -> str:
         """Return the content of manifest.json."""
-        return json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(provenance.sealed(self.manifest), indent=2, ensure_ascii=False) + "\n"
 
     def progress_watcher(self) -> Callable[[], None]:
         """Return a function that calls `on_saved` if another process has saved newer progress since its last call."""
@@ -236,11 +248,13 @@ class RunFolder:
 
     @contextmanager
     def chapter(self, name: str) -> Iterator[None]:
-        """Measure the seconds of a chapter, summed over all attempts; the next `update` writes them.
+        """Measure the seconds of a chapter, summed over all attempts, and its peak memory; `update` writes them.
 
         Raises KeyboardInterrupt at the start when a signal was received before.
         """
         shutdown.check()
+        if self.memory is not None:
+            self.memory.reset_peak_memory()
         started = time.monotonic()
         try:
             yield
@@ -255,6 +269,11 @@ class RunFolder:
     def _add_time(self, chapter: str, started: float) -> None:
         timings = self.manifest["timings"]
         timings[chapter] = round(timings.get(chapter, 0.0) + time.monotonic() - started, 2)
+        if self.memory is not None:
+            peaks = self.manifest.setdefault("peak_memory_by_chapter", {})
+            found = self.memory.peak_memory()
+            peaks[chapter] = _largest(peaks.get(chapter, {}), found)
+            self.manifest["peak_memory"] = _largest(self.manifest.get("peak_memory", {}), found)
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run atomically."""
@@ -274,6 +293,11 @@ class RunFolder:
         """Yield a temporary folder that becomes `name` in the run if the block ends without an error."""
         with atomic_directory(self.path / name) as folder:
             yield folder
+
+
+def _largest(*measured: Mapping[str, float]) -> dict[str, float]:
+    """Return the largest of several measurements, by name."""
+    return {name: max(values.get(name, 0.0) for values in measured) for name in {n: 0 for v in measured for n in v}}
 
 
 def default_run_id(settings: Settings, examples: SplitData) -> str:
@@ -382,7 +406,7 @@ def _new_manifest(run_id: str, settings: Settings, examples: SplitData) -> dict[
         "schema_version": schema.MANIFEST,
         "run_id": run_id,
         "status": "running",
-        "started": _utc_now(),
+        "started": utc_now(),
         "settings": settings.values(),
         "seed": settings.train.seed,
         "dataset": {
@@ -399,11 +423,15 @@ def _new_manifest(run_id: str, settings: Settings, examples: SplitData) -> dict[
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in TRACKED_VERSIONS},
         },
+        "sources": settings.sources,
+        "packages": provenance.packages(),
+        "code": provenance.code(),
         "timings": {},
     }
 
 
-def _utc_now() -> str:
+def utc_now() -> str:
+    """Return the time in UTC, in ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 

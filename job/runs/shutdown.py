@@ -22,6 +22,7 @@ TOGETHER_SECONDS = 0.1
 
 class _State:
     received: signal.Signals | None = None
+    by: str | None = None
     deferring = False
 
 
@@ -37,7 +38,7 @@ def handled(then: signal.Handlers | None = None) -> Iterator[None]:
     for a download. Handlers of other signals are left unchanged: Modal's timeout is SIGUSR1. Afterwards
     both signals have the handler `then`, or by default the one they had before.
     """
-    _state.received, _state.deferring = None, False
+    _state.received, _state.by, _state.deferring = None, None, False
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     threading.Thread(target=_watch, args=(reader,), daemon=True).start()
@@ -85,8 +86,14 @@ def check() -> None:
 
 
 def received() -> str | None:
-    """Return the name of the signal that was received, or None."""
-    return None if _state.received is None else _state.received.name
+    """Return the name of the signal that was received, or what sent it in this process; or None."""
+    return None if _state.received is None else _state.by or _state.received.name
+
+
+def interrupt(by: str) -> None:
+    """Interrupt this process as SIGTERM does, from any thread; `by` says in its message what did."""
+    _state.by = by
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -6,12 +6,13 @@ import contextlib
 import math
 import os
 import platform
+import re
 import resource
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -62,9 +63,21 @@ class ComputeSpec:
             return float(torch.cuda.mem_get_info(self.device)[0] + unused)
         return min(float(psutil.virtual_memory().available), _cgroup_memory_left(Path("/sys/fs/cgroup")))
 
+    @property
+    def gpus(self) -> int:
+        """The number of GPUs that this process sees; 0 on a CPU."""
+        return torch.cuda.device_count() if self.device.type == "cuda" else 0
+
+    def reset_peak_memory(self) -> None:
+        """Let `peak_memory` count from now on; where the kernel does not allow it, still from the process's start."""
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
     def peak_memory(self) -> dict[str, float]:
-        """Return the peak memory so far in GiB: of this process and, on a GPU, of PyTorch's allocations there."""
-        peak = {"process_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+        """Return the peak memory in GiB: of this process and, on a GPU, of PyTorch's allocations there."""
+        peak = {"process_gib": round(_peak_resident_kib() / 2**20, 2)}
         if self.device.type == "cuda":
             peak["gpu_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
         return peak
@@ -73,6 +86,34 @@ class ComputeSpec:
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name(self.device)} in {self.precision}"
         return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads) in {self.precision}"
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what a manifest says of this machine: platform, processor, threads, NVIDIA driver, CUDA, GPUs."""
+    cpu, driver = platform.processor(), None
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        cpu = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    with contextlib.suppress(OSError, IndexError):
+        driver = re.findall(r"\d+\.\d+(?:\.\d+)?", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))[0]
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "cpu": cpu,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "gpus": gpus,
+    }
+
+
+def _peak_resident_kib() -> int:
+    """Return the peak of this process's resident memory since its start, or since the kernel's record was reset."""
+    with contextlib.suppress(OSError, LookupError, ValueError):
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+        return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def choose_device(setting: Literal["auto", "cuda", "cpu"]) -> torch.device:

@@ -300,6 +300,25 @@ class Trainer:
         """Count the steps without an update, whose fp16 gradients overflowed."""
         return sum(not math.isfinite(step["grad_norm"]) for step in self.state.steps)
 
+    def tokens(self) -> int:
+        """Count the tokens of the examples of all steps so far, without padding."""
+        return sum(self.tokens_of(step) for step in range(self.state.step))
+
+    def tokens_of(self, step: int) -> int:
+        """Count the tokens of the examples of a step (counted from 0), without padding."""
+        return sum(len(example.input_ids) for example in self._computer.examples_of(step))
+
+    def time_steps(self, steps: int) -> list[float]:
+        """Take some steps without logging or saving; return the seconds of each."""
+        times = []
+        with self._computer.installed():
+            for _ in range(steps):
+                shutdown.check()
+                started = time.monotonic()
+                self._step()
+                times.append(time.monotonic() - started)
+        return times
+
     def should_log(self, step: int) -> bool:
         """Return whether a step (counted from 1) has an entry in log.jsonl."""
         return step in (1, self._settings.max_steps) or step % self._settings.logging_steps == 0
