@@ -13,25 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 JOB = ROOT / "job"
 CHAPTERS = (
-<<<<<<< HEAD
-    *("preflight", "estimate", "gate", "promote", "push", "merge", "report", "compare", "results", "model_card"),
-    *("evaluate", "tag", "tag_workers", "inference", "sample", "train", "lora", "freeze", "quantize", "data"),
-=======
-    *(
-        "reproduce",
-        "preflight",
-        "estimate",
-        "gate",
-        "promote",
-        "push",
-        "merge",
-        "report",
-        "compare",
-        "results",
-        "model_card",
-    ),
-    *("evaluate", "tag", "inference", "sample", "train", "lora", "freeze", "quantize", "data"),
->>>>>>> a442df9 (Estimate, budget and reproduce a run (#25))
+    *("reproduce", "preflight", "estimate", "gate", "promote", "push", "merge", "report", "compare", "results"),
+    *("model_card", "evaluate", "tag", "tag_workers", "inference", "sample", "train", "lora", "freeze", "quantize"),
+    "data",
 )
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),

@@ -87,7 +87,8 @@ class GraphedPasses:
 
     def __call__(self, inputs: Inputs, longest: int) -> torch.Tensor:
         """Compute the gradients of padded inputs on the CPU (see pad_inputs); return the loss."""
-        key = (inputs["input_ids"].numel(), inputs["kept"].numel(), longest)
+        # every shape counts: a recording reads and writes memory of one size
+        key = (longest, *(size for tensor in inputs.values() for size in tensor.shape))
         recording = self._recordings.get(key)
         if recording is None and key in self._seen and self._records:
             recording = self._record(key, inputs, longest)
