@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ HF_HOME = tempfile.mkdtemp(prefix="tagger-tests-")
 atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
 os.environ.update(HF_ENDPOINT=SERVER.url, HF_HOME=HF_HOME, HF_TOKEN_PATH="/nowhere/token")
 os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", TQDM_DISABLE="1")
-for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+for name in ("HF_TOKEN", "HF_HUB_OFFLINE", *(name for name in os.environ if name.startswith("TAGGER_"))):
     os.environ.pop(name, None)
 # a shell starts what runs in the background with SIGINT ignored, and the processes of the tests would inherit that
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -42,14 +43,15 @@ torch.set_num_threads(1)  # with tiny models, a second thread costs more time th
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in list(os.environ):
-        if name.startswith("TAGGER_"):
-            monkeypatch.delenv(name)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.chdir(tmp_path)
     SERVER.fresh()
     logging_setup.configure()
+    yield
+    # a call that replaced the environment must not reach the module's fixtures of a later file
+    for name in [name for name in os.environ if name.startswith("TAGGER_")]:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ def test_env_example_has_the_defaults_and_sets_nothing(tmp_path: Path) -> None:
     assert {line.partition("=")[0] for line in uncommented.splitlines() if line.startswith("TAGGER_")} == set(
         Settings().values()
     )
-    assert environment.load(str(tmp_path / "all.env")) == Settings()
+    assert environment.load(str(tmp_path / "all.env")).with_sources({}) == Settings()
     for line in uncommented.splitlines():
         assert line.partition("=")[2][:1] not in ("'", '"'), f"docker run --env-file would keep the quote: {line}"
 
