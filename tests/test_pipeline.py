@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pkgutil
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -248,14 +245,6 @@ def test_a_push_that_cannot_be_read_back_is_not_made_twice(published: Hub, capsy
     published.faults = []
     assert main(["push"]) == 0
     assert published.models[REPO].titles == ["initial commit", "basic training"]
-
-
-def test_killed_runs_end_like_a_run_that_was_not_killed() -> None:
-    """Kill a few processes; `make torture` kills many more."""
-    torture = [sys.executable, str(ROOT / "tests" / "torture.py"), "--kills", "5"]
-    done = subprocess.run(torture, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "runs ended equal, after" in done.stdout
 
 
 def test_a_disk_too_full_for_checkpoints_does_not_end_the_run(

@@ -263,6 +263,7 @@ def finish(parts: Parts, max_errors: float | None, *, verify: bool = True) -> di
     """
     success = parts.success()
     if success is not None and (not verify or parts.is_joined()):
+        clean(parts)  # the worker that joined them may have been killed while it deleted them
         return success
     tally = Tally()
     try:
