@@ -66,24 +66,43 @@ def tag_marginals(
     counts as 0. A tag that already extends the list is not scored again, so its confidence is rather low. A list that
     continues with anything but a comma has no further tag.
 
+    The tokens that all tags start with (a bracket, a quote) are computed together with what stands before them, so that
+    the first forward pass of a position already tells tags apart.
+
     Lists of different lengths leave gaps in the mask. A model with an attention window counts these as tokens, and one
     that takes its positions neither from the mask nor from `position_ids` (MPT) counts them as distance.
     """
     forward = _Forward(model)
     distributions = [TagDistribution() for _ in ids]
-    logits, cache = forward(ids, mask, None, 1)
-    active = _ActiveBatch(distributions, [token_budget] * len(ids), mask, logits[:, -1], cache)
+    active = start_lists(forward, ids, mask, distributions, _Start.below(vocabulary.root), token_budget)
+    next_start = _Start.below(vocabulary.next_root)
     for position in range(max_positions):
         root = vocabulary.next_root if position else vocabulary.root
-        found = expand_position(forward, active, root)
+        found = expand_position(forward, active)
         extensions = best_extensions(active, found, vocabulary.separator_ids[root])
         if not extensions or position + 1 == max_positions:
             break
-        extended = prune(append_best(forward, active, extensions))
+        extended = prune(append_best(forward, active, extensions, next_start))
         if extended is None:
             break
         active = extended
     return distributions
+
+
+class _Start(NamedTuple):
+    """The tokens that all tags of a position start with."""
+
+    ids: list[int]
+    node: TrieNode
+    """The node of the trie after these tokens."""
+
+    @classmethod
+    def below(cls, root: TrieNode) -> _Start:
+        ids = []
+        while len(root.children) == 1 and root.children[root.ids[0]].unique_tag is None:
+            ids.append(root.ids[0])
+            root = root.children[ids[-1]]
+        return cls(ids, root)
 
 
 @dataclass
@@ -91,18 +110,24 @@ class _ActiveBatch:
     """The texts whose list is still being extended, one row each."""
 
     distributions: list[TagDistribution]
+    start: _Start
+    """The start of the next tag, which the cache contains."""
+    start_prob: list[float]
+    """P(the list continues with `start`)."""
     tokens_left: list[int]
-    """Tokens that each list may still take."""
+    """Tokens that each list may still take, those of `start` included."""
     mask: torch.Tensor
     """int64 [rows, tokens in the cache]."""
     logits: torch.Tensor
-    """[rows, vocabulary], of the next token."""
+    """[rows, vocabulary], of the token after `start`."""
     cache: Any
 
     def select(self, rows: list[int]) -> _ActiveBatch:
         index = torch.tensor(rows, device=self.mask.device)
         return _ActiveBatch(
             [self.distributions[row] for row in rows],
+            self.start,
+            [self.start_prob[row] for row in rows],
             [self.tokens_left[row] for row in rows],
             self.mask[index],
             self.logits[index],
@@ -115,7 +140,7 @@ class _Extension(NamedTuple):
 
     row: int
     ids: list[int]
-    """Token ids of the tag and the comma after it."""
+    """Token ids of the tag and the comma after it, without the start that the cache contains."""
     probability: float
     """P(the list reaches this position and has the tag there)."""
 
@@ -129,6 +154,7 @@ class _TrieState(NamedTuple):
     probability: float
     """P(the list reaches this position and starts with the tokens of this branch)."""
     tokens_left: int
+    """Tokens that the branch may still take; negative if the start of the list does not fit."""
 
 
 class _BranchBatch(NamedTuple):
@@ -169,7 +195,29 @@ class _Forward:
         return output.logits, output.past_key_values
 
 
-def expand_position(forward: _Forward, active: _ActiveBatch, root: TrieNode) -> list[dict[str, float]]:
+def start_lists(
+    forward: _Forward,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    distributions: list[TagDistribution],
+    start: _Start,
+    token_budget: int,
+) -> _ActiveBatch:
+    """Compute the prompts and the start of their lists in one forward pass."""
+    rows, length = len(ids), len(start.ids)
+    tokens = torch.tensor(start.ids, device=ids.device, dtype=ids.dtype).expand(rows, length)
+    mask = torch.nn.functional.pad(mask, (0, length), value=1)
+    logits, cache = forward(torch.cat([ids, tokens], 1), mask, None, length + 1)
+    start_prob = _log_probs(logits[:, :-1], tokens).sum(1).exp().tolist()
+    return _ActiveBatch(distributions, start, start_prob, [token_budget] * rows, mask, logits[:, -1], cache)
+
+
+def _log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return log P of each token, float32 [..., tokens]; `logits` are [..., tokens, vocabulary] of the same places."""
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+
+def expand_position(forward: _Forward, active: _ActiveBatch) -> list[dict[str, float]]:
     """Return for each row the tags that may come next, each with P(the list reaches this position and has it there).
 
     Branches less likely than MIN_PROBABILITY are dropped, which bounds their number. A tag has two forms, last in the
@@ -179,8 +227,10 @@ def expand_position(forward: _Forward, active: _ActiveBatch, root: TrieNode) -> 
     found: list[dict[str, float]] = [{} for _ in active.distributions]
     max_rows = len(found) * MAX_BRANCHES_PER_TEXT
     states = [
-        _TrieState(row, root, distribution.continue_prob, tokens_left)
-        for row, (distribution, tokens_left) in enumerate(zip(active.distributions, active.tokens_left, strict=True))
+        _TrieState(row, active.start.node, distribution.continue_prob * start_prob, left - len(active.start.ids))
+        for row, (distribution, start_prob, left) in enumerate(
+            zip(active.distributions, active.start_prob, active.tokens_left, strict=True)
+        )
     ]
     branches = _expand(states, active.logits, found)
     stack = list(_branch_batches(branches, active.mask, active.cache, max_rows))
@@ -202,6 +252,8 @@ def _expand(
     branches: list[tuple[int, int, _TrieState]] = []
     for row, (text, node, _, tokens_left) in enumerate(states):
         for i, child, value in zip(node.ids, node.children.values(), values):  # noqa: B905 - the next row has the rest
+            if tokens_left < 0:
+                continue
             if (tag := child.unique_tag) is not None:
                 found[text][tag] = found[text].get(tag, 0.0) + value
             elif value >= MIN_PROBABILITY and tokens_left > 0:
@@ -243,33 +295,37 @@ def best_extensions(
     for row, (distribution, tags) in enumerate(zip(active.distributions, found, strict=True)):
         best = distribution.add(tags)
         if best is not None and len(separator_ids[best]) <= active.tokens_left[row]:
-            extensions.append(_Extension(row, separator_ids[best], tags[best]))
+            extensions.append(_Extension(row, separator_ids[best][len(active.start.ids) :], tags[best]))
     return extensions
 
 
-def append_best(forward: _Forward, active: _ActiveBatch, extensions: list[_Extension]) -> _ActiveBatch:
-    """Append the best tag and a comma to each list that has one, and update P(another tag) of these lists.
+def append_best(forward: _Forward, active: _ActiveBatch, extensions: list[_Extension], start: _Start) -> _ActiveBatch:
+    """Append the best tag, a comma and the start of another tag to each list that has one; update P(another tag).
 
     P(tag and comma | position reached) / P(tag | position reached) is the probability that the list continues.
     """
     active = active.select([extension.row for extension in extensions])
     device = active.mask.device
-    width = max(len(extension.ids) for extension in extensions)
-    left_pad = [width - len(extension.ids) for extension in extensions]
-    pairs = list(zip(left_pad, extensions, strict=True))
-    tokens = torch.tensor([[0] * pad + extension.ids for pad, extension in pairs], device=device)
+    appended = [extension.ids + start.ids for extension in extensions]
+    width = max(map(len, appended))
+    left_pad = [width - len(ids) for ids in appended]
+    tokens = torch.tensor([[0] * pad + ids for pad, ids in zip(left_pad, appended, strict=True)], device=device)
     present = torch.tensor([[0] * pad + [1] * (width - pad) for pad in left_pad], device=device)
     mask = torch.cat([active.mask, present], 1)
     logits, cache = forward(tokens, mask, active.cache, width)
     log_probs = []
     for row, pad in enumerate(left_pad):
-        steps = torch.cat([active.logits[row][None], logits[row, pad:-1]]).float().log_softmax(-1)
-        log_probs.append(steps.gather(1, tokens[row, pad:, None]).sum())
-    with_comma = torch.stack(log_probs).exp().tolist()  # at once: each transfer waits for the device
-    for distribution, extension, probability in zip(active.distributions, extensions, with_comma, strict=True):
-        distribution.continue_prob *= min(1.0, probability * distribution.continue_prob / extension.probability)
-    tokens_left = [left - len(extension.ids) for left, extension in zip(active.tokens_left, extensions, strict=True)]
-    return _ActiveBatch(active.distributions, tokens_left, mask, logits[:, -1], cache)
+        steps = _log_probs(torch.cat([active.logits[row][None], logits[row, pad:-1]]), tokens[row, pad:])
+        tag_and_comma = len(steps) - len(start.ids)
+        log_probs.append(torch.stack([steps[:tag_and_comma].sum(), steps[tag_and_comma:].sum()]))
+    probabilities = torch.stack(log_probs).exp().tolist()  # at once: each transfer waits for the device
+    tokens_left, previous = [], active.start
+    for n, (distribution, extension) in enumerate(zip(active.distributions, extensions, strict=True)):
+        with_comma = active.start_prob[n] * probabilities[n][0]
+        distribution.continue_prob *= min(1.0, with_comma * distribution.continue_prob / extension.probability)
+        tokens_left.append(active.tokens_left[n] - len(previous.ids) - len(extension.ids))
+    start_prob = [of_start for _, of_start in probabilities]
+    return _ActiveBatch(active.distributions, start, start_prob, tokens_left, mask, logits[:, -1], cache)
 
 
 def prune(active: _ActiveBatch) -> _ActiveBatch | None:
