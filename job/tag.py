@@ -16,6 +16,7 @@ from job.dataset.slices import SlicedData
 from job.decoding.config import load_config
 from job.errors import InvalidInputError, JobError
 from job.hub import client as hub
+from job.runs.budget import price_per_hour
 from job.runs.checksums import file_digest
 from job.runs.run_folder import check_writable
 from job.settings import Settings
@@ -67,7 +68,7 @@ def tag(
     while success is None:  # again, if a part was torn
         parts = work(job, progress=progress)
         success = worker.finish(parts, settings.tag.max_errors, verify=shard.count == 1)
-    return _summary(success, progress, job)
+    return _summary(success, progress, job, settings)
 
 
 def _engine(
@@ -248,10 +249,25 @@ def _stream(job: Job, settings: Settings, load: Callable[[], TextTagger]) -> lis
     return []
 
 
-def _summary(success: dict[str, Any], progress: Progress, job: Job) -> list[str]:
+def _summary(success: dict[str, Any], progress: Progress, job: Job, settings: Settings) -> list[str]:
     lines = worker.describe(success)
     if progress.rows:
         lines.append(f"rate: {progress.rows:,} rows here in {duration(progress.seconds)}, {progress.rate:,.1f} rows/s")
+        lines += _price(settings, progress)
     else:
         lines.append("nothing was left to do: all parts were sealed")
     return [*lines, f"the answers are in {job.output}"]
+
+
+def _price(settings: Settings, progress: Progress) -> list[str]:
+    """Return the line with the price of this worker's rows; none where it is unknown, as on a Ray cluster."""
+    from job.system.device import ComputeSpec
+
+    if settings.tag.engine == "ray":
+        return []
+    compute = ComputeSpec.resolve(settings.run.device, settings.train.precision)
+    price = price_per_hour(settings.run, str(compute), compute.gpus)
+    if price is None:
+        return []
+    dollars = price[0] / 3600 * progress.seconds
+    return [f"price: ${dollars:.2f} here, ${dollars / progress.rows * 1e6:,.2f} for a million rows (by {price[1]})"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 
 def test_a_file_is_tagged_like_sample_does(tiny: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.setenv("TAGGER_RUN_PRICE_PER_HOUR", "3.6")
     assert main(["tag"]) == 0
     printed = capsys.readouterr().out
     found = lines(Path("out.jsonl").read_text(encoding="utf-8"))
@@ -62,6 +64,7 @@ def test_a_file_is_tagged_like_sample_does(tiny: pytest.MonkeyPatch, capsys: pyt
     assert [row["error"] is None for row in found] == [sample["well_formed"] for sample in samples]
     assert "rows: 23, " in printed
     assert "rows here in" in printed
+    assert re.search(r"price: \$0\.0\d here, \$[\d,.]+ for a million rows \(by TAGGER_RUN_PRICE_PER_HOUR\)", printed)
     assert printed.endswith("the answers are in out.jsonl\n")
     capsys.readouterr()
     assert main(["tag"]) == 0
