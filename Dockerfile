@@ -90,4 +90,6 @@ LABEL org.opencontainers.image.title="tagger-job" \
 ARG VERSION=
 ARG REVISION=
 LABEL org.opencontainers.image.version=$VERSION org.opencontainers.image.revision=$REVISION
+# the manifest of a run records it; an image has no git
+ENV IMAGE_REVISION=$REVISION
 ENTRYPOINT ["/usr/local/bin/tagger-job"]

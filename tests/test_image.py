@@ -16,7 +16,7 @@ import yaml
 from job.cli import COMMANDS
 from job.distributed.place import machines
 from job.errors import GATE_REJECTED, INTERRUPTED, INVALID_INPUT, PUBLISH_FAILED
-from job.runs import shutdown
+from job.runs import provenance, shutdown
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -65,6 +65,14 @@ def test_no_secret_is_an_argument_or_in_the_environment() -> None:
         assert not re.search(r"token|secret|password|key\b", value, re.IGNORECASE), value
     [prefetch] = [run for run in arguments("RUN") if "job prefetch" in run]
     assert "--mount=type=secret,id=hf_token" in prefetch
+
+
+def test_a_run_in_the_image_knows_the_commit_of_its_code() -> None:
+    order = "\n".join(instructions())
+    assert f"{provenance.IMAGE_REVISION}=$REVISION" in arguments("ENV")
+    assert order.rindex("ARG REVISION") < order.index("ENV IMAGE_REVISION"), (
+        "the argument has a value only after its line"
+    )
 
 
 def test_dependencies_are_installed_before_the_sources() -> None:
