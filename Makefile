@@ -43,7 +43,8 @@ hadolint: .tools/installed  ## check the Dockerfile with hadolint and ShellCheck
 	$(TOOLS)/hadolint Dockerfile
 
 workflows-check: .tools/installed  ## check the files for CI: their schemas, and zizmor for security
-	$(SCHEMA) --builtin-schema vendor.github-workflows .github/workflows/ci.yml .github/workflows/retrain.yml
+	$(SCHEMA) --builtin-schema vendor.github-workflows .github/workflows/ci.yml .github/workflows/release.yml \
+		.github/workflows/retrain.yml
 	$(SCHEMA) --builtin-schema vendor.gitlab-ci --data-transform gitlab-ci deploy/gitlab-ci.yml
 	$(SCHEMA) --check-metaschema job/runs/report.schema.json job/runs/check.schema.json job/runs/manifest.schema.json
 	$(SCHEMA) --builtin-schema vendor.dependabot .github/dependabot.yml
