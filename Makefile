@@ -68,8 +68,8 @@ image-check: install  ## build the image with buildah and run it (needs root on 
 two-machines: install  ## train on two network namespaces that stand for machines (needs root on Linux; says so elsewhere)
 	PYTHONPATH=. $(BIN)/python tests/two_machines.py
 
-torture: install  ## kill KILLS (100) runs at random points; each must end as if it had not been; PROCESSES="1 2 3" draws
-	PYTHONPATH=. $(BIN)/python tests/torture.py --kills $(KILLS) --processes $(PROCESSES)
+torture: install  ## kill KILLS (100) runs at random points; each must end as if it had not been; PROCESSES="1 2 3" STORE=1
+	PYTHONPATH=. $(BIN)/python tests/torture.py --kills $(KILLS) --processes $(PROCESSES) $(if $(STORE),--store)
 
 zoo: install  ## train a tiny model of each known architecture, and write the table of docs/models.md (10 minutes)
 	PYTHONPATH=. $(BIN)/python tests/zoo.py

@@ -134,6 +134,8 @@ def _check(options: argparse.Namespace, settings: Settings) -> None:
     for line in describe(summarise(checked.examples, checked.settings.data)):
         show(line)
     show(f"run: {checked.run.path}{', already complete' if checked.run.complete else ''}")
+    if checked.settings.run.store is not None:
+        show(f"store: {checked.settings.run.store}{', which has this run' if checked.run.in_store else ''}")
     show(f"push: {checked.repo or 'nothing will be pushed'}")
     for line in (*machine.describe(), *(found.describe() if found is not None else ())):
         show(line)
@@ -174,6 +176,7 @@ def _evaluate(options: argparse.Namespace, settings: Settings) -> None:
 def _push(options: argparse.Namespace, settings: Settings) -> None:
     from job import push
     from job.runs import run_folder
+    from job.runs.store import stored
 
     run = run_folder.find_run(settings.run)
     if not run.publishable:
@@ -191,7 +194,7 @@ def _push(options: argparse.Namespace, settings: Settings) -> None:
     from job import pipeline
     from job.system.device import ComputeSpec
 
-    with run.released_afterwards():
+    with run.released_afterwards(), stored(settings.run, run):
         run.lock()
         show(pipeline.finish(run, settings, repo, ComputeSpec.resolve(settings.run.device, settings.train.precision)))
 

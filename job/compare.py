@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from job.errors import InvalidInputError
 from job.metrics.bootstrap import f1_difference
 from job.metrics.confusions import answer_f1
 from job.metrics.scores import score
+from job.runs import stored_run
 from job.runs.run_folder import RunFolder, read_manifest
 from job.settings import Run, to_env
 from job.types import Prediction
@@ -55,14 +57,23 @@ class Comparison:
 
 
 def list_runs(settings: Run) -> list[dict[str, Any]]:
-    """Return name, status, start, scores, verdict and publication of each run in TAGGER_RUN_DIR, the newest first.
+    """Return name, status, start, scores, verdict and publication of each run, the newest first.
 
-    A run whose files cannot be read has the status `unreadable`. Raises InvalidInputError if there is no run.
+    Runs in TAGGER_RUN_DIR, and those that only TAGGER_RUN_STORE has. A run whose files cannot be read has the status
+    `unreadable`. Raises InvalidInputError if there is no run.
     """
-    folders = sorted(path.parent for path in settings.dir.glob("*/manifest.json"))
-    if not folders:
-        raise InvalidInputError(f"there is no run in {settings.dir}; set TAGGER_RUN_DIR to a folder that holds runs")
-    return sorted(map(_describe, folders), key=lambda run: (run["started"] or "", run["run"]), reverse=True)
+    runs = [_describe(path.parent) for path in sorted(settings.dir.glob("*/manifest.json"))]
+    known = {run["run"] for run in runs}
+    with tempfile.TemporaryDirectory() as folder:
+        for copy in stored_run.download_records(settings, Path(folder), except_for=known):
+            entry = _describe(Path(folder, copy.run_id))
+            runs.append(entry | {"adapter": entry["adapter"] or copy.name})
+    if not runs:
+        also = "" if settings.store is None else f", nor in {settings.store}"
+        raise InvalidInputError(
+            f"there is no run in {settings.dir}{also}; set TAGGER_RUN_DIR to a folder that holds runs"
+        )
+    return sorted(runs, key=lambda run: (run["started"] or "", run["run"]), reverse=True)
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from job.hub import client as hub
 from job.preflight import PreflightResult
 from job.runs import attempts, budget, run_folder
 from job.runs.run_folder import RunFolder
+from job.runs.store import stored
 from job.settings import Settings
 from job.system.paths import PACKAGE_PREFIX, WEIGHT_SUFFIXES, is_local
 from job.types import EncodedExample, Example, Prediction, Scores, Summary
@@ -84,7 +85,7 @@ def run_checked(checked: PreflightResult, on_saved: Callable[[RunFolder], None] 
         team = Team.find()
         if not team.leads:
             return help_train(checked, team)
-        with attempts.recorded(checked.run):
+        with stored(checked.settings.run, checked.run), attempts.recorded(checked.run):
             return _run_chapters(checked, team, on_saved)
 
 
@@ -177,7 +178,7 @@ def launch(checked: PreflightResult, compute: ComputeSpec, team: Team, processes
         machines=team.machines,
         store=store,
         virtual_gpus=compute.device.type == "cuda",
-        on_progress=None if run.on_saved is None else run.progress_watcher(),
+        on_progress=run.progress_watcher(),
     )
     if team.leads:
         run.lock()

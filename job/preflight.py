@@ -65,7 +65,9 @@ class PreflightResult:
 
     def as_json(self) -> dict[str, Any]:
         """Return what the processes that train need, as JSON types."""
-        run = self.settings.run.model_copy(update={"dir": self.run.path.parent, "id": self.run.path.name})
+        run = self.settings.run.model_copy(
+            update={"dir": self.run.path.parent, "id": self.run.path.name, "store": None}
+        )
         settings = self.settings.model_copy(update={"run": run})
         return {
             "task": "train",

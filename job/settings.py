@@ -38,6 +38,7 @@ from job.config.validators import (
     RunId,
     Separator,
     Shard,
+    StoreUrl,
     TextList,
     Threshold,
 )
@@ -452,6 +453,12 @@ class Run(SettingsGroup):
         "GPU, and one on a CPU. Changes speed, never the result.",
     )
 
+    store: StoreUrl | None = Field(
+        None,
+        description="URL of object storage that keeps a copy of each run, so that it resumes on a machine without its "
+        "disk: s3://, gs://, az://, hf://buckets/ or file:///, with a prefix; empty: none. Credentials come from the "
+        "environment.",
+    )
     budget: Budget | None = Field(
         None,
         description="What a run may take over all its attempts: a time such as 90s, 30m or 2h, or US dollars such as "

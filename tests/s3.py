@@ -1,6 +1,6 @@
-"""An S3 server on loopback, in memory: real HTTP for what pyarrow's client requests, and faults as tests/hub.py has.
+"""An S3 server on loopback, in memory: real HTTP for the clients of pyarrow and obstore, and faults as in tests/hub.py.
 
-`slow` answers in small pieces; `cut` hangs up in the middle of the content.
+`slow` answers in small pieces; `cut` hangs up in the middle of the content; `stop` never answers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import IO, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
 BUCKET = "bucket"
 
@@ -26,7 +26,7 @@ class Fault:
     """How the next `times` requests whose `METHOD /bucket/key` matches `pattern` are treated."""
 
     pattern: str
-    kind: Literal["503", "403", "cut", "lose_answer", "slow"]
+    kind: Literal["503", "403", "cut", "lose_answer", "slow", "stop"]
     times: int = 1
 
 
@@ -52,6 +52,7 @@ class Store:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # each answer is several small packets
     store: Store
 
     def log_message(self, *_: object) -> None:
@@ -66,9 +67,17 @@ class _Handler(BaseHTTPRequestHandler):
             code = {"503": "SlowDown", "403": "AccessDenied"}[self.fault]
             self.answer(int(self.fault), f"<Error><Code>{code}</Code><Message>told to fail</Message></Error>".encode())
             return
+        if self.fault == "stop":
+            time.sleep(3600)
         query = parse_qs(url.query, keep_blank_values=True)
         if bucket != BUCKET:
             self.answer(404, b"<Error><Code>NoSuchBucket</Code><Message>there is none</Message></Error>")
+        elif "delete" in query:
+            keys = re.findall(rb"<Key>.*?</Key>", body)
+            for found in keys:
+                self.store.objects.pop(unescape(found.decode())[5:-6], None)
+            deleted = b"".join(b"<Deleted>" + found + b"</Deleted>" for found in keys)
+            self.answer(200, b"<DeleteResult>" + deleted + b"</DeleteResult>")
         elif self.command in ("PUT", "POST"):
             self.write(key, query, body)
         elif self.command == "DELETE":
@@ -125,6 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             if "uploadId" in query:
                 body = b"".join(content for _, content in sorted(store.uploads[query["uploadId"][0]].items()))
+            if "If-None-Match" in self.headers and key in store.objects:
+                self.answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
+                return
             store.objects[key] = body
             name = "CompleteMultipartUploadResult"
             text = f"<{name}><Key>{escape(key)}</Key><ETag>{etag}</ETag></{name}>"
@@ -167,10 +179,10 @@ def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
 
 @contextmanager
 def serve() -> Iterator[tuple[Store, dict[str, str]]]:
-    """Serve an empty bucket; yield it with the variables that pyarrow's client needs."""
+    """Serve an empty bucket; yield it with the variables that its clients need."""
     store = Store()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("_OneStore", (_Handler,), {"store": store}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     credentials = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
     yield store, {"AWS_ENDPOINT_URL_S3": url, **credentials}

@@ -6,6 +6,9 @@ pushes to a Hub on loopback, and is killed with a real SIGTERM, SIGINT or SIGKIL
 
 With `--processes 1 2 3`, each attempt trains with one of these numbers of processes, and the one that is killed is the
 one that was started or one of those that it started.
+
+With `--store`, the run is kept in object storage on loopback that fails now and then, and most attempts begin on an
+empty disk.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import conftest  # sets the Hub's address and an empty cache, before huggingface_hub is imported
 import psutil
+import s3
 import torch
 from hub import WRITE_TOKEN, Hub, Repo
 
@@ -198,10 +203,10 @@ def result(folder: Path, hub: Hub, repo: str) -> dict[str, object]:
     }
 
 
-def torture(kills: int, seed: int, processes: Sequence[int] = (1,)) -> Tally:
+def torture(kills: int, seed: int, processes: Sequence[int] = (1,), store: s3.Store | None = None) -> Tally:
     """Kill processes at least `kills` times, and compare each resumed run with one that was not killed.
 
-    Each attempt has one of these numbers of processes.
+    Each attempt has one of these numbers of processes. With a `store`, most attempts lose their disk.
     """
     rng, tally = random.Random(seed), Tally()
     hub = conftest.SERVER.fresh()
@@ -218,7 +223,7 @@ def torture(kills: int, seed: int, processes: Sequence[int] = (1,)) -> Tally:
     while tally.kills.total() < kills:
         trial += 1
         folder, repo = new_folder(scratch, f"trial-{trial}"), f"ada/trial-{trial}"
-        ended = run_with_kills(folder, repo, rng, run_seconds, tally, processes)
+        ended = run_with_kills(folder, repo, rng, run_seconds, tally, processes, store)
         different = differences(expected, result(folder, hub, repo)) if ended else ["it did not end"]
         equal += not different
         if different:
@@ -246,10 +251,22 @@ def new_folder(scratch: Path, name: str) -> Path:
 
 
 def run_with_kills(
-    folder: Path, repo: str, rng: random.Random, run_seconds: float, tally: Tally, processes: Sequence[int]
+    folder: Path,
+    repo: str,
+    rng: random.Random,
+    run_seconds: float,
+    tally: Tally,
+    processes: Sequence[int],
+    store: s3.Store | None,
 ) -> bool:
     """Start the job until it ends by itself, killing the first and some later attempts; return whether it succeeded."""
     for attempt in range(MAX_ATTEMPTS):
+        if store is not None:
+            os.environ["TAGGER_RUN_STORE"] = f"s3://{s3.BUCKET}/{folder.name}"
+            kinds: list[Any] = ["503", "503", "slow", "lose_answer", "cut"]
+            store.faults = [s3.Fault(rng.choice(("PUT", "GET")), rng.choice(kinds)) for _ in range(rng.randrange(4))]
+            if rng.random() < 0.7:
+                shutil.rmtree(folder / "runs", ignore_errors=True)
         number = rng.choice(processes)
         pid = start_job(folder, repo, number)
         killed = attempt == 0 or (attempt < 5 and rng.random() < 0.6)
@@ -280,11 +297,17 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=100, help="least number of kills")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random times and signals")
     parser.add_argument("--processes", type=int, nargs="+", default=[1], help="numbers to draw from at each start")
+    parser.add_argument("--store", action="store_true", help="keep the runs in object storage, and lose their disks")
     options = parser.parse_args()
     for name in ("bitsandbytes", "datasets", "sklearn.metrics", "job.pipeline", "job.train", "job.push", "job.merge"):
         importlib.import_module(name)  # before the forks
     torch.set_num_threads(1)
-    tally = torture(options.kills, options.seed, options.processes)
+    with ExitStack() as stack:
+        store = None
+        if options.store:
+            store, variables = stack.enter_context(s3.serve())
+            os.environ.update(variables)
+        tally = torture(options.kills, options.seed, options.processes, store)
     for problem in tally.problems:
         print(f"WRONG: {problem}")
     sys.exit(bool(tally.problems))

@@ -117,6 +117,17 @@ def parse_budget(value: str) -> tuple[float, str]:
     return float(match[2]) * {"s": 1, "m": 60, "h": 3600}[match[3]], "s"
 
 
+def _store_url(value: str) -> str:
+    """Check the URL of a run store; a wrong one may hold a secret and is not shown in full."""
+    match = re.fullmatch(r"(?:(s3|gs|az)://([^/@\s]+)|(hf)://buckets/[\w.-]+/[\w.-]+|(file)://)(/\S*)?", value)
+    if match is None or "@" in value or (match[4] and not (match[5] or "").strip("/")):
+        raise ValueError(
+            "expected s3://, gs:// or az:// with a bucket, hf://buckets/<owner>/<bucket>, or file:/// with a path; a "
+            "prefix may follow, and there may be no user or password"
+        )
+    return value.rstrip("/")
+
+
 def _budget(value: str) -> str:
     parse_budget(value)
     return value.strip()
@@ -149,6 +160,7 @@ def _is_cron_field(field: str, limits: tuple[int, int]) -> bool:
     )
 
 
+StoreUrl = Annotated[str, AfterValidator(_store_url)]
 Budget = Annotated[str, AfterValidator(_budget)]
 Identifier = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_not_blank)]
 NameList = Annotated[tuple[Identifier, ...], NoDecode, BeforeValidator(_comma_separated)]

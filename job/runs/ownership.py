@@ -64,7 +64,7 @@ def acquire(run: Path) -> Owner:
         _wait_for_lock(lock, run)
     except BlockingIOError:
         os.close(lock)
-        raise _refused(run) from None
+        raise refused(run) from None
     except OSError as error:
         os.close(lock)
         if error.errno not in NO_LOCKS:
@@ -159,7 +159,12 @@ class Lease(Owner):
 
     def _write(self) -> None:
         self._renewals += 1
-        owner = {"token": self._token, "host": platform.node(), "pid": os.getpid(), "process": _process(os.getpid())}
+        owner = {
+            "token": self._token,
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "process": process_identity(os.getpid()),
+        }
         os.pwrite(self._file, json.dumps(owner | {"renewals": self._renewals}).encode() + b"\n", 0)
         os.fsync(self._file)
 
@@ -186,7 +191,7 @@ class Lease(Owner):
         """Remove the lease of an owner that has ended; raises InvalidInputError when it is renewed meanwhile."""
         seen = self._read()
         owner = _owner(seen)
-        if not _has_ended(owner):
+        if not has_ended(owner):
             log.info(
                 "run: %s was left by process %s on %s; waiting up to %.0f s to see whether that still works on it",
                 *(self._run, owner.get("pid", "?"), owner.get("host", "another machine"), LEASE_SECONDS),
@@ -199,7 +204,7 @@ class Lease(Owner):
                 with suppress(OSError):
                     self._path.hardlink_to(aside)  # never over a lease that a third one has created
                 aside.unlink()
-                raise _refused(self._run, _owner(self._read()))
+                raise refused(self._run, _owner(self._read()))
             aside.unlink()
 
     def _watch(self, seen: bytes | None) -> None:
@@ -211,7 +216,7 @@ class Lease(Owner):
             if now is None:
                 return
             if now != seen:
-                raise _refused(self._run, _owner(now))
+                raise refused(self._run, _owner(now))
 
 
 def _owner(content: bytes | None) -> dict[str, object]:
@@ -222,7 +227,7 @@ def _owner(content: bytes | None) -> dict[str, object]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _process(pid: int) -> str | None:
+def process_identity(pid: int) -> str | None:
     """Return what identifies a process of this machine: boot, namespace, number and start; None if there is none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -233,16 +238,17 @@ def _process(pid: int) -> str | None:
         return None
 
 
-def _has_ended(owner: dict[str, object]) -> bool:
+def has_ended(owner: dict[str, object]) -> bool:
     """Return whether the owner of a lease was a process of this machine that has ended; False if this is not known."""
-    process, pid, own = owner.get("process"), owner.get("pid"), _process(os.getpid())
+    process, pid, own = owner.get("process"), owner.get("pid"), process_identity(os.getpid())
     if not isinstance(process, str) or not isinstance(pid, int) or own is None:
         return False
     same_machine = process.split()[:2] == own.split()[:2]
-    return same_machine and _process(pid) != process
+    return same_machine and process_identity(pid) != process
 
 
-def _refused(run: Path, owner: dict[str, object] | None = None) -> InvalidInputError:
+def refused(run: Path | str, owner: dict[str, object] | None = None) -> InvalidInputError:
+    """Return the refusal of a run that another process owns, with the process where a lease names it."""
     who = f" (process {owner['pid']} on {owner['host']})" if owner and {"pid", "host"} <= owner.keys() else ""
     return InvalidInputError(
         f"another process is working on {run}{who}; wait for it, or set TAGGER_RUN_ID to another name"

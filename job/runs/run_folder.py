@@ -21,7 +21,7 @@ from job import __version__
 from job.config.earlier_versions import current_settings, differences, unknown_settings
 from job.config.validators import allowed_name
 from job.errors import InvalidInputError
-from job.runs import ownership, provenance, schema, shutdown
+from job.runs import ownership, provenance, schema, shutdown, stored_run
 from job.runs.atomic import atomic_directory, atomic_write, json_lines
 from job.runs.checksums import checksum_files, find_mismatch
 from job.settings import Run, Settings
@@ -46,6 +46,16 @@ class MemoryMeter(Protocol):
         """Return the peak memory in GiB, by what has it."""
 
 
+class Store(Protocol):
+    """What keeps a copy of a run in object storage."""
+
+    def check(self) -> None:
+        """Raise JobError if another process has taken the run over."""
+
+    def saved(self) -> None:
+        """Take note that newer progress is on disk."""
+
+
 class RunFolder:
     """The folder of one run and its manifest."""
 
@@ -54,6 +64,10 @@ class RunFolder:
         self.manifest = manifest
         self.on_saved: Callable[[RunFolder], None] | None = None
         """Called after each checkpoint and each change of the manifest, to commit the volume that holds the run."""
+        self.store: Store | None = None
+        """The copy of the run in TAGGER_RUN_STORE, while this process owns it."""
+        self.in_store = False
+        """Whether the manifest is that of a copy, which is not on this disk yet."""
         self.memory: MemoryMeter | None = None
         """Measures the peak memory of each chapter, if it is set."""
         self._locked = False
@@ -69,7 +83,7 @@ class RunFolder:
 
     @property
     def started(self) -> bool:
-        return (self.path / "manifest.json").is_file()
+        return self.in_store or (self.path / "manifest.json").is_file()
 
     @property
     def trained(self) -> bool:
@@ -104,6 +118,11 @@ class RunFolder:
             raise InvalidInputError(
                 f"{path} holds files but no run (no manifest.json); set TAGGER_RUN_ID to another name"
             )
+        if (manifest := _stored_manifest(settings.run, path)) is not None:
+            run = cls(path, manifest)
+            run.in_store = True
+            run._check_same_inputs(settings, examples)
+            return run
         return cls(path, _new_manifest(run_id, settings, examples))
 
     def _check_same_inputs(self, settings: Settings, examples: SplitData) -> None:
@@ -170,6 +189,8 @@ class RunFolder:
     def _check_owner(self) -> None:
         if self._owner is not None:
             self._owner.check()
+        if self.store is not None:
+            self.store.check()
 
     def record_checksums(self, *names: str) -> None:
         """Record the checksums of files and folders that are done; while intact, they are not computed again."""
@@ -223,8 +244,13 @@ class RunFolder:
         """Return the content of manifest.json."""
         return json.dumps(provenance.sealed(self.manifest), indent=2, ensure_ascii=False) + "\n"
 
-    def progress_watcher(self) -> Callable[[], None]:
-        """Return a function that calls `on_saved` if another process has saved newer progress since its last call."""
+    def progress_watcher(self) -> Callable[[], None] | None:
+        """Return a function that notifies if another process has saved newer progress since its last call.
+
+        Returns None if nobody wants to know.
+        """
+        if self.on_saved is None and self.store is None:
+            return None
         seen = self._progress()
 
         def look() -> None:
@@ -241,8 +267,10 @@ class RunFolder:
         return (changed, *sorted(path.name for path in self.checkpoints.glob("checkpoint-*")))
 
     def notify_saved(self) -> None:
-        """Notify the caller that newer progress is on disk; raises JobError if another process has taken it over."""
+        """Notify caller and store of newer progress on disk; raises JobError if another process has taken it over."""
         self._check_owner()
+        if self.store is not None:
+            self.store.saved()
         if self.on_saved is not None:
             self.on_saved(self)
 
@@ -329,10 +357,14 @@ def with_recorded_revisions(settings: Settings) -> Settings:
 
     So a run resumes with the same base model and data when the Hub has newer ones.
     """
-    path = settings.run.dir / (settings.run.id or "")
-    if settings.run.id is None or not (path / "manifest.json").is_file():
+    if settings.run.id is None:
         return settings
-    old = read_manifest(path)["settings"]
+    path = settings.run.dir / settings.run.id
+    is_here = (path / "manifest.json").is_file()
+    manifest = read_manifest(path) if is_here else _stored_manifest(settings.run, path)
+    if manifest is None:
+        return settings
+    old = manifest["settings"]
     same_model = old.get("TAGGER_BASE_MODEL") == settings.base.model
     same_dataset = old.get("TAGGER_DATA_DATASET") == settings.data.dataset
     return settings.with_revisions(
@@ -347,19 +379,31 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises InvalidInputError when it cannot be read, is no manifest, or was written by a later version.
     """
     try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        return parse_manifest(path, (path / "manifest.json").read_bytes())
+    except PermissionError as error:
+        raise schema.unreadable(path / "manifest.json", error) from error
+
+
+def parse_manifest(path: Path, content: bytes) -> dict[str, Any]:
+    """Return the manifest of a run's folder from the content of its file, as `read_manifest` does."""
+    try:
+        manifest: dict[str, Any] = json.loads(content)
         schema.check_manifest(path, manifest)
         valid = isinstance(manifest["settings"], dict) and isinstance(manifest["timings"], dict)
         valid = valid and {"status", "dataset", "versions"} <= manifest.keys() and manifest["dataset"]["fingerprint"]
         if manifest["schema_version"] != schema.MANIFEST or not valid:
             raise ValueError
-    except PermissionError as error:
-        raise schema.unreadable(path / "manifest.json", error) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidInputError(
             f"{path}/manifest.json is not a manifest of this version of the job; set TAGGER_RUN_ID to another name"
         ) from error
     return manifest | {"settings": current_settings(manifest["settings"])}
+
+
+def _stored_manifest(settings: Run, path: Path) -> dict[str, Any] | None:
+    """Return the manifest of a run's copy in TAGGER_RUN_STORE; None if there is no store or no copy."""
+    content = stored_run.read_file(settings, path.name, "manifest.json")
+    return None if content is None else parse_manifest(path, content)
 
 
 def _check_folder(path: Path) -> None:
@@ -377,7 +421,7 @@ def _check_folder(path: Path) -> None:
 
 def _is_unused(path: Path) -> bool:
     """Return whether a folder has only what a process leaves that ended before it had recorded a run."""
-    known = (ownership.LOCK, ownership.LEASE, "checkpoints")
+    known = (ownership.LOCK, ownership.LEASE, stored_run.MARKER, "checkpoints")
     entries = [*path.iterdir(), *(path / "checkpoints").glob("*")]
     return all(entry.suffix == ".tmp" or (entry.parent == path and entry.name in known) for entry in entries)
 
@@ -438,8 +482,10 @@ def utc_now() -> str:
 def find_run(settings: Run) -> RunFolder:
     """Find the run TAGGER_RUN_ID, or by default the one with the newest adapter.
 
-    Raises InvalidInputError when no such run has an adapter.
+    A run that only TAGGER_RUN_STORE has is brought to this disk. Raises InvalidInputError when no such run has an
+    adapter.
     """
+    stored_run.fetch(settings)
     runs = [settings.dir / settings.id] if settings.id else settings.dir.glob("*")
     adapters = [run / "adapter" for run in runs if (run / "adapter" / "adapter_config.json").is_file()]
     if not adapters:

@@ -1,0 +1,226 @@
+"""Objects in S3, Google Cloud Storage, Azure, a bucket of the Hub, or a folder: read, write, write only if absent."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
+
+from job.config.redaction import redact
+from job.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore as Obstore
+
+T = TypeVar("T")
+SCHEMES = ("s3", "gs", "az", "hf", "file")
+REQUEST_SECONDS = 120
+"""After which a request is given up; a repeated one may wait as long."""
+RETRY_SECONDS = 180
+"""How long requests are repeated while object storage is unavailable."""
+SETTLE_SECONDS = 3.0
+"""For object storage without conditional writes: the time after which a write of another process would have shown."""
+LONGEST_MESSAGE = 300
+
+
+class StoreError(Exception):
+    """Object storage has failed or refused a request; the message is one line without secrets."""
+
+
+class Objects(Protocol):
+    """Objects by their names below a URL. An object appears complete or not at all."""
+
+    url: str
+
+    def put(self, name: str, content: bytes | IO[bytes]) -> None:
+        """Write an object; one of that name is replaced."""
+
+    def put_if_absent(self, name: str, content: bytes) -> bool:
+        """Write an object unless there is one of that name; return whether it was written."""
+
+    def get(self, name: str) -> bytes | None:
+        """Return the content of an object; None if there is none."""
+
+    def download(self, name: str, to: IO[bytes]) -> bool:
+        """Copy the content of an object into a file; return whether there is one."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Return the names of all objects below a prefix that ends in `/`, or of all for an empty one."""
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects; those that do not exist are ignored."""
+
+
+def open_objects(url: str) -> Objects:
+    """Return the objects below a URL; nothing is requested yet. All methods raise StoreError.
+
+    Raises InvalidInputError for a URL that cannot be used.
+    """
+    return _Bucket(url) if url.startswith("hf://") else _Obstore(url)
+
+
+class _Obstore:
+    """S3, Google Cloud Storage, Azure or a folder of this machine, which all have conditional writes."""
+
+    def __init__(self, url: str) -> None:
+        import obstore
+        from obstore.store import from_url
+
+        self._obstore: Any = obstore
+        self.url = url.rstrip("/")
+        options: dict[str, Any] = {"mkdir": True}
+        if not url.startswith("file:"):
+            seconds = datetime.timedelta(seconds=RETRY_SECONDS)
+            options = {
+                # plain HTTP is only used where the endpoint's URL says so
+                "client_options": {"timeout": f"{REQUEST_SECONDS}s", "connect_timeout": "10s", "allow_http": True},
+                "retry_config": {"max_retries": 12, "retry_timeout": seconds},
+            }
+        try:
+            self._store: Obstore = from_url(self.url, **options)
+        except (obstore.exceptions.BaseError, OSError, ValueError, TypeError) as error:
+            raise InvalidInputError(f"TAGGER_RUN_STORE={url} cannot be opened: {_detail(error)}") from error
+
+    def put(self, name: str, content: bytes | IO[bytes]) -> None:
+        self._call(lambda: self._obstore.put(self._store, name, content))
+
+    def put_if_absent(self, name: str, content: bytes) -> bool:
+        try:
+            self._call(lambda: self._obstore.put(self._store, name, content, mode="create"))
+        except StoreError as error:
+            if not isinstance(error.__cause__, self._obstore.exceptions.AlreadyExistsError):
+                raise
+            # perhaps by this very request, whose answer was lost
+            return self.get(name) == content
+        return True
+
+    def get(self, name: str) -> bytes | None:
+        return self._found(lambda: bytes(self._obstore.get(self._store, name).bytes()))
+
+    def download(self, name: str, to: IO[bytes]) -> bool:
+        def copy() -> bool:
+            to.seek(0)
+            to.truncate()
+            for block in self._obstore.get(self._store, name).stream(min_chunk_size=1 << 20):
+                to.write(block)
+            return True
+
+        return self._found(copy) or False
+
+    def list(self, prefix: str) -> list[str]:
+        listed = self._call(
+            lambda: [entry["path"] for batch in self._obstore.list(self._store, prefix or None) for entry in batch]
+        )
+        return sorted(listed)
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:  # of several, one that does not exist would end the request
+            self._found(partial(self._obstore.delete, self._store, name))
+
+    def _found(self, step: Callable[[], T]) -> T | None:
+        try:
+            return self._call(step)
+        except StoreError as error:
+            if isinstance(error.__cause__, FileNotFoundError) and "NoSuchBucket" not in str(error.__cause__):
+                return None
+            raise
+
+    def _call(self, step: Callable[[], T]) -> T:
+        try:
+            return step()
+        except (self._obstore.exceptions.BaseError, OSError) as error:
+            raise StoreError(_detail(error)) from error
+
+
+class _Bucket:
+    """A bucket of the Hub, which has no conditional writes: `put_if_absent` waits for what others write meanwhile."""
+
+    def __init__(self, url: str) -> None:
+        from huggingface_hub import HfApi
+
+        kind, _, rest = url.removeprefix("hf://").partition("/")
+        parts = [part for part in rest.split("/") if part]
+        if kind != "buckets" or len(parts) < 2:
+            raise InvalidInputError(
+                f"TAGGER_RUN_STORE={url} names no bucket; expected hf://buckets/<user or organization>/<bucket>"
+            )
+        self.url = url.rstrip("/")
+        self._bucket = "/".join(parts[:2])
+        self._prefix = "".join(f"{part}/" for part in parts[2:])
+        self._api = HfApi(library_name="tagger-job")
+
+    def put(self, name: str, content: bytes | IO[bytes]) -> None:
+        data = content if isinstance(content, bytes) else content.read()
+        self._call(lambda: self._api.batch_bucket_files(self._bucket, add=[(data, self._prefix + name)]))
+
+    def put_if_absent(self, name: str, content: bytes) -> bool:
+        if self.get(name) is not None:
+            return False
+        self.put(name, content)
+        time.sleep(SETTLE_SECONDS)
+        return self.get(name) == content
+
+    def get(self, name: str) -> bytes | None:
+        with tempfile.TemporaryFile() as file:
+            if not self.download(name, file):
+                return None
+            file.seek(0)
+            return file.read()
+
+    def download(self, name: str, to: IO[bytes]) -> bool:
+        from huggingface_hub.errors import EntryNotFoundError
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "object")
+            files: Any = [(self._prefix + name, path)]
+            try:
+                self._call(lambda: self._api.download_bucket_files(self._bucket, files, raise_on_missing_files=True))
+            except EntryNotFoundError:
+                return False
+            to.write(path.read_bytes())
+        return True
+
+    def list(self, prefix: str) -> list[str]:
+        from huggingface_hub import BucketFile
+        from huggingface_hub.errors import EntryNotFoundError
+
+        def names() -> list[str]:
+            tree = self._api.list_bucket_tree(self._bucket, self._prefix + prefix or None, recursive=True)
+            return sorted(entry.path.removeprefix(self._prefix) for entry in tree if isinstance(entry, BucketFile))
+
+        try:
+            return self._call(names)
+        except EntryNotFoundError:
+            return []
+
+    def delete(self, names: Iterable[str]) -> None:
+        paths = [self._prefix + name for name in names]
+        if paths:
+            self._call(lambda: self._api.batch_bucket_files(self._bucket, delete=paths))
+
+    @staticmethod
+    def _call(step: Callable[[], T]) -> T:
+        import httpx2
+        from huggingface_hub.errors import HfHubHTTPError
+
+        pause = 1.0
+        while True:
+            try:
+                return step()
+            except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
+                status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response else None
+                is_final = isinstance(error, ValueError) or (status is not None and status < 500 and status != 429)
+                if is_final or pause > 16:
+                    raise StoreError(_detail(error)) from error
+                time.sleep(pause)
+                pause *= 2
+
+
+def _detail(error: BaseException) -> str:
+    """Return the message of an error in one line; obstore's have a dump of the request below."""
+    message = " ".join(str(error).partition("\n\n")[0].split()) or type(error).__name__
+    return redact(message)[:LONGEST_MESSAGE]
