@@ -33,8 +33,8 @@ from job.errors import (
     print_error,
 )
 from job.runs import shutdown
-from job.system import logging_setup, streams
-from job.system.printable import printable_line
+from job.system import events, logging_setup, streams
+from job.system.printable import printable, printable_line
 
 if TYPE_CHECKING:
     from job.settings import Settings
@@ -73,7 +73,11 @@ def _run_until_interrupted(arguments: Sequence[str] | None) -> int:
         shutdown.check()
     except KeyboardInterrupt:
         by = f" by {shutdown.received()}" if shutdown.received() else ""
-        print(f"interrupted{by}; the same command resumes from what is saved", file=sys.stderr)
+        message = f"interrupted{by}; the same command resumes from what is saved"
+        if events.is_json():
+            events.write("error", "warning", message, exit_code=INTERRUPTED)
+        else:
+            print(message, file=sys.stderr)
         return INTERRUPTED
     return code
 
@@ -83,6 +87,7 @@ def _run_command(options: argparse.Namespace) -> int:
     from job.config import environment  # takes 0.2 s, in which a signal is handled already
 
     try:
+        logging_setup.configure(environment.log_style(options.recipe))
         for name, value in environment.third_party_variables(options.recipe).items():
             os.environ.setdefault(name, value)
         COMMANDS[options.command].run(options, environment.load(options.recipe))
@@ -92,7 +97,10 @@ def _run_command(options: argparse.Namespace) -> int:
         if failure is None:
             raise
         message, code = failure
-        print_error(message)
+        if events.is_json():
+            events.write("error", "error", printable(redact(message)), exit_code=code)
+        else:
+            print_error(message)
         return code
     return DONE
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from job.metrics.scores import score
 from job.metrics.thresholds import best_threshold, threshold_curve
+from job.system.events import event
 from job.types import Example, Prediction, Scores, ThresholdScores
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ def calibrate(tagger: Tagger, examples: Sequence[Example]) -> list[ThresholdScor
     curve = threshold_curve([example.tags for example in examples], scored)
     best = best_threshold(curve)
     tagger.decoding = tagger.decoding.model_copy(update={"threshold": best.threshold})
-    log.info(
-        "evaluate: threshold %g, micro-F1 %.3f on %d training examples set aside",
-        *(best.threshold, best.f1, len(examples)),
-    )
+    fields = {"threshold": best.threshold, "micro_f1": best.f1, "examples": len(examples)}
+    line = "evaluate: threshold %g, micro-F1 %.3f on %d training examples set aside"
+    log.info(line, *fields.values(), extra=event("threshold", **fields))
     return curve

@@ -12,6 +12,7 @@ from job.hub import client as hub
 from job.metrics.bootstrap import f1_difference
 from job.runs.run_folder import RunFolder
 from job.settings import Eval, Hub, Settings
+from job.system.events import event
 from job.types import Example, Prediction, Scores, SplitData, Verdict
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def run_gate(run: RunFolder, settings: Settings, repo: str | None, compute: Comp
         settings.eval, scores["adapter"], predictions, published, parent_commit=parent_commit, load_error=load_error
     )
     results.save_verdict(run, verdict, None if published is None else published[0])
-    log.info("gate: %s: %s", verdict.verdict, verdict.reason)
+    extra = event("gate", verdict=verdict.verdict, reason=verdict.reason)
+    log.info("gate: %s: %s", verdict.verdict, verdict.reason, extra=extra)
     return verdict
 
 

@@ -17,6 +17,7 @@ from job.runs import attempts, budget, run_folder
 from job.runs.run_folder import RunFolder
 from job.runs.store import stored
 from job.settings import Settings
+from job.system.events import event
 from job.system.paths import PACKAGE_PREFIX, WEIGHT_SUFFIXES, is_local
 from job.types import EncodedExample, Example, Prediction, Scores, Summary
 
@@ -92,7 +93,8 @@ def run_checked(checked: PreflightResult, on_saved: Callable[[RunFolder], None] 
 def _run_chapters(checked: PreflightResult, team: Team, on_saved: Callable[[RunFolder], None] | None) -> Summary | str:
     settings, run = checked.settings, checked.run
     run.on_saved = on_saved
-    log.info("run: %s", run.path)
+    extra = event("run_started", run_id=run.path.name, path=str(run.path), resumed=run.started)
+    log.info("run: %s", run.path, extra=extra)
     if run.complete and (checked.repo is None or run.published):
         log.info("run: already complete, nothing is repeated")
         dismiss(checked, team)
@@ -347,13 +349,19 @@ def evaluate_adapter(
         base, _ = results.cached_evaluation(
             run, "evaluate_base", f"none, {threshold}", lambda: evaluate(tagger, held_out)
         )
-    log.info("evaluate: the base model, %s", base)
+    log.info("evaluate: the base model, %s", base, extra=_scores_event("base", base))
     adapter, predictions = results.cached_evaluation(
         run, "evaluate", f"{weights}, {threshold}", lambda: evaluate(tagger, held_out)
     )
-    log.info("evaluate: with the adapter, %s", adapter)
+    log.info("evaluate: with the adapter, %s", adapter, extra=_scores_event("adapter", adapter))
     baselines = score_baselines(examples.train + examples.calibration, held_out, more_baselines)
     return {**baselines, "base": base, "adapter": adapter}, predictions
+
+
+def _scores_event(tagger: str, scores: Scores) -> dict[str, Any]:
+    low, high = scores.intervals["f1"]
+    values = {"precision": scores.precision, "recall": scores.recall, "macro_f1": scores.macro_f1}
+    return event("scores", tagger=tagger, micro_f1=scores.f1, low=low, high=high, **values, examples=scores.n)
 
 
 def finish(run: RunFolder, settings: Settings, repo: str | None, compute: ComputeSpec) -> Summary:
@@ -379,6 +387,9 @@ def finish(run: RunFolder, settings: Settings, repo: str | None, compute: Comput
         run.update(candidate=published.revision)
         with run.chapter("promote"), publish_errors_for(run):
             published = promote(published.repo, published.revision, settings.hub, parent_commit=verdict.parent_commit)
+    if published is not None:
+        extra = event("published", repo=published.repo, revision=published.revision, url=published.url)
+        log.debug("push: %s", published.url, extra=extra)
     report.save_report(run, "not pushed" if published is None else "published", published)
     run.finish(published)
     return results.summary(run)

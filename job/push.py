@@ -21,10 +21,11 @@ from job.runs.run_folder import MODEL_CARD, RunFolder
 from job.runs.sealed_files import NotSealedError, open_sealed, read_regular
 from job.settings import Hub, Settings
 from job.system.paths import WEIGHT_SUFFIXES
+from job.system.progress import Progress
 from job.types import Published, TokenInfo, Verdict
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, GitCommitInfo
+    from huggingface_hub import CommitOperationAdd, GitCommitInfo, HfApi
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def push(run: RunFolder, repo: str, settings: Hub, verdict: Verdict | None = Non
             with ExitStack() as opened:
                 operations = _commit_operations(run, opened, merged=settings.merge)
                 access.require_private(repo, settings)
-                client.preupload_lfs_files(repo, operations, revision=branch)
+                _upload(client, repo, operations, branch)
                 access.require_private(repo, settings)
                 shutdown.check()  # an interrupted run publishes nothing
                 commit = client.create_commit(
@@ -122,6 +123,15 @@ def push(run: RunFolder, repo: str, settings: Hub, verdict: Verdict | None = Non
         if branch is not None:
             hub.ensure_branch(repo, branch, base_commit)
         return hub.retry(push_once, 60 * settings.retry_minutes, "push")
+
+
+def _upload(client: HfApi, repo: str, operations: list[CommitOperationAdd], branch: str | None) -> None:
+    """Upload the contents of the large files, with a progress bar or lines."""
+    from job.hub.transport import sent_bytes_reported_to
+
+    total = sum(operation.upload_info.size for operation in operations)
+    with Progress("upload", total, "B") as progress, sent_bytes_reported_to(progress.add):
+        client.preupload_lfs_files(repo, operations, revision=branch)
 
 
 def candidate_branch(run: RunFolder, base_commit: str) -> str:

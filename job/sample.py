@@ -27,9 +27,10 @@ from job.errors import InvalidInputError
 from job.freeze import freeze
 from job.hub import client as hub
 from job.settings import Data, Sample, Settings
-from job.system import adapter_files
+from job.system import adapter_files, events
 from job.system.adapter_files import AdapterConfig
 from job.system.device import ComputeSpec
+from job.system.progress import Progress
 from job.types import Published, TaggedText
 
 if TYPE_CHECKING:
@@ -103,9 +104,14 @@ class Tagger:
 
     def _tag_share(self, texts: Sequence[str]) -> list[tuple[int, TaggedText]]:
         """Return the answers of all processes on process 0, with the positions of their texts."""
+        rank, size = (0, 1) if self._group is None else (self._group.rank, self._group.size)
+        own = []
+        with Progress(events.chapter() or "tag", len(texts), "texts") as progress:
+            for answer in self.answers(texts, share=(rank, size)):
+                own.append(answer)
+                progress.add(min(size, len(texts) - progress.done))  # the others are about as far
         if self._group is None:
-            return list(self.answers(texts))
-        own = list(self.answers(texts, share=(self._group.rank, self._group.size)))
+            return own
         gathered = self._group.gather([(i, asdict(answer)) for i, answer in own])
         return [(i, TaggedText.from_json(answer)) for answers in gathered for i, answer in answers]
 

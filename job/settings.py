@@ -472,6 +472,12 @@ class Run(SettingsGroup):
         "Modal of GPUs that it has.",
     )
 
+    log: Literal["text", "json"] = Field(
+        "text",
+        description="How standard error is written. text: lines, and progress bars on a terminal. json: a JSON object "
+        "for each event, with stable names.",
+    )
+
     @field_validator("processes", mode="before")
     @classmethod
     def _auto_is_none(cls, value: object) -> object:

@@ -21,11 +21,12 @@ from job.runs.checksums import file_digest
 from job.runs.run_folder import check_writable
 from job.settings import Settings
 from job.system.paths import exists, is_remote
+from job.system.progress import duration
 from job.tagging import shards, storage, worker
 from job.tagging.engines import check_engine, work_with_ray
 from job.tagging.formats import OWN_COLUMNS
 from job.tagging.plan import PLAN, Job, Parts, restart
-from job.tagging.progress import Progress, duration
+from job.tagging.progress import Progress
 from job.tagging.stream import batches_of_data, batches_of_lines, tag_stream
 from job.tagging.worker import TextTagger
 

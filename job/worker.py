@@ -13,14 +13,14 @@ from job.distributed.group import PeerLost
 from job.distributed.place import Assignment, Place
 from job.errors import CRASHED, DONE, INTERRUPTED, describe_failure
 from job.runs import shutdown
-from job.system import logging_setup
+from job.system import events, logging_setup
 
 
 def work(assignment: Assignment) -> int:
     """Do this process's part and return its exit code; the process that started it prints the error."""
     place.end_with_parent(assignment.parent)
     rank = assignment.first.rank + int(os.environ["RANK"])
-    logging_setup.configure()
+    logging_setup.configure(assignment.inputs["settings"]["run"]["log"])
     if rank > 0:  # process 0 logs what all of them do
         logging.getLogger("job").setLevel(logging.WARNING)
     try:
@@ -35,7 +35,8 @@ def work(assignment: Assignment) -> int:
             return INTERRUPTED
         failure = describe_failure(error)
         if failure is None:
-            print(f"process {rank} of {assignment.first.size}:", file=sys.stderr)
+            if not events.is_json():
+                print(f"process {rank} of {assignment.first.size}:", file=sys.stderr)
             sys.excepthook(type(error), error, error.__traceback__)  # it masks secrets
         message, code = failure or (None, CRASHED)
         launcher.leave_error(assignment, rank, message)

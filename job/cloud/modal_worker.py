@@ -39,8 +39,8 @@ def run_command(command: str, env: Mapping[str, str], *, call: str, commit: Call
     (KeyboardInterrupt) and the end of the time (Modal's InputCancellation) are raised, after the volume is committed;
     the next attempt of the same call then resumes the same run, even if the Hub has newer revisions by then.
     """
-    logging_setup.configure()
     environment.replace_environment(env)
+    logging_setup.configure(environment.log_style())
     try:
         settings = environment.load()
     except JobError as error:  # not expected: the launcher has loaded the same settings
@@ -119,8 +119,8 @@ def tag_parts(
     Parts and seals are on the volume, which callers know as `runs`, or in object storage. Preemption and the end of
     the time are raised after the volume is committed; the next attempt of the same call does what is not sealed.
     """
-    logging_setup.configure()
     environment.replace_environment({**env, "TAGGER_TAG_SHARD": shard})
+    logging_setup.configure(environment.log_style())
     volume, started = _SharedVolume(commit, reload), time.monotonic()
     message, code = "", DONE
     try:
@@ -176,8 +176,8 @@ def tag_texts(env: Mapping[str, str], texts: Sequence[str]) -> dict[str, Any]:
 
     The model stays loaded for the next call in this container, until the repo has another adapter.
     """
-    logging_setup.configure()
     environment.replace_environment(env)
+    logging_setup.configure(environment.log_style())
     try:
         hub = environment.load().hub
         head = None if hub.repo is None else access.resolve_revision("model", hub.repo, hub.revision).commit

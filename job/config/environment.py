@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from dotenv import dotenv_values
 from dotenv.parser import Binding, parse_stream
@@ -125,6 +126,16 @@ def explicit_values(recipe: str | None = None) -> dict[str, str]:
     return {
         name: value for name, value in values.items() if value and has_prefix(name) and name not in (RUN_DIR, RECIPE)
     }
+
+
+def log_style(recipe: str | None = None) -> Literal["text", "json"]:
+    """Return TAGGER_RUN_LOG before the settings are loaded, whose errors are logged too; `text` for a wrong value."""
+    name = f"{PREFIX}RUN_LOG"
+    try:
+        value = explicit_values(recipe).get(name)
+    except InvalidInputError:
+        value = os.environ.get(name)
+    return "json" if value == "json" else "text"
 
 
 def replace_environment(variables: Mapping[str, str]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from job.system.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,16 +39,14 @@ def near_duplicates(texts: Sequence[str], held_out: NDArray[np.bool_]) -> NDArra
     MAX_COMPARED this misses nothing, and it is nearly linear in the number of texts.
     """
     import numpy as np
-    from tqdm import tqdm
 
     index = _Index(texts)
     found = np.zeros(len(texts), bool)
     features = index.prefix_features(held_out)
-    bar = tqdm(total=len(features), desc="near-duplicates", disable=not sys.stderr.isatty() or len(texts) < 50_000)
-    with bar:
+    with Progress("near-duplicates", len(features), "features") as progress:
         for done, (held, other) in index.candidates(features, held_out, found):
             found[other[index.similarity(held, other) >= SIMILARITY]] = True
-            bar.update(done)
+            progress.add(done)
     return found
 
 
@@ -146,10 +145,12 @@ def _features(texts: Sequence[str]) -> tuple[NDArray[np.int64], int]:
     numbers: dict[str, int] = {}
     lengths = np.empty(len(texts), np.int64)
     flat: list[int] = []
-    for i, text in enumerate(texts):
-        found = _WORD.findall(text.casefold())
-        lengths[i] = len(found)
-        flat += [numbers.setdefault(word, len(numbers)) for word in found]
+    with Progress("near-duplicates", len(texts), "texts") as progress:
+        for i, text in enumerate(texts):
+            found = _WORD.findall(text.casefold())
+            lengths[i] = len(found)
+            flat += [numbers.setdefault(word, len(numbers)) for word in found]
+            progress.add()
     words = np.array(flat, np.int32)
     del flat
     owners = np.repeat(np.arange(len(texts), dtype=np.int32), lengths)

@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.dataset.prompts import strip_separator, target
 from job.errors import InvalidInputError
+from job.system.progress import Progress
 from job.types import EncodedExample, Example
 
 if TYPE_CHECKING:
@@ -190,6 +192,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], sett
     answers = AnswerTokenizer(tokenizer, separator)
     texts = _cached_tokenize(tokenizer, [strip_separator(example.text, separator) for example in examples])
     permutations = []
+    progress = Progress("tokenize", len(examples) * _count_orders(examples, settings), "examples")
     for tag_lists in _tag_orders(examples, settings):
         encoded = []
         for example, text_ids, target_ids in zip(examples, texts, answers.encode(tag_lists), strict=True):
@@ -199,7 +202,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], sett
             ids = prompt_ids + answer_ids
             labels = [IGNORE_INDEX] * len(prompt_ids) + answer_ids if settings.train.completion_only_loss else list(ids)
             encoded.append(EncodedExample(ids, labels))
+            progress.add()
         permutations.append(encoded)
+    progress.close()
     return [replace(first, permutations=tuple(others)) for first, *others in zip(*permutations, strict=True)]
 
 
@@ -211,11 +216,17 @@ def _tag_orders(examples: Sequence[Example], settings: Settings) -> Iterator[lis
         counts = Counter(tag for example in examples for tag in example.tags)
         yield [tuple(sorted(example.tags, key=lambda tag: -counts[tag])) for example in examples]
     else:
-        train = settings.train
-        epochs = -(-train.max_steps * train.batch_size * train.gradient_accumulation_steps // max(1, len(examples)))
-        for order in range(min(epochs, MAX_TAG_ORDERS)):
-            rng = random.Random(f"{train.seed}:{order}")
+        for order in range(_count_orders(examples, settings)):
+            rng = random.Random(f"{settings.train.seed}:{order}")
             yield [tuple(rng.sample(example.tags, len(example.tags))) for example in examples]
+
+
+def _count_orders(examples: Sequence[Example], settings: Settings) -> int:
+    """Return how many orders of the tags are encoded: one for each epoch if they are shuffled."""
+    if settings.data.tag_order != "shuffled":
+        return 1
+    epochs = -(-settings.train.max_steps * settings.train.examples_per_step // max(1, len(examples)))
+    return min(epochs, MAX_TAG_ORDERS)
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -230,17 +241,35 @@ def _cached_tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> li
         return _tokenize(tokenizer, texts)
     import datasets
 
+    progress = Progress("tokenize", len(texts), "texts")
+
     def tokenize_batch(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        progress.add(len(batch["text"]))
         return {"input_ids": _tokenize(tokenizer, batch["text"])}
 
     fingerprint = hashlib.sha256(repr((tokenizer.backend_tokenizer.to_str(), texts)).encode()).hexdigest()
     folder = Path(datasets.config.HF_DATASETS_CACHE, "tagger-job")
     dataset = datasets.Dataset.from_dict({"text": texts})
     options: dict[str, Any] = {"batched": True, "remove_columns": "text", "new_fingerprint": fingerprint}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        dataset = dataset.map(tokenize_batch, cache_file_name=str(folder / f"{fingerprint}.arrow"), **options)
-    except OSError:  # the cache only saves time: without a writable one, tokenize in memory
-        dataset = dataset.map(tokenize_batch, **options)
+    with progress, _without_bars_of_datasets():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            dataset = dataset.map(tokenize_batch, cache_file_name=str(folder / f"{fingerprint}.arrow"), **options)
+        except OSError:  # the cache only saves time: without a writable one, tokenize in memory
+            progress.done = 0
+            dataset = dataset.map(tokenize_batch, **options)
     input_ids: list[list[int]] = dataset["input_ids"][:]
     return input_ids
+
+
+@contextmanager
+def _without_bars_of_datasets() -> Iterator[None]:
+    import datasets
+
+    was_disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not was_disabled:
+            datasets.enable_progress_bars()

@@ -17,9 +17,12 @@ from job.errors import InvalidInputError, PublishError
 from job.hub.answers import HubAnswerError, HubTimeoutError
 from job.hub.proxies import check_proxies
 from job.settings import Hub
+from job.system.events import event
 
 if TYPE_CHECKING:
     from huggingface_hub import GitCommitInfo, HfApi
+
+    from job.system.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +108,9 @@ def retry(step: Callable[[], T], seconds: float, what: str) -> T:
             wait = max(delay, pause * random.uniform(0.8, 1.2))
             if time.monotonic() + wait > deadline:
                 raise
-            log.warning("%s: %s; retrying in %.0f s", what, error_message(error), wait)
+            reason = error_message(error)
+            extra = event("retry", what=what, error=reason, seconds=round(wait, 1))
+            log.warning("%s: %s; retrying in %.0f s", what, reason, wait, extra=extra)
             time.sleep(wait)
             pause = min(60.0, 2 * pause)
 
@@ -233,6 +238,25 @@ def safetensors_header(repo: str, revision: str | None, name: str) -> dict[str, 
     except SafetensorsParsingError:
         raise ValueError(f"{name} is damaged: its header is not that of a safetensors file") from None
     return {key: (str(tensor.dtype), tuple(tensor.shape)) for key, tensor in metadata.tensors.items()}
+
+
+def bytes_reported_to(progress: Progress) -> type[Any]:
+    """Return the class of bars for `snapshot_download`, which count in `progress` what is written to disk."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            # one bar counts files, one what the network brings, and this one what is complete of a known total
+            self._counts = "total_fmt" in options.get("bar_format", "")
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self._counts:
+                progress.total = int(self.total or 0)
+                progress.add(int(n or 0))
+            return None
+
+    return Bar
 
 
 @contextmanager

@@ -43,6 +43,8 @@ class _Budget:
     seconds: float
 
 
+_sent: Callable[[int], None] | None = None
+"""Is told how many bytes of files were sent; a global, because the Hub's client sends them in threads of its own."""
 _budget: contextvars.ContextVar[_Budget | None] = contextvars.ContextVar("_budget", default=None)
 _small_files: contextvars.ContextVar[bool] = contextvars.ContextVar("_small_files", default=False)
 
@@ -65,6 +67,17 @@ def small_files() -> Iterator[None]:
         yield
     finally:
         _small_files.reset(token)
+
+
+@contextmanager
+def sent_bytes_reported_to(add: Callable[[int], None]) -> Iterator[None]:
+    """Call `add` with the number of bytes, for each piece of a file that is sent in the block."""
+    global _sent
+    _sent = add
+    try:
+        yield
+    finally:
+        _sent = None
 
 
 def bounded_client() -> httpx2.Client:
@@ -96,6 +109,8 @@ class _BoundedClient(httpx2.Client):
 
     def _exchange(self, request: httpx2.Request, *, stream: bool, **options: Any) -> httpx2.Response:
         """Send a request, and return the answer checked; the content of a file follows as a stream."""
+        if request.method == "PUT" and _sent is not None:
+            request.stream = _CountedStream(cast(httpx2.SyncByteStream, request.stream), _sent)
         response = super().send(request, stream=True, **options)
         try:
             _check_headers(request, response)
@@ -110,6 +125,21 @@ class _BoundedClient(httpx2.Client):
             raise
         response.close()
         return _rebuilt(request, response, content)
+
+
+class _CountedStream(httpx2.SyncByteStream):
+    """The content of a request that counts the bytes sent."""
+
+    def __init__(self, source: httpx2.SyncByteStream, add: Callable[[int], None]) -> None:
+        self._source, self._add = source, add
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self._source:
+            yield chunk
+            self._add(len(chunk))
+
+    def close(self) -> None:
+        self._source.close()
 
 
 class _BoundedStream(httpx2.SyncByteStream):

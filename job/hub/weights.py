@@ -20,6 +20,7 @@ from job.settings import Base
 from job.system import model_files
 from job.system.compatibility import UnsuitableModelError
 from job.system.paths import WEIGHT_SUFFIXES, hub_snapshot, is_local, local_path
+from job.system.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -109,13 +110,15 @@ def resolve_weights(settings: Base, *, download_weights: bool = True) -> Path:
             "README.md",
             *(["*.safetensors"] if download_weights else []),
         ]
-        return snapshot_download(
-            settings.model,
-            revision=settings.revision,
-            allow_patterns=patterns,
-            ignore_patterns=["*/*"],
-            token=hub.token() or False,
-        )
+        with Progress("download", 0, "B") as progress:
+            return snapshot_download(
+                settings.model,
+                revision=settings.revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],
+                token=hub.token() or False,
+                tqdm_class=hub.bytes_reported_to(progress),
+            )
 
     try:
         folder = hub.retry(download, DOWNLOAD_SECONDS, "download")

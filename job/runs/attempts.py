@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,9 @@ from typing import Any
 from job.errors import CRASHED, DONE, GATE_REJECTED, INTERRUPTED, INVALID_INPUT, PUBLISH_FAILED, JobError
 from job.runs import shutdown
 from job.runs.run_folder import RunFolder
+from job.system.events import event
+
+log = logging.getLogger(__name__)
 
 STATUS = {
     DONE: "complete",
@@ -75,13 +79,16 @@ def _timestamp(entry: dict[str, Any]) -> float:
 
 
 def _end(run: RunFolder, earlier: int, code: int) -> None:
+    status = STATUS.get(code, "failed")
+    extra = event("run_ended", run_id=run.path.name, exit_code=code, status=status)
+    log.debug("run: %s, code %d", status, code, extra=extra)
     if not run.started:
         return
     with suppress(OSError, JobError):  # a failure to write must not hide how the attempt ended
         run.lock()
         entries = attempts(run)
         if len(entries) > earlier and entries[-1]["ended"] is None:
-            ended = _closed(entries[-1], time.time(), STATUS.get(code, "failed"), code)
+            ended = _closed(entries[-1], time.time(), status, code)
             run.update(attempts=[*entries[:-1], ended])
 
 

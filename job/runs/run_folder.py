@@ -25,6 +25,7 @@ from job.runs import ownership, provenance, schema, shutdown, stored_run
 from job.runs.atomic import atomic_directory, atomic_write, json_lines
 from job.runs.checksums import checksum_files, find_mismatch
 from job.settings import Run, Settings
+from job.system.events import event, in_chapter
 from job.types import Published, SplitData
 
 log = logging.getLogger(__name__)
@@ -284,15 +285,19 @@ class RunFolder:
         if self.memory is not None:
             self.memory.reset_peak_memory()
         started = time.monotonic()
+        log.debug("%s: begins", name, extra=event("chapter_started", chapter=name))
         try:
-            yield
+            with in_chapter(name):
+                yield
         except BaseException as stop:
             self._add_time(name, started)
+            _log_end(name, started, completed=False)
             if not isinstance(stop, Exception) and self._locked and self.manifest["status"] == "running":
                 with suppress(OSError):  # a failure to write must not hide the interruption
                     self.update(status="interrupted")
             raise
         self._add_time(name, started)
+        _log_end(name, started, completed=True)
 
     def _add_time(self, chapter: str, started: float) -> None:
         timings = self.manifest["timings"]
@@ -321,6 +326,12 @@ class RunFolder:
         """Yield a temporary folder that becomes `name` in the run if the block ends without an error."""
         with atomic_directory(self.path / name) as folder:
             yield folder
+
+
+def _log_end(chapter: str, started: float, *, completed: bool) -> None:
+    seconds = round(time.monotonic() - started, 2)
+    extra = event("chapter_ended", chapter=chapter, seconds=seconds, completed=completed)
+    log.debug("%s: %s after %g s", chapter, "done" if completed else "ended", seconds, extra=extra)
 
 
 def _largest(*measured: Mapping[str, float]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from job.errors import INTERRUPTED
+from job.system import events
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_SECONDS = 8.0
@@ -123,5 +124,8 @@ def _watch(reader: int) -> None:
 def _end(why: str) -> NoReturn:
     with suppress(OSError):  # standard error may be closed
         if select.select([], [2], [], 0)[1]:  # a reader that has stopped reading would block the end
-            os.write(2, f"interrupted: {why}; the same command resumes from what is saved\n".encode())
+            message = f"interrupted: {why}; the same command resumes from what is saved"
+            if events.is_json():
+                message = events.json_line("error", "warning", message, exit_code=INTERRUPTED)
+            os.write(2, f"{message}\n".encode())
     os._exit(INTERRUPTED)

@@ -8,9 +8,10 @@ import sys
 import threading
 import traceback
 import warnings
-from typing import Any
+from typing import Any, Literal
 
-from job.config.redaction import redact
+from job.config.redaction import redact, redact_json
+from job.system import events
 from job.system.printable import printable
 
 NOISY_LOGGERS = {
@@ -27,25 +28,35 @@ NOISY_LOGGERS = {
 
 _make_record = logging.getLogRecordFactory()
 _format_warning = warnings.formatwarning
+_format = logging.Handler.format
 
 
-def configure() -> None:
+def configure(style: Literal["text", "json"] = "text") -> None:
     """Log the job's lines to standard error with the time of day, and raise the level of NOISY_LOGGERS.
+
+    With the style `json`, standard error has nothing but JSON lines (`events`), and no progress bars.
 
     In log lines, warnings and tracebacks, those of libraries included, secrets are masked, and terminal escapes and
     commands for CI that they quote from others are harmless.
     """
+    events.use_json(style == "json")
     # libraries have handlers of their own, so records are masked where all of them are made
     logging.setLogRecordFactory(_harmless_record)
-    warnings.formatwarning = lambda *args, **kwargs: _harmless(_format_warning(*args, **kwargs))
+    formatter = _format_as_json if events.is_json() else _format
+    logging.Handler.format = formatter  # type: ignore[method-assign,assignment]
+    warnings.formatwarning = _formatted_warning
     sys.excepthook = lambda _, error, __: _print_traceback(error)
     threading.excepthook = lambda caught: None if caught.exc_value is None else _print_traceback(caught.exc_value)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("job").setLevel(logging.INFO)
+    # an event that is worth a JSON line, and no line on a terminal, is logged as DEBUG
+    logging.getLogger("job").setLevel(logging.DEBUG if events.is_json() else logging.INFO)
     for name, level in NOISY_LOGGERS.items():
         logging.getLogger(name).setLevel(level)
-    if not sys.stderr.isatty():
+    if events.is_json() or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
+    if events.is_json():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # PyTorch's C++ code warns, with a stack trace, of every closed connection between processes
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # transformers itself calls this deprecated name when peft checks for gradient checkpointing
@@ -54,6 +65,11 @@ def configure() -> None:
 
 def _harmless(text: str) -> str:
     return printable(redact(text))
+
+
+def _formatted_warning(*args: Any, **kwargs: Any) -> str:
+    text = _harmless(_format_warning(*args, **kwargs))
+    return events.json_line("log", "warning", text.rstrip("\n"), logger="warnings") + "\n" if events.is_json() else text
 
 
 def _harmless_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
@@ -68,6 +84,22 @@ def _harmless_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     return record
 
 
+def _format_as_json(handler: logging.Handler, record: logging.LogRecord) -> str:
+    """Return a record as a JSON line, whatever handler of whatever library writes it to a terminal or a pipe."""
+    if not isinstance(handler, logging.StreamHandler) or isinstance(handler, logging.FileHandler):
+        return _format(handler, record)
+    fields = redact_json(getattr(record, "fields", {}))
+    if record.exc_text:
+        fields = {**fields, "traceback": record.exc_text}
+    name = getattr(record, "event", "log")
+    return events.json_line(name, record.levelname.lower(), record.getMessage(), logger=record.name, **fields)
+
+
 def _print_traceback(error: BaseException) -> None:
-    if sys.stderr is not None:
-        sys.stderr.write(_harmless("".join(traceback.format_exception(error))))
+    if sys.stderr is None:
+        return
+    text = _harmless("".join(traceback.format_exception(error)))
+    if events.is_json():
+        events.write("crash", "error", text.rstrip("\n").rpartition("\n")[2], traceback=text)
+    else:
+        sys.stderr.write(text)

@@ -9,6 +9,8 @@ import select
 import sys
 from typing import TYPE_CHECKING, TextIO
 
+from job.system import events
+
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
@@ -79,4 +81,8 @@ class _LastingOutput(io.FileIO):
         os.dup2(null, self.fileno())
         os.close(null)
         if self.fileno() == STDOUT and error.errno != errno.EPIPE:  # a reader that has gone knows what it left out
-            print(f"standard output cannot be written ({error.strerror}): its rest is missing", file=sys.stderr)
+            message = f"standard output cannot be written ({error.strerror}): its rest is missing"
+            if events.is_json():
+                events.write("log", "warning", message)
+            else:
+                print(message, file=sys.stderr)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from typing import Any
 
 from tqdm import tqdm
 
-log = logging.getLogger(__name__)
+from job.system.events import event
+from job.system.progress import LOG_SECONDS, duration, shows_bars
 
-LOG_SECONDS = 30.0
-"""Between two lines where there is no terminal."""
+log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -29,7 +28,7 @@ class Progress:
         """Begin with so many parts to do, and their rows if these are known."""
         self._parts, self._total = parts, rows
         self._started = self._logged = time.monotonic()
-        if sys.stderr.isatty():
+        if shows_bars():
             self._bar = tqdm(total=rows, unit=" rows", desc="tag", disable=False)
 
     def add_rows(self, rows: int) -> None:
@@ -39,7 +38,8 @@ class Progress:
             self._bar.update(rows)
         elif time.monotonic() - self._logged >= LOG_SECONDS:
             self._logged = time.monotonic()
-            log.info("tag: %s", self)
+            fields = {"done": self.rows, "total": self._total, "unit": "rows", "rate": self.rate}
+            log.info("tag: %s", self, extra=event("progress", what="tag", **fields, seconds_left=self._seconds_left))
 
     def add_part(self) -> None:
         """Count a part that is sealed."""
@@ -61,21 +61,16 @@ class Progress:
         """Rows a second."""
         return self.rows / max(self.seconds, 1e-9)
 
+    @property
+    def _seconds_left(self) -> float | None:
+        if self._total and self.rows:
+            return max(0.0, self.seconds * (self._total - self.rows) / self.rows)
+        if self.parts_done:
+            return max(0.0, self.seconds * (self._parts - self.parts_done) / self.parts_done)
+        return None
+
     def __str__(self) -> str:
         """Return rows, parts, rate and the time left."""
         of = f" of {self._total:,}" if self._total else ""
-        left = None
-        if self._total and self.rows:
-            left = self.seconds * (self._total - self.rows) / self.rows
-        elif self.parts_done:
-            left = self.seconds * (self._parts - self.parts_done) / self.parts_done
-        until = "" if left is None else f", {duration(max(0.0, left))} left"
+        until = "" if self._seconds_left is None else f", {duration(self._seconds_left)} left"
         return f"{self.rows:,}{of} rows, {self.parts_done} of {self._parts} parts, {self.rate:,.1f} rows/s{until}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time as `2 h 5 min`, `5 min` or `12 s`."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 90 else f"{minutes} min"

@@ -17,6 +17,7 @@ from job.dataset.readers import Row
 from job.dataset.slices import Slice, SlicedData
 from job.errors import InvalidInputError
 from job.settings import Data
+from job.system.events import event
 from job.tagging import storage
 from job.tagging.formats import encode, join
 from job.tagging.plan import RECORDS, SCHEMA_VERSION, SUCCESS, Job, Parts, Seal, carried, open_parts
@@ -247,7 +248,9 @@ def start_progress(progress: Progress, parts: Parts, chosen: Sequence[int]) -> N
     """Begin to count the rows of some parts."""
     known = [parts.plan.parts[part].rows for part in chosen]
     progress.start(len(chosen), None if None in known else sum(rows or 0 for rows in known))
-    log.info("tag: %d of %d parts to do, into %s", len(chosen), len(parts), parts.job.output)
+    fields = {"parts": len(chosen), "parts_total": len(parts), "output": parts.job.output}
+    line = "tag: %d of %d parts to do, into %s"
+    log.info(line, *fields.values(), extra=event("tag_started", **fields))
 
 
 class _TornPartError(Exception):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -12,7 +11,6 @@ from typing import Any
 
 import peft
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from job.errors import DivergedError, JobError
@@ -20,6 +18,8 @@ from job.runs import shutdown
 from job.runs.run_folder import RunFolder
 from job.settings import Train
 from job.system.device import ComputeSpec
+from job.system.events import event
+from job.system.progress import Progress, duration
 from job.training import checkpoints
 from job.training.batching import num_label_tokens
 from job.training.checkpoints import TrainerState
@@ -136,17 +136,19 @@ class Trainer:
 
     def _take_steps(self) -> None:
         settings, step = self._settings, self.state.step
-        last_time, last_step = time.monotonic(), step
-        with tqdm(total=settings.max_steps, initial=step, desc="train", disable=not sys.stderr.isatty()) as bar:
+        last_time, last_step, tokens = time.monotonic(), step, 0
+        with Progress("train", settings.max_steps, "steps", initial=step, bar_after=0) as progress:
             while step < settings.max_steps:
                 shutdown.check()
                 self._step()
-                bar.update()
+                tokens += self.tokens_of(step)
                 step = self.state.step
+                progress.add()
                 if self.should_log(step):
                     now = time.monotonic()
-                    self.log_progress(bar, (now - last_time) / (step - last_step))
-                    last_time, last_step = now, step
+                    seconds = max(now - last_time, 1e-9)
+                    self.log_progress(progress, seconds / (step - last_step), tokens / seconds)
+                    last_time, last_step, tokens = now, step, 0
                 if self._save_is_due():
                     with shutdown.deferred():
                         self._save()
@@ -280,7 +282,8 @@ class Trainer:
                 self._run.checkpoints, tensors, self.state, save_total_limit=self._settings.save_total_limit
             ),
         ):
-            self._saved_step = self.state.step
+            self._saved_step = step = self.state.step
+            log.debug("train: the state after step %d is saved", step, extra=event("checkpoint_saved", step=step))
             self._run.notify_saved()
 
     def try_write(self, what: str, write: Callable[[], None]) -> bool:
@@ -337,18 +340,20 @@ class Trainer:
                 loss = labels = 0.0
         return entries
 
-    def log_progress(self, bar: tqdm[Any], seconds_per_step: float) -> None:
+    def log_progress(self, progress: Progress, seconds_per_step: float, tokens_per_second: float) -> None:
         """Write log.jsonl, and show its last entry above the progress bar or, without a terminal, as a log line."""
-        entries = self.history()
+        entries, step, most = self.history(), self.state.step, self._settings.max_steps
         self.try_write("log.jsonl", lambda: self._run.write_lines("log.jsonl", entries))
+        left = (most - step) * seconds_per_step
+        entry = entries[-1]
         line = (
-            f"step {self.state.step}/{self._settings.max_steps}: loss {entries[-1]['loss']:.4f}, "
-            f"learning rate {entries[-1]['learning_rate']:.2e}, {seconds_per_step:.1f} s a step"
+            f"step {step}/{most}: loss {entry['loss']:.4f}, learning rate {entry['learning_rate']:.2e}, "
+            f"{seconds_per_step:.1f} s a step" + (f", {duration(left)} left" if left else "")
         )
-        if bar.disable:
-            log.info("train: %s", line)
-        else:
-            bar.write(line)
+        speed = {"seconds_per_step": seconds_per_step, "tokens_per_second": tokens_per_second}
+        if not progress.write(line):
+            fields = {**entry, "max_steps": most, **speed, "seconds_left": left}
+            log.info("train: %s", line, extra=event("train_step", **fields))
 
 
 def _plan(
