@@ -199,12 +199,15 @@ def _push(options: argparse.Namespace, settings: Settings) -> None:
             "there is no token to push with, or TAGGER_HUB_PUSH or HF_HUB_OFFLINE forbids it; set HF_TOKEN"
         )
 
-    from job import pipeline
+    from job import notify, pipeline
     from job.system.device import ComputeSpec
 
-    with run.released_afterwards(), stored(settings.run, run):
+    with notify.notified(settings) as ending, run.released_afterwards(), stored(settings.run, run):
+        ending.run = run
         run.lock()
-        show(pipeline.finish(run, settings, repo, ComputeSpec.resolve(settings.run.device, settings.train.precision)))
+        compute = ComputeSpec.resolve(settings.run.device, settings.train.precision)
+        ending.result = pipeline.finish(run, settings, repo, compute)
+    show(ending.result)
 
 
 def _promote(options: argparse.Namespace, settings: Settings) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job import preflight, report, reproduce, results
+from job import notify, preflight, report, reproduce, results
 from job.distributed.team import Team
 from job.errors import InvalidInputError
 from job.hub import client as hub
+from job.notify import Ending
 from job.preflight import PreflightResult
 from job.runs import attempts, budget, run_folder
 from job.runs.run_folder import RunFolder
@@ -42,7 +43,8 @@ def run(settings: Settings, on_saved: Callable[[RunFolder], None] | None = None)
     `on_saved` is called whenever newer progress is on disk. Returns a sentence where another process has the results.
     Raises a JobError, which has the exit code, unless the run succeeds.
     """
-    return run_checked(preflight.check(settings), on_saved)
+    with notify.notified(settings) as ending:
+        return run_checked(preflight.check(settings), ending, on_saved)
 
 
 def retrain(settings: Settings, on_saved: Callable[[RunFolder], None] | None = None) -> Summary | str:
@@ -53,11 +55,13 @@ def retrain(settings: Settings, on_saved: Callable[[RunFolder], None] | None = N
     """
     if settings.eval.gate == "off":
         settings = settings.model_copy(update={"eval": settings.eval.model_copy(update={"gate": "published"})})
-    checked = preflight.check(settings)
-    if preflight.already_published(checked):
-        return f"nothing to do: {checked.repo} was published with the same base model, data and settings"
-    preflight.skip_known_rejection(checked)
-    return run_checked(checked, on_saved)
+    with notify.notified(settings) as ending:
+        checked = preflight.check(settings)
+        if preflight.already_published(checked):
+            ending.result = f"nothing to do: {checked.repo} was published with the same base model, data and settings"
+            return ending.result
+        preflight.skip_known_rejection(checked)
+        return run_checked(checked, ending, on_saved)
 
 
 def reproduce_run(settings: Settings, manifest_file: Path, *, allow_differences: bool = False) -> Summary | str:
@@ -66,6 +70,12 @@ def reproduce_run(settings: Settings, manifest_file: Path, *, allow_differences:
     Settings that do not change the result, such as where to publish, are those given here. Raises InvalidInputError
     for a manifest that was edited, and for other data, versions or another device unless `allow_differences`.
     """
+    with notify.notified(settings) as ending:
+        checked = _check_reproducible(settings, manifest_file, allow_differences=allow_differences)
+        return run_checked(checked, ending)
+
+
+def _check_reproducible(settings: Settings, manifest_file: Path, *, allow_differences: bool) -> PreflightResult:
     manifest = reproduce.read(manifest_file)
     checked = preflight.check(reproduce.settings_of(manifest, settings))
     found = list(reproduce.differences(manifest, checked, resolve_compute(checked.settings, Team.find())))
@@ -77,17 +87,21 @@ def reproduce_run(settings: Settings, manifest_file: Path, *, allow_differences:
     for difference in found:
         log.warning("run: %s; the result may differ from that of %s", difference, manifest_file)
     reproduce.prepare(manifest, checked)
-    return run_checked(checked)
+    return checked
 
 
-def run_checked(checked: PreflightResult, on_saved: Callable[[RunFolder], None] | None = None) -> Summary | str:
+def run_checked(
+    checked: PreflightResult, ending: Ending, on_saved: Callable[[RunFolder], None] | None = None
+) -> Summary | str:
     """Run every chapter after the preflight check, or those that an earlier attempt has not completed."""
+    ending.run = checked.run
     with checked.run.released_afterwards():
         team = Team.find()
         if not team.leads:
             return help_train(checked, team)
         with stored(checked.settings.run, checked.run), attempts.recorded(checked.run):
-            return _run_chapters(checked, team, on_saved)
+            ending.result = summary = _run_chapters(checked, team, on_saved)
+            return summary
 
 
 def _run_chapters(checked: PreflightResult, team: Team, on_saved: Callable[[RunFolder], None] | None) -> Summary | str:

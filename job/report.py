@@ -102,7 +102,7 @@ def report_data(run: RunFolder, outcome: str, published: Published | None) -> di
         "threshold": decoding["threshold"],
         "confused_tags": list(map(asdict, confused[:PAIRS_SHOWN])),
         "tags_never_found": list(_never_found(run, decoding["tags"])),
-        "cost": _cost(run),
+        "cost": cost(run),
         "estimate": run.manifest.get("estimate"),
         "attempts": attempts.attempts(run),
     }
@@ -116,7 +116,7 @@ def _never_found(run: RunFolder, known_tags: Sequence[str]) -> Iterator[dict[str
             yield {"tag": tag["tag"], "gold": tag["gold"], "known": tag["tag"] in known}
 
 
-def _cost(run: RunFolder) -> dict[str, Any] | None:
+def cost(run: RunFolder) -> dict[str, Any] | None:
     """Return what the run cost on its device, over all attempts; None where no price is known."""
     made = attempts.attempts(run)
     settings = Run(price_per_hour=run.manifest["settings"].get("TAGGER_RUN_PRICE_PER_HOUR"))

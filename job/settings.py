@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from job.cloud.gpus import parse_gpus
-from job.config.redaction import mask_urls
+from job.config.redaction import MASK, mask_urls
 from job.config.validators import (
     Budget,
     Cron,
@@ -41,12 +41,15 @@ from job.config.validators import (
     StoreUrl,
     TextList,
     Threshold,
+    Webhook,
 )
 from job.errors import InvalidInputError
 
 PREFIX = "TAGGER_"
 COMMA_SEPARATED = ("TAGGER_LORA_TARGETS", "TAGGER_DATA_TAG_COLUMNS", "TAGGER_TAG_COLUMNS")
 """Lists that are written with commas in an environment variable; other lists are written as JSON."""
+SECRET = ("TAGGER_RUN_NOTIFY",)
+"""Settings whose values are shown nowhere."""
 EXPECTED = {
     "greater_than_equal": "a value of at least {}",
     "greater_than": "a value above {}",
@@ -472,6 +475,11 @@ class Run(SettingsGroup):
         "Modal of GPUs that it has.",
     )
 
+    notify: Webhook | None = Field(
+        None,
+        description="URL that gets one JSON object when a run ends: verdict, exit code, scores, price, commit, what to "
+        "do. Incoming webhooks of Slack take it too. It is a secret, and is masked; empty: none.",
+    )
     log: Literal["text", "json"] = Field(
         "text",
         description="How standard error is written. text: lines, and progress bars on a terminal. json: a JSON object "
@@ -574,7 +582,12 @@ class Settings(BaseSettings):
         """Return the value of every variable, by name, as JSON types, with passwords in URLs masked."""
         dumped = self.model_dump(mode="json")
         values = {name: dumped[group][field] for name, group, field in iter_fields()}
+        values |= {name: MASK for name in SECRET if self._value(name) is not None}
         return {name: mask_urls(value) if isinstance(value, str) else value for name, value in values.items()}
+
+    def _value(self, variable: str) -> Any:
+        group, field = next((group, field) for name, group, field in iter_fields() if name == variable)
+        return getattr(getattr(self, group), field)
 
     def explicit_names(self) -> set[str]:
         """Return the names of the variables that were set, not those that have their default."""
@@ -675,5 +688,5 @@ def describe_error(detail: Any, source_of: Mapping[str, str]) -> str:
     if not message.startswith(("expected", "a text", "only")):
         message = f"expected {message[0].lower()}{message[1:]}"
     # a quote that is not closed makes the next lines of a file, which may be secrets, part of the value
-    value, *more = to_env(detail["input"], name).splitlines() or [""]
+    value, *more = [MASK] if name in SECRET else to_env(detail["input"], name).splitlines() or [""]
     return f"{name}={value}{'...' if more else ''}{where}: {message}."

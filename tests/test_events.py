@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hub import Hub
 from tiny_run import REPO, move_to_hub, set_tiny_environment
+from webhook import SECRET, Hook, webhook
 
 from job.system.events import EVENTS
 
@@ -65,9 +66,11 @@ def test_a_run_logs_its_events_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, loopback_hub: Hub, llama: Path
 ) -> None:
     move_to_hub(set_tiny_environment(monkeypatch, llama), loopback_hub, llama)
-    Path(".env").write_text("TAGGER_RUN_LOG=json\n")
-    done = python("-m", "job")
+    with webhook() as hook:
+        Path(".env").write_text(f"TAGGER_RUN_LOG=json\nTAGGER_RUN_NOTIFY={hook.url}\n")
+        done = python("-m", "job")
     assert done.returncode == 0, done.stderr
+    assert_notified(hook, done.stderr)
     found = events(done.stderr)
     names = [entry["event"] for entry in found]
     assert names.count("train_step") == 3
@@ -81,6 +84,19 @@ def test_a_run_logs_its_events_and_nothing_else(
     assert found[-1]["event"] == "run_ended"
     assert (found[-1]["status"], found[-1]["exit_code"]) == ("complete", 0)
     assert REPO in done.stdout  # results stay on standard output
+
+
+def assert_notified(hook: Hook, stderr: str) -> None:
+    """Check what the webhook was told about a run, and that its URL is nowhere."""
+    [told] = hook.received
+    assert (told["status"], told["exit_code"], told["run_id"]) == ("complete", 0, "tiny")
+    assert told["verdict"]["verdict"] == "pass"
+    assert told["commit"] in told["text"]
+    assert f"micro-F1 {told['scores']['adapter']['micro_f1']:.3f}" in told["text"]
+    assert told["seconds"] > 0
+    assert SECRET not in stderr
+    for file in Path("runs").rglob("*"):
+        assert file.is_dir() or SECRET.encode() not in file.read_bytes(), file
 
 
 def test_a_refusal_of_settings_is_an_event_too() -> None:

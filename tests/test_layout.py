@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 JOB = ROOT / "job"
 CHAPTERS = (
+    "notify",
     *("reproduce", "preflight", "estimate", "gate", "promote", "push", "merge", "report", "compare", "results"),
     *("model_card", "evaluate", "tag", "tag_workers", "inference", "sample", "train", "lora", "freeze", "quantize"),
     "data",

@@ -16,7 +16,7 @@ from dotenv.parser import Binding, parse_stream
 from pydantic import ValidationError
 
 from job.config.recipes import find_recipe
-from job.config.redaction import has_secret
+from job.config.redaction import has_secret, remember
 from job.config.validators import is_unicode
 from job.errors import InvalidInputError
 from job.settings import PREFIX, Settings, describe_error, iter_fields
@@ -27,6 +27,7 @@ _ASSIGNMENT = re.compile(r"^\s*(?:export\s+)?[A-Za-z_]\w*\s*[=:]", re.MULTILINE)
 """The start of a setting, within the value of another one."""
 
 RUN_DIR = "TAGGER_RUN_DIR"
+NOTIFY = "TAGGER_RUN_NOTIFY"
 RECIPE = "TAGGER_RECIPE"
 """Names a recipe, like the option --recipe; it belongs to no group of settings."""
 
@@ -60,6 +61,8 @@ def load(recipe: str | None = None) -> Settings:
         settings = Settings(_env_file=files)
     except ValidationError as error:
         raise InvalidInputError(*problems, *_invalid_values(error, source_of)) from None
+    if settings.run.notify is not None:
+        remember(settings.run.notify.get_secret_value())
     problems += _secrets_in(settings, third_party_variables(recipe))
     if problems:
         raise InvalidInputError(*problems)
@@ -139,8 +142,11 @@ def log_style(recipe: str | None = None) -> Literal["text", "json"]:
 
 
 def replace_environment(variables: Mapping[str, str]) -> None:
-    """Replace this machine's TAGGER_ variables, except TAGGER_RUN_DIR, by those of another machine."""
-    for name in [name for name in os.environ if has_prefix(name) and name != RUN_DIR]:
+    """Replace this machine's TAGGER_ variables by those of another machine.
+
+    TAGGER_RUN_DIR stays, and TAGGER_RUN_NOTIFY, which this machine may have as a secret of its own.
+    """
+    for name in [name for name in os.environ if has_prefix(name) and name not in (RUN_DIR, NOTIFY)]:
         del os.environ[name]
     os.environ.update(variables)
 

@@ -30,11 +30,18 @@ _WEBHOOK = re.compile(
     re.IGNORECASE,
 )
 """Addresses that are passwords: whoever knows them may post."""
+_remembered: set[str] = set()
+"""Secrets that are in no environment variable, such as one of a file of settings."""
 _TOKENS = (
     # a token of the Hub; names such as hf_transfer have neither a digit nor a capital
     (re.compile(r"\bhf_(?=[A-Za-z]*[A-Z0-9])[A-Za-z0-9]{8,}"), MASK),
     (re.compile(r"\b(Bearer|Basic) [A-Za-z0-9._~+/=-]{8,}"), rf"\1 {MASK}"),
 )
+
+
+def remember(secret: str) -> None:
+    """Mask a secret that was read from somewhere else than the environment, too."""
+    _remembered.add(secret.strip())
 
 
 def redact(text: str) -> str:
@@ -88,7 +95,7 @@ def has_secret(text: str, variables: Mapping[str, str]) -> bool:
 
 def _secrets(variables: Mapping[str, str]) -> list[str]:
     """Return the values of secret variables and the passwords in URLs of others, the longest first."""
-    found = set()
+    found = set(_remembered)
     for name, value in variables.items():
         if _NAME_OF_SECRET.search(name) and not name.upper().startswith("TAGGER_"):
             found.add(value.strip())

@@ -9,8 +9,9 @@ import json
 import re
 import unicodedata
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, SecretStr
 from pydantic_settings import NoDecode
 
 MAX_REPO_NAME = 96
@@ -133,6 +134,18 @@ def _budget(value: str) -> str:
     return value.strip()
 
 
+def _webhook(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value().strip()
+    try:
+        parts = urlsplit(text)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError("expected the URL of a webhook, such as https://hooks.example.com/services/…")
+    return SecretStr(text)
+
+
 def _run_id(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value):
         raise ValueError("expected letters, digits, '_', '.' and '-', beginning with a letter or digit")
@@ -173,6 +186,10 @@ GitRevision = Annotated[str, Field(min_length=1, max_length=255), AfterValidator
 RepoId = Annotated[str, AfterValidator(repo_id)]
 RunId = Annotated[str, Field(max_length=128), AfterValidator(_run_id)]
 ModalName = Annotated[str, Field(max_length=63), AfterValidator(_modal_name)]
+Webhook = Annotated[
+    SecretStr, Field(max_length=2048), AfterValidator(_webhook), PlainSerializer(lambda _: None, when_used="json")
+]
+"""A URL that is a password: whoever knows it may post. As JSON it is null, so that it is in no file."""
 Cron = Annotated[str, AfterValidator(_cron)]
 
 
