@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from job.decoding.head import TagHead, fit_head
 from job.metrics.scores import score
 from job.metrics.thresholds import best_threshold, threshold_curve
 from job.system.events import event
@@ -26,6 +27,14 @@ def evaluate(tagger: TextsTagger, examples: Sequence[Example]) -> tuple[Scores, 
         Prediction(e.text, e.tags, a.tags, a.raw, a.confidences) for e, a in zip(examples, answers, strict=True)
     ]
     return scores, predictions
+
+
+def fit(tagger: Tagger, examples: Sequence[Example]) -> TagHead:
+    """Return a tag head for a tagger's model, fitted on its training examples."""
+    states = tagger.hidden_states([example.text for example in examples])
+    head = fit_head(states, examples, tagger.decoding.tags)
+    log.info("evaluate: the tag head learned %d of %d tags", len(head.tags), len(tagger.decoding.tags))
+    return head
 
 
 def calibrate(tagger: Tagger, examples: Sequence[Example]) -> list[ThresholdScores]:

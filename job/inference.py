@@ -149,4 +149,6 @@ def fetch_adapter(repo: str, revision: str | None, seconds: float) -> Path | Non
         raise InvalidInputError("it has no adapter_model.safetensors") from None
     with suppress(RemoteEntryNotFoundError):  # older adapters have no decoding configuration
         fetch(decoding.CONFIG_NAME)
+        for name in decoding.saved_config(folder, None).files:
+            fetch(name, hub.download)
     return folder

@@ -18,6 +18,7 @@ from job.dataset.split import split_calibration
 from job.dataset.summary import summarise
 from job.dataset.tags import drop_rare_tags
 from job.decoding import config as decoding
+from job.decoding.head import learnable_tags
 from job.distributed.team import Team
 from job.errors import GateRejected, InvalidInputError
 from job.hub import access, embedders, weights
@@ -149,8 +150,10 @@ def check(settings: Settings) -> PreflightResult:
     if settings.sample.threshold == "auto":
         examples = problems.collect(split_calibration, examples, settings.data) or examples
     trained_on = problems.collect(drop_rare_tags, examples.train, settings.data.min_tag_count) or ()
-    known_tags = (tag for example in trained_on for tag in example.tags)
+    known_tags = [tag for example in trained_on for tag in example.tags]
     problems.collect(decoding.check_tags, known_tags, "Check TAGGER_DATA_TAG_DELIMITER and TAGGER_DATA_MIN_TAG_COUNT")
+    if trained_on and "head" in (settings.sample.decoding or ""):
+        problems.collect(learnable_tags, trained_on, vocabulary or known_tags)
     if vocabulary:  # the settings hold only the file's name, which stays the same when its content changes
         digest = hashlib.sha256(repr((examples.fingerprint, vocabulary)).encode()).hexdigest()
         examples = replace(examples, fingerprint=digest)
@@ -360,7 +363,7 @@ def _check_model(settings: Settings) -> None:
     problems = _Problems()
     problems.collect(quantize.check_weights, settings.base)
     problems.collect(quantize.check_positions, settings.base, settings.data.max_length)
-    if settings.sample.decoding == "marginal":
+    if "marginal" in (settings.sample.decoding or ""):
         problems.collect(check_marginal, quantize.meta_model(settings.base).config.model_type)
     problems.raise_if_any()
     if settings.hub.merge and (found := merge_problems(settings)):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.dataset.split import split_digest
 from job.decoding.equivalence import same_answer
+from job.decoding.head import HEAD_NAME, TagHead
 from job.errors import InvalidInputError, PublishError
 from job.metrics.scores import score_tags
 from job.runs import shutdown
@@ -50,6 +51,22 @@ def cached_evaluation(
         except OSError as error:
             log.warning("%s: result not saved, a resumed run evaluates again (%s)", chapter, error.strerror or error)
     return scores, predictions
+
+
+def cached_head(run: RunFolder, cache_key: str, fit: Callable[[], TagHead]) -> TagHead:
+    """Return the tag head of `fit`, or the one that an earlier attempt saved for the same `cache_key`."""
+    name = f"checkpoints/head-{cache_key[:16]}"
+    with run.chapter("calibrate"):
+        if run.is_intact(name):
+            return TagHead.load(run.path / name / HEAD_NAME)
+        head = fit()
+        try:
+            with run.folder(name) as folder:
+                (folder / HEAD_NAME).write_bytes(head.to_bytes())
+            run.record_checksums(name)
+        except OSError as error:
+            log.warning("calibrate: head not saved, a resumed run fits it again (%s)", error.strerror or error)
+    return head
 
 
 def cached_threshold(

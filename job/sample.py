@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from job import quantize
 from job.dataset import prompts, tokenization
 from job.decoding.architectures import READ_PADDING, check_marginal
-from job.decoding.config import DecodingConfig, describe_read_error, load_config
+from job.decoding.config import DecodingConfig, describe_read_error, load_config, saved_config
 from job.decoding.constraints import ClosedVocabulary, OpenVocabulary, constrain
+from job.decoding.head import HEAD_NAME, TagHead, mean_hidden_states
 from job.decoding.marginals import MAX_BRANCHES_PER_TEXT, tag_marginals
 from job.errors import InvalidInputError
 from job.freeze import freeze
@@ -31,7 +32,7 @@ from job.system import adapter_files, events
 from job.system.adapter_files import AdapterConfig
 from job.system.device import ComputeSpec
 from job.system.progress import Progress
-from job.types import Published, TaggedText
+from job.types import MIN_PROBABILITY, Published, TaggedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,9 +59,10 @@ class Tagger:
         compute: ComputeSpec,
         decoding: DecodingConfig,
         group: Group | None = None,
+        head: TagHead | None = None,
     ) -> None:
         architecture = model.config.model_type
-        if decoding.decoding == "marginal":
+        if "marginal" in decoding.parts:
             check_marginal(architecture)
         self._pads = architecture not in READ_PADDING
         self._model = model
@@ -70,6 +72,8 @@ class Tagger:
         self._sample: Sample = settings.sample
         self._compute = compute
         self.decoding = decoding
+        self.head = head
+        """The tag head, which head decoding needs; a new adapter gets it after training, by `set_head`."""
         answers = tokenization.AnswerTokenizer(tokenizer, settings.data.separator)
         self._vocabulary: OpenVocabulary | ClosedVocabulary
         if decoding.vocabulary == "open":
@@ -86,9 +90,33 @@ class Tagger:
         answers = dict(self._tag_share(texts))
         return [answers[i] for i in range(len(texts))]
 
+    def set_head(self, head: TagHead) -> None:
+        """Answer with this tag head from now on, also in the other processes of a group."""
+        self.head = head
+        self.decoding = self.decoding.model_copy(update={"head": HEAD_NAME})
+        if self._group is not None:
+            content = head.to_bytes()
+            self._group.send({"do": "head", "bytes": len(content)})
+            self._group.broadcast(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+
+    @contextmanager
+    def without_head(self) -> Iterator[None]:
+        """Let the base model, which has no head of its own, write its list of tags."""
+        decoding = self.decoding
+        if "head" in decoding.parts:
+            self.decoding = decoding.model_copy(update={"decoding": "greedy", "threshold": 0.0})
+        try:
+            yield
+        finally:
+            self.decoding = decoding
+
+    def join(self, group: Group) -> None:
+        """Share the batches of later texts with other processes that `follow`."""
+        self._group = group
+
     def lead(self, group: Group, texts: Sequence[str]) -> list[TaggedText]:
         """Return the answer for each text, in order, with the help of other processes that `follow` until then."""
-        self._group = group
+        self.join(group)
         answers = self.tag(texts)
         group.send({"do": "end"})
         return answers
@@ -96,7 +124,12 @@ class Tagger:
     def follow(self, group: Group) -> None:
         """Tag this process's share of the texts that process 0 tags, until that one has finished."""
         self._group = group
-        while (message := group.receive())["do"] == "tag":
+        while (message := group.receive())["do"] != "end":
+            if message["do"] == "head":
+                content = torch.empty(message["bytes"], dtype=torch.uint8)
+                group.broadcast(content)
+                self.head = TagHead.from_bytes(content.numpy().tobytes())
+                continue
             self.decoding = DecodingConfig.model_validate(message["decoding"])
             model: Any = self._model
             with nullcontext() if message["adapter"] else model.disable_adapter():
@@ -123,19 +156,33 @@ class Tagger:
         length. `share` is a number and a count: of so many batches, only the one with this number is computed, so that
         the batches do not depend on who computes them.
         """
-        token_budget = self._sample.max_new_tokens
-        encoded = tokenization.encode_prompts(self._tokenizer, texts, self._data, reserved_tokens=token_budget)
-        marginal = self.decoding.decoding == "marginal"
+        encoded = self._encode(texts)
+        decode = {"greedy": self._greedy, "marginal": self._marginal, "head": self._head}[self.decoding.decoding]
         self._model.eval()
         for batch in itertools.islice(self._batches([len(ids) for ids in encoded]), share[0], None, share[1]):
-            found = (self._marginal if marginal else self._greedy)([encoded[i] for i in batch])
+            found = decode([encoded[i] for i in batch])
             for i, answer in zip(batch, found, strict=True):
                 yield i, self._tagged_text(texts[i], *answer)
+
+    def hidden_states(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return the mean hidden state of the prompt of each text, float32 [texts, hidden size], for a tag head."""
+        encoded = self._encode(texts)
+        self._model.eval()
+        states: dict[int, torch.Tensor] = {}
+        with Progress(events.chapter() or "tag", len(texts), "texts") as progress:
+            for batch in self._batches([len(ids) for ids in encoded]):
+                states.update(zip(batch, self._states([encoded[i] for i in batch]), strict=True))
+                progress.add(len(batch))
+        return torch.stack([states[i] for i in range(len(texts))])
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        reserved = self._sample.max_new_tokens
+        return tokenization.encode_prompts(self._tokenizer, texts, self._data, reserved_tokens=reserved)
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Yield the positions of the prompts in each batch."""
         by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
-        branches = MAX_BRANCHES_PER_TEXT if self.decoding.decoding == "marginal" else 1
+        branches = MAX_BRANCHES_PER_TEXT if "marginal" in self.decoding.parts else 1
         while by_length:
             # longest first: if memory does not suffice, that shows at once
             tokens = (lengths[by_length[-1]] + self._sample.max_new_tokens) * branches
@@ -210,13 +257,33 @@ class Tagger:
             answers.append((str(found.greedy_tags), tags, True))
         return answers
 
-    def _padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return token ids and mask, int64 [prompts, width], padded on the left."""
+    def _head(self, prompts: list[list[int]]) -> list[_Answer]:
+        """Compute the probability of each tag from the hidden states of each prompt; answer with the best ones."""
+        assert self.head is not None, "the head is not fitted yet"
+        allowed = set(self.decoding.tags)
+        columns = [column for column, tag in enumerate(self.head.tags) if tag in allowed]
+        tags = [self.head.tags[column] for column in columns]
+        answers: list[_Answer] = []
+        for row in self.head.probabilities(self._states(prompts))[:, columns].tolist():
+            found = [(tag, value) for tag, value in zip(tags, row, strict=True) if value >= MIN_PROBABILITY]
+            answers.append(("", sorted(found, key=lambda e: (-e[1], e[0]))[: self.decoding.max_tags], True))
+        return answers
+
+    def _states(self, prompts: list[list[int]]) -> torch.Tensor:
+        with torch.inference_mode(), self._compute.autocast():
+            states = mean_hidden_states(self._model, *self._padded(prompts, left=False))
+        return states.clone()  # no inference tensor: a head is fitted on it
+
+    def _padded(self, prompts: list[list[int]], *, left: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids and mask, int64 [prompts, width], padded on the left, where generation continues."""
         width = max(len(prompt) for prompt in prompts)
-        pad, device = self._tokenizer.pad_token_id, self._compute.device
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        return ids, mask
+
+        def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+            fill = [[value] * (width - len(row)) for row in rows]
+            pairs = zip(rows, fill, strict=True)
+            return torch.tensor([f + r if left else r + f for r, f in pairs], device=self._compute.device)
+
+        return padded(prompts, self._tokenizer.pad_token_id), padded([[1] * len(prompt) for prompt in prompts], 0)
 
 
 def load_tagger(settings: Settings, adapter: Published | Path | str, compute: ComputeSpec) -> Tagger:
@@ -244,11 +311,40 @@ def load_tagger(settings: Settings, adapter: Published | Path | str, compute: Co
             f"set TAGGER_BASE_MODEL={config.base_model_name_or_path}"
         )
     decoding = load_config(settings.sample, source, revision)
+    head = load_head(settings, decoding, source, revision)
     base = settings.base.model_copy(update={"revision": settings.base.revision or config.revision})
     model = quantize.load_model(base, compute)
     freeze(model)
     adapted = _load_adapter(model, config, source, revision)
-    return Tagger(adapted, quantize.load_tokenizer(base), settings, compute, decoding)
+    return Tagger(adapted, quantize.load_tokenizer(base), settings, compute, decoding, head=head)
+
+
+def load_head(settings: Settings, decoding: DecodingConfig, source: Path | str, revision: str | None) -> TagHead | None:
+    """Return the tag head of an adapter; None if the answers do not need it.
+
+    Raises InvalidInputError when it is absent or damaged, or has other tags than the adapter.
+    """
+    if "head" not in decoding.parts:
+        return None
+    try:
+        file = source / HEAD_NAME if isinstance(source, Path) else hub.download(source, revision, HEAD_NAME)
+        head = TagHead.load(file)
+    except READ_ERRORS as error:
+        raise InvalidInputError(
+            f"{HEAD_NAME} of the adapter in {source} cannot be read ({describe_read_error(error)}); train the adapter "
+            "again, or set TAGGER_SAMPLE_DECODING to greedy or marginal"
+        ) from error
+    if others := set(head.tags) - set(saved_config(source, revision).tags):
+        raise InvalidInputError(
+            f"{HEAD_NAME} of the adapter in {source} has {len(others)} tags that its tagger.json does not have, such "
+            f"as {min(others)!r}: they belong to different adapters. Train or fetch the adapter again"
+        )
+    if not set(head.tags) & set(decoding.tags):
+        raise InvalidInputError(
+            f"{HEAD_NAME} of the adapter in {source} knows no tag of TAGGER_SAMPLE_VOCABULARY="
+            f"{settings.sample.vocabulary}; expected some tags that the adapter was trained on"
+        )
+    return head
 
 
 def _is_disabled(model: torch.nn.Module) -> bool:

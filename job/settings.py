@@ -44,6 +44,7 @@ from job.config.validators import (
     Webhook,
 )
 from job.errors import InvalidInputError
+from job.types import Decoding
 
 PREFIX = "TAGGER_"
 COMMA_SEPARATED = ("TAGGER_LORA_TARGETS", "TAGGER_DATA_TAG_COLUMNS", "TAGGER_TAG_COLUMNS")
@@ -367,14 +368,15 @@ class Sample(SettingsGroup):
     vocabulary: Identifier | None = Field(
         None,
         description="Tags that an answer may contain: open (any), seen (the tags in the training examples), or a file "
-        "with one tag per line; empty: as saved with the adapter; when training, open, and seen with "
-        "TAGGER_SAMPLE_DECODING=marginal.",
+        "with one tag per line; empty: as saved with the adapter; when training, open with "
+        "TAGGER_SAMPLE_DECODING=greedy, else seen.",
     )
-    decoding: Literal["greedy", "marginal"] | None = Field(
+    decoding: Decoding | None = Field(
         None,
         description="greedy: the list of tags that greedy decoding writes. marginal: every tag of the vocabulary whose "
-        "probability to be in the list reaches the threshold; best with TAGGER_DATA_TAG_ORDER=shuffled. Empty: as "
-        "saved with the adapter; when training, greedy.",
+        "probability to be in the list reaches the threshold; best with TAGGER_DATA_TAG_ORDER=shuffled. head: every "
+        "tag that a linear classifier on the hidden states of the text finds probable, which takes one forward pass; "
+        "it is fitted in a training with this setting. Empty: as saved with the adapter; when training, greedy.",
     )
     threshold: Threshold | None = Field(
         None,
@@ -551,10 +553,10 @@ class Settings(BaseSettings):
                 f"TAGGER_DATA_MAX_LENGTH={self.data.max_length} leaves no tokens for a text next to "
                 f"TAGGER_SAMPLE_MAX_NEW_TOKENS={self.sample.max_new_tokens}; make it larger by at least 8"
             )
-        if self.sample.decoding == "marginal" and self.sample.vocabulary == "open":
+        if self.sample.decoding not in (None, "greedy") and self.sample.vocabulary == "open":
             raise ValueError(
-                "TAGGER_SAMPLE_DECODING=marginal computes a probability for each tag of a vocabulary, and "
-                "TAGGER_SAMPLE_VOCABULARY is open; set it to seen or to a file of tags"
+                f"TAGGER_SAMPLE_DECODING={self.sample.decoding} computes a probability for each tag of a vocabulary, "
+                "and TAGGER_SAMPLE_VOCABULARY is open; set it to seen or to a file of tags"
             )
         if self.lora.init == "orthogonal" and (self.base.quantize != "none" or self.lora.r % 2):
             raise ValueError(

@@ -189,19 +189,16 @@ def describe_tagger(settings: Settings, adapter: str | Path) -> tuple[Settings, 
     Raises InvalidInputError when the adapter or its tagger.json cannot be read.
     """
     if isinstance(adapter, Path):
-        try:
-            identity = f"sha256:{file_digest(adapter / 'adapter_model.safetensors')[:16]}"
-        except OSError as error:
-            raise InvalidInputError(
-                f"the weights of the adapter in {adapter} cannot be read: {error.strerror}; train or fetch it again"
-            ) from error
+        identity = _file_identity(adapter / "adapter_model.safetensors")
     else:
         commit = _commit(adapter, settings.hub.revision)
         settings = settings.model_copy(update={"hub": settings.hub.model_copy(update={"revision": commit})})
         identity = f"{adapter}@{commit}"
-    decoding = load_config(settings.sample, adapter, settings.hub.revision).model_dump()
+    decoding = load_config(settings.sample, adapter, settings.hub.revision).as_json()
     tags = json.dumps(decoding.pop("tags"), ensure_ascii=False)
     decoding["tags"] = f"sha256:{hashlib.sha256(tags.encode()).hexdigest()[:16]}"
+    if isinstance(adapter, Path):  # a commit identifies all files
+        decoding |= {name: _file_identity(adapter / decoding[name]) for name in ("head",) if name in decoding}
     return settings, {
         "adapter": identity,
         "base_model": settings.base.model,
@@ -212,6 +209,17 @@ def describe_tagger(settings: Settings, adapter: str | Path) -> tuple[Settings, 
         "max_new_tokens": settings.sample.max_new_tokens,
         "batch_size": settings.sample.batch_size,
     }
+
+
+def _file_identity(file: Path) -> str:
+    """Return the digest of a file of an adapter; raises InvalidInputError when it cannot be read."""
+    try:
+        return f"sha256:{file_digest(file)[:16]}"
+    except OSError as error:
+        raise InvalidInputError(
+            f"the weights of the adapter in {file.parent} cannot be read: {file.name}: {error.strerror}; train or "
+            "fetch it again"
+        ) from error
 
 
 def _commit(repo: str, revision: str | None) -> str:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from job.system.printable import printable_line
 
+Decoding = Literal["greedy", "marginal", "head"]
+"""How answers are decoded; `+` joins the parts of a blend."""
 MIN_PROBABILITY = 0.01
 """Tags with a lower probability are never reported. Thresholds are multiples of this value."""
 
@@ -111,13 +113,14 @@ class TaggedText:
     raw: str
     """The generated list, with tags below the threshold and an incomplete last tag included.
 
-    With marginal decoding, the list built from the most probable tag at each position, as far as it was extended.
+    With marginal decoding, the list built from the most probable tag at each position, as far as it was extended; empty
+    where the tag head answers, because it generates nothing.
     """
     tags: tuple[str, ...]
     well_formed: bool
     """Whether the answer is a complete list."""
     confidences: tuple[float, ...] = field(compare=False)
-    """Probability of each tag: at its position in the list, or with marginal decoding anywhere in the list."""
+    """Probability of each tag: at its position in the list, or else of the text having it."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TaggedText:

@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from job.config.validators import is_unicode
+from job.decoding.head import HEAD_NAME
 from job.errors import InvalidInputError
 from job.hub import client as hub
 from job.settings import Sample
-from job.types import Example
+from job.types import Decoding, Example
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class DecodingConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1]
-    decoding: Literal["greedy", "marginal"]
+    decoding: Decoding
     vocabulary: Literal["open", "closed"]
     """closed: an answer holds only tags from `tags`."""
     tags: Annotated[tuple[_Tag, ...], Field(max_length=MAX_KNOWN_TAGS), AfterValidator(_distinct)]
@@ -64,10 +65,27 @@ class DecodingConfig(BaseModel):
 
     Files without this field are older than it; their thresholds were calibrated for one position.
     """
+    head: Literal["head.safetensors"] | None = None
+    """The file with the tag head, if the adapter has one."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return what computes the probabilities."""
+        return tuple(self.decoding.split("+"))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Return the files next to tagger.json that belong to it."""
+        return tuple(file for file in (self.head,) if file is not None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON types, without those that are empty and unknown to earlier versions."""
+        empty = {name for name in ("head",) if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude=empty)
 
     def save(self, folder: Path) -> None:
         """Write tagger.json into an adapter's folder."""
-        text = json.dumps(self.model_dump(), ensure_ascii=False, indent=1)
+        text = json.dumps(self.as_json(), ensure_ascii=False, indent=1)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
@@ -113,7 +131,7 @@ def load_config(settings: Sample, adapter: Path | str, revision: str | None = No
     An adapter without the file has DEFAULT_CONFIG, which knows no tags. Raises InvalidInputError when the file cannot
     be read or is not valid, or when the settings need a vocabulary that the adapter does not have.
     """
-    saved = _saved_config(adapter, revision)
+    saved = saved_config(adapter, revision)
     if settings.threshold == "auto":  # calibrated in training, and saved
         settings = settings.model_copy(update={"threshold": None})
     config = with_overrides(settings, saved)
@@ -121,7 +139,8 @@ def load_config(settings: Sample, adapter: Path | str, revision: str | None = No
     return config
 
 
-def _saved_config(adapter: Path | str, revision: str | None) -> DecodingConfig:
+def saved_config(adapter: Path | str, revision: str | None) -> DecodingConfig:
+    """Read tagger.json of an adapter; raises InvalidInputError when it cannot be read or is not valid."""
     try:
         saved = _local_config(adapter) if isinstance(adapter, Path) else _published_config(adapter, revision)
     except (hub.HubFileError, OSError, ValueError) as error:
@@ -164,11 +183,16 @@ def _check_vocabulary(config: DecodingConfig, adapter: Path | str) -> None:
             f"the adapter in {adapter} has no {CONFIG_NAME} with the tags it was trained on; "
             "set TAGGER_SAMPLE_VOCABULARY to a file with one tag a line, or to open"
         )
-    if config.decoding == "marginal" and config.vocabulary == "open":
+    if config.decoding != "greedy" and config.vocabulary == "open":
         raise InvalidInputError(
-            f"the adapter in {adapter} has marginal decoding, which needs a closed vocabulary, and "
+            f"the adapter in {adapter} has {config.decoding} decoding, which needs a closed vocabulary, and "
             "TAGGER_SAMPLE_VOCABULARY is open; set TAGGER_SAMPLE_VOCABULARY to seen or to a file of tags, or "
             "TAGGER_SAMPLE_DECODING=greedy"
+        )
+    if "head" in config.parts and config.head is None:
+        raise InvalidInputError(
+            f"the adapter in {adapter} has no {HEAD_NAME}, which TAGGER_SAMPLE_DECODING={config.decoding} needs; train "
+            "with this setting, or set it to greedy or marginal"
         )
 
 
@@ -186,7 +210,7 @@ def with_overrides(settings: Sample, config: DecodingConfig) -> DecodingConfig:
     if settings.vocabulary is not None:
         overrides["vocabulary"] = "open" if settings.vocabulary == "open" else "closed"
         overrides["tags"] = read_vocabulary_file(settings)
-    elif settings.decoding == "marginal":
+    elif settings.decoding not in (None, "greedy"):
         overrides["vocabulary"] = "closed"
     return config.model_copy(update={name: value for name, value in overrides.items() if value is not None})
 

@@ -25,7 +25,7 @@ def same_list(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 
 def compatible_marginals(old: Mapping[str, Any], new: Mapping[str, Any], decoding: DecodingConfig) -> bool:
-    """Return whether two answers of marginal decoding differ only as far as rounding on other hardware explains.
+    """Return whether two answers with probabilities of all tags differ only as far as other hardware explains.
 
     Confidences may differ by CONFIDENCE_TOLERANCE. A tag that is in one answer only may have been at the threshold, or
     among the least likely of max_tags.
@@ -51,7 +51,7 @@ def compatible_marginals(old: Mapping[str, Any], new: Mapping[str, Any], decodin
 
 @dataclass(frozen=True)
 class _Marginals:
-    """One answer of marginal decoding."""
+    """One answer of marginal decoding, or of the tag head, which has no greedy list."""
 
     confidences: dict[str, float]
     greedy_tags: list[str]
