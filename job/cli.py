@@ -266,6 +266,20 @@ def _compare(options: argparse.Namespace, settings: Settings) -> None:
         show(line)
 
 
+def _tune(options: argparse.Namespace, settings: Settings) -> None:
+    from job import tune
+
+    if not options.check:
+        for line in tune.tune(settings, options.recipe):
+            show(line)
+        return
+    plan = tune.check(settings, options.recipe)
+    for line in plan.describe():
+        show(line)
+    for line in tune.estimate(plan):
+        show(line)
+
+
 def _settings(options: argparse.Namespace, settings: Settings) -> None:
     from job.config import environment, recipes, reference
     from job.settings import to_env
@@ -407,6 +421,22 @@ COMMANDS = {
         "Prints a summary.",
         arguments={
             "--restart": {"action": "store_true", "help": "delete the parts of an earlier job there, and tag all again"}
+        },
+        resumes=True,
+    ),
+    "tune": Command(
+        _tune,
+        "choose between recipes, or in a grid of settings, on folds of the training data",
+        "Train the candidates of TAGGER_TUNE_CANDIDATES on parts of the training examples, and score each on the texts "
+        "that it was not trained on; no held-out example is used. Half of the candidates are left after each round, "
+        "and train twice as long in the next one. The last two are compared by a paired bootstrap: the better one is "
+        "chosen if the interval of the difference says that it is better, else the cheaper one. What is finished is "
+        "not repeated. Prints the winner, the reason, and where report and winner.env are: a recipe for `run`.",
+        arguments={
+            "--check": {
+                "action": "store_true",
+                "help": "only check everything, take a few steps of each candidate, and print what the tune takes",
+            }
         },
         resumes=True,
     ),

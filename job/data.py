@@ -37,7 +37,7 @@ def load(settings: Data) -> SplitData:
     left_out = len(examples) - len(train) - (0 if own else len(held_out))
     skipped = (*read.skipped.values(), *read_too.skipped.values())
     report = DataReport(read.rows + read_too.rows, skipped, read.merged + read_too.merged, left_out, respelled)
-    return SplitData(tuple(train), tuple(held_out), _fingerprint(train, held_out), report=report)
+    return SplitData(tuple(train), tuple(held_out), fingerprint(train, held_out), report=report)
 
 
 def _evaluation_settings(settings: Data) -> Data | None:
@@ -127,7 +127,8 @@ def _with_common_spellings(examples: Sequence[Example], spelling: Mapping[str, s
     return [replace(example, tags=tuple(dict.fromkeys(spelling[tag] for tag in example.tags))) for example in examples]
 
 
-def _fingerprint(train: Sequence[Example], held_out: Sequence[Example]) -> str:
+def fingerprint(train: Sequence[Example], held_out: Sequence[Example]) -> str:
+    """Return the SHA-256 of texts and tags, in order."""
     digest = hashlib.sha256()
     for part in (train, held_out):
         for example in part:

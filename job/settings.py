@@ -439,6 +439,23 @@ class Tag(SettingsGroup):
     )
 
 
+class Tune(SettingsGroup):
+    """Settings of `tagger-job tune`, which chooses settings on folds of the training data."""
+
+    candidates: Annotated[str, Field(max_length=10_000)] | None = Field(
+        None,
+        description="What to choose from: recipes, by name or file, separated by commas; or a grid such as "
+        "TAGGER_LORA_R=16,64; TAGGER_TRAIN_LEARNING_RATE=1e-4,2e-4, of which each combination is a candidate.",
+    )
+    folds: int = Field(
+        3,
+        ge=2,
+        le=10,
+        description="Parts of the training examples: each candidate is trained without a part and scored on it, for "
+        "every part.",
+    )
+
+
 class Run(SettingsGroup):
     """Settings of a run: its folder and the device that it computes on."""
 
@@ -543,6 +560,7 @@ class Settings(BaseSettings):
     hub: Hub = Hub()
     sample: Sample = Sample()
     tag: Tag = Tag()
+    tune: Tune = Tune()
     run: Run = Run()
     modal: Modal = Modal()
 

@@ -21,7 +21,8 @@ CHAPTERS = (
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "cloud.modal_launcher", "cloud.modal_worker"),
-    ("worker", "measure"),
+    ("tune",),
+    ("worker", "measure", "trial"),
     ("pipeline",),
     *((chapter,) for chapter in CHAPTERS),
     ("training", "distributed", "decoding", "metrics", "tagging"),

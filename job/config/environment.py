@@ -46,12 +46,12 @@ RENAMED_VALUES = {"TAGGER_SAMPLE_DECODING": {"list": "greedy", "likely": "margin
 """Former values of settings, which are refused with the new value."""
 
 
-def load(recipe: str | None = None) -> Settings:
-    """Read and validate all settings.
+def load(recipe: str | None = None, over: Path | None = None) -> Settings:
+    """Read and validate all settings; the file `over` overrides the recipe, and .env and the environment override both.
 
     Raises InvalidInputError with every unknown name and every invalid value at once.
     """
-    files = _settings_files(recipe)
+    files = _settings_files(recipe, over)
     source_of = _value_sources(files)
     _refuse_undecodable_values()
     problems = _unknown_names(source_of)
@@ -164,14 +164,23 @@ def third_party_variables(recipe: str | None = None) -> dict[str, str]:
     return {name: value for name, value in merged.items() if value and not has_prefix(name)}
 
 
-def _settings_files(recipe: str | None) -> tuple[Path, ...]:
-    """Return the files of settings that exist, recipe and .env; a later file overrides an earlier one."""
+def recipe_values(recipe: str | None, over: Path) -> dict[str, str]:
+    """Return the variables in the recipe and in a file that overrides it, as text; those in .env are not among them."""
+    merged: dict[str, str | None] = {}
+    for file in _settings_files(recipe, over):
+        merged.update(_read_file(file) if file != DOTENV else {})
+    return {name: value for name, value in merged.items() if value}
+
+
+def _settings_files(recipe: str | None, over: Path | None = None) -> tuple[Path, ...]:
+    """Return the files of settings that exist: recipe, `over`, .env; a later file overrides an earlier one."""
     dotenv = (DOTENV,) if DOTENV.is_file() else ()
     option = "--recipe"
     if recipe is None:
         option = RECIPE
         recipe = os.environ.get(RECIPE) or (_read_file(DOTENV).get(RECIPE) if dotenv else None)
-    return (find_recipe(recipe, option), *dotenv) if recipe else dotenv
+    found = (find_recipe(recipe, option),) if recipe else ()
+    return (*found, *(() if over is None else (over,)), *dotenv)
 
 
 def _value_sources(files: tuple[Path, ...]) -> dict[str, str]:

@@ -82,6 +82,27 @@ def split_calibration(examples: SplitData, settings: Data) -> SplitData:
     return replace(examples, train=tuple(train), calibration=tuple(calibration))
 
 
+def cross_validation_folds(
+    examples: Sequence[Example], folds: int, seed: int
+) -> list[tuple[list[Example], list[Example]]]:
+    """Divide examples into folds; return for each fold the examples to train on and the fold's own, to score.
+
+    Each example is in exactly one fold, by a seeded hash of its text. The examples of other folds that are
+    near-duplicates of one in the fold are not trained on.
+    """
+    import numpy as np
+
+    texts = [example.text for example in examples]
+    fold_of = np.array([int(folds * hash_to_unit_interval(seed, text)) for text in texts])
+    found = []
+    for fold in range(folds):
+        own = fold_of == fold
+        out = own | near_duplicates(texts, own) if own.any() else own
+        train = [example for example, left_out in zip(examples, out, strict=True) if not left_out]
+        found.append((train, [example for example, held in zip(examples, own, strict=True) if held]))
+    return found
+
+
 def split_digest(held_out: Sequence[Example | Prediction]) -> str:
     """Return the SHA-256 of the texts in any order; evaluations with the same digest used the same split."""
     return hashlib.sha256(json.dumps(sorted(example.text for example in held_out)).encode()).hexdigest()
