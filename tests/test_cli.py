@@ -412,7 +412,7 @@ def test_the_help_of_a_command_has_its_purpose_and_exit_codes(command: str, caps
     assert COMMANDS[command].description in " ".join(shown.split())
     assert f"  0  {EXIT_CODES[0].meaning}" in shown
     publishes = command in ("run", "retrain", "push", "promote")
-    resumes = publishes or command == "tag"
+    resumes = publishes or command in ("tag", "tune")
     assert f"  75 {EXIT_CODES[75].meaning if resumes else 'interrupted'}\n" in shown
     assert (EXIT_CODES[75].action in shown) == resumes
     assert (f"  4  {EXIT_CODES[4].meaning}" in shown) == publishes
