@@ -16,10 +16,9 @@ import json
 import random
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,17 +26,15 @@ import numpy as np
 
 from bench.bases import SMOLLM2, model_setting
 from job import data
-from job.dataset import tokenization
 from job.dataset.near_duplicates import near_duplicates
 from job.dataset.split import split, split_calibration
-from job.dataset.tags import drop_rare_tags, drop_tags, parse_list
+from job.dataset.tags import drop_tags, parse_list
 from job.settings import Data, Eval, Settings
 from job.types import MIN_PROBABILITY, Example, SplitData
 
 if TYPE_CHECKING:
     from job.metrics.thresholds import ScoredTags
     from job.sample import Tagger
-    from job.system.device import ComputeSpec
 
 TEST_SHARE, TEST_SEED = 0.15, 2026
 DEVELOPMENT_SHARE = 0.15
@@ -166,7 +163,9 @@ def main() -> None:
     for fold in [test] if options.test else options.folds:
         train, held_out = folds(options.data, fold)
         for name in (*baselines_here(), *([options.test] if options.test else options.variants)):
-            records.append(_cached_record(options, fold, name, SplitData(train, held_out, 0, "")))
+            records.append(
+                _cached_record(options, fold, name, SplitData(train, held_out, data.fingerprint(train, held_out)))
+            )
     print(report(records, options.against), *measured_on(records), sep="\n")
     print(*by_threshold(records), sep="\n", end="")
 
@@ -253,7 +252,7 @@ def _cached_record(options: argparse.Namespace, fold: int | str, name: str, exam
             "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": describe(compute),
         }
-        record = _baseline(name, examples) if baseline else _measure(options, name, fold, examples, compute)
+        record = _baseline(name, examples) if baseline else _measure(options, name, fold, examples)
         atomic_write(file, json.dumps(about | record))
     found: Record = json.loads(file.read_text(encoding="utf-8"))
     print(_row(name, [found], []), file=sys.stderr, flush=True)
@@ -288,37 +287,23 @@ def _record(
 # ---- one measurement -----------------------------------------------------------------------------------------------
 
 
-def _measure(
-    options: argparse.Namespace, name: str, fold: int | str, examples: SplitData, compute: ComputeSpec
-) -> Record:
-    from job.decoding.config import initial_config
-    from job.evaluate import calibrate
+def _measure(options: argparse.Namespace, name: str, fold: int | str, examples: SplitData) -> Record:
+    from job import trial
+    from job.sample import Tagger
 
     variant = VARIANTS[name]
     settings = _settings(options, variant)
     # without a fixed threshold the same texts are always set aside, so that these variants can share a training
     parts = examples if isinstance(settings.sample.threshold, float) else split_calibration(examples, settings.data)
-    train = drop_rare_tags(subsample(parts.train, variant), settings.data.min_tag_count)
+    train = subsample(parts.train, variant)
+    trained_on = replace(parts, train=tuple(train), fingerprint=data.fingerprint(train, parts.held_out))
     # an adapter does not depend on how it is decoded
-    folder = options.work / "trained" / f"{fold}, {settings.with_published_decoding().digest(_digest(train))}"
-    model, tokenizer, seconds = _trained(folder, settings, train, compute)
-    decoding = initial_config(settings.sample, train)
-    tagger = (_free_tagger() if variant.free else _tagger())(model, tokenizer, settings, compute, decoding)
-    if settings.sample.threshold == "auto":
-        calibrate(tagger, parts.calibration)
-    threshold = tagger.decoding.threshold
-    marginal = decoding.decoding == "marginal"
-    if marginal:  # keep what other thresholds would keep, for by_threshold
-        tagger.decoding = tagger.decoding.model_copy(update={"threshold": 0.0})
-    started = time.monotonic()
-    answers = tagger.tag([example.text for example in parts.held_out])
-    seconds_tagging = time.monotonic() - started
-    scored = [list(zip(a.tags, a.confidences, strict=True)) for a in answers]
-    kept = [[tag for tag, confidence in tags if confidence >= threshold] for tags in scored]
-    record = _record(parts.train, parts.held_out, kept, [a.well_formed for a in answers])
-    record |= {"training_seconds": seconds, "tagging_seconds": seconds_tagging, "threshold": threshold}
-    if marginal:
-        record["scored"] = scored
+    folder = options.work / "trained" / f"{fold}-{settings.with_published_decoding().digest(trained_on.fingerprint)}"
+    found = trial.answers(settings, trained_on, folder, make=_free_tagger() if variant.free else Tagger)
+    record = _record(parts.train, parts.held_out, found.predicted, found.well_formed)
+    record |= {name: getattr(found, name) for name in ("training_seconds", "tagging_seconds", "threshold")}
+    if settings.sample.decoding == "marginal":
+        record["scored"] = found.scored  # what other thresholds would keep, for by_threshold
     return record
 
 
@@ -329,45 +314,6 @@ def subsample(train: Sequence[Example], variant: Variant) -> list[Example]:
     counts = Counter(tag for example in texts for tag in example.tags)
     rare = {tag for tag in sorted(counts) if counts[tag] == 1 and draw.random() >= variant.rare}
     return drop_tags(texts, rare.__contains__)
-
-
-def _trained(
-    folder: Path, settings: Settings, train: Sequence[Example], compute: ComputeSpec
-) -> tuple[Any, Any, float]:
-    """Return the base model with the adapter in a folder, its tokenizer, and the seconds that training took.
-
-    Trains the adapter if the folder has none.
-    """
-    import peft
-
-    from job.freeze import freeze
-    from job.lora import add_adapters, save_adapter
-    from job.quantize import load_model, load_tokenizer
-    from job.runs.run_folder import RunFolder
-    from job.train import train as train_adapters
-
-    tokenizer = load_tokenizer(settings.base)
-    model = load_model(settings.base, compute)
-    freeze(model)
-    done = folder / "trained.json"
-    if done.is_file():
-        adapted = peft.PeftModel.from_pretrained(model, str(folder / "adapter"))
-        return adapted, tokenizer, float(json.loads(done.read_text())["seconds"])
-    new = add_adapters(model, settings.lora, seed=settings.train.seed)
-    run = RunFolder(folder, {})
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
-    encoded = tokenization.encode(tokenizer, train, settings)
-    trained = train_adapters(new, encoded, settings.train, tokenizer=tokenizer, compute=compute, run=run)
-    with run.folder("adapter") as into:
-        save_adapter(new, tokenizer, into, settings.base)
-    run.write("trained.json", json.dumps({"seconds": trained.seconds, "losses": trained.last_loss}))
-    return new, tokenizer, trained.seconds
-
-
-def _tagger() -> type[Tagger]:
-    from job.sample import Tagger
-
-    return Tagger
 
 
 def _free_tagger() -> type[Tagger]:

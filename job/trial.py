@@ -17,7 +17,7 @@ from job.data import fingerprint
 from job.dataset.split import split_calibration
 from job.decoding.config import initial_config
 from job.errors import DivergedError
-from job.evaluate import calibrate
+from job.evaluate import calibrate, fit
 from job.lora import save_adapter
 from job.preflight import PreflightResult
 from job.runs import run_folder
@@ -38,7 +38,7 @@ class Answers:
     predicted: list[list[str]]
     """The tags that reach the threshold."""
     scored: list[list[tuple[str, float]]]
-    """All tags with their confidences; only those that reach the threshold, unless decoding is marginal."""
+    """All tags with their confidences; with greedy decoding only those that reach the threshold."""
     well_formed: list[bool]
     threshold: float
     training_seconds: float
@@ -104,11 +104,13 @@ def _answers(
     loaded = pipeline.load(checked, compute)
     seconds = _train(loaded, settings, run, compute)
     tagger = make(loaded.model, loaded.tokenizer, settings, compute, initial_config(settings.sample, loaded.examples))
+    if "head" in tagger.decoding.parts:
+        tagger.set_head(fit(tagger, loaded.examples))
     if settings.sample.threshold == "auto":
         with run.chapter("calibrate"):
             calibrate(tagger, examples.calibration)
     threshold = tagger.decoding.threshold
-    if tagger.decoding.decoding == "marginal":  # keep what other thresholds would keep
+    if tagger.decoding.decoding != "greedy":  # keep what other thresholds would keep
         tagger.decoding = tagger.decoding.model_copy(update={"threshold": 0.0})
     started = time.monotonic()
     with run.chapter("evaluate"):

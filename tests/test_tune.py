@@ -170,7 +170,7 @@ def test_a_candidate_that_diverges_loses_and_is_not_tried_again(tiny: pytest.Mon
 
 
 def test_candidates_that_differ_in_decoding_share_a_training(tiny: pytest.MonkeyPatch) -> None:
-    tiny.setenv("TAGGER_TUNE_CANDIDATES", "TAGGER_SAMPLE_VOCABULARY=open,seen")
+    tiny.setenv("TAGGER_TUNE_CANDIDATES", "TAGGER_SAMPLE_DECODING=greedy,head")
     assert cli.main(["tune"]) == 0
     assert len(list(TUNE.glob("fold-*"))) == 2 and len(list(TUNE.glob("fold-*/answers-*.json"))) == 4
 
