@@ -28,11 +28,11 @@ from job.cloud.gpus import parse_gpus
 from job.config.redaction import MASK, mask_urls
 from job.config.validators import (
     Budget,
+    CloudName,
     Cron,
     ExampleCount,
     GitRevision,
     Identifier,
-    ModalName,
     NameList,
     RepoId,
     RunId,
@@ -520,9 +520,9 @@ class Modal(SettingsGroup):
     timeout_hours: float = Field(
         6, ge=0.01, le=24, description="Maximum hours of one attempt on Modal; the next attempt resumes the run."
     )
-    secret: ModalName = Field("huggingface", description="Modal secret that holds HF_TOKEN.")
-    runs_volume: ModalName = Field("tagger-runs", description="Modal volume for the runs.")
-    cache_volume: ModalName = Field("tagger-cache", description="Modal volume for the Hugging Face cache.")
+    secret: CloudName = Field("huggingface", description="Modal secret that holds HF_TOKEN.")
+    runs_volume: CloudName = Field("tagger-runs", description="Modal volume for the runs.")
+    cache_volume: CloudName = Field("tagger-cache", description="Modal volume for the Hugging Face cache.")
     cron: Cron = Field(
         "23 4 * * 1",
         description="When a deployed app retrains, as five cron fields in UTC; never: no schedule.",
@@ -535,6 +535,30 @@ class Modal(SettingsGroup):
                 f"TAGGER_MODAL_RUNS_VOLUME and TAGGER_MODAL_CACHE_VOLUME are both {self.runs_volume}; name two volumes"
             )
         return self
+
+
+class HfJobs(SettingsGroup):
+    """Settings of the job on Hugging Face Jobs."""
+
+    image: str | None = Field(
+        None,
+        pattern=r"^[\w][\w./:@-]*$",
+        max_length=512,
+        description="Image of this job that Hugging Face Jobs can pull, such as ghcr.io/<owner>/tagger-job:0.2.0.",
+    )
+    flavor: str = Field(
+        "l4x1", pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64, description="Hardware; `hf jobs hardware` lists all."
+    )
+    timeout_hours: float = Field(
+        6, ge=0.05, le=168, description="Maximum hours of one attempt; the next attempt resumes the run."
+    )
+    attempts: int = Field(3, ge=1, le=10, description="Attempts of a job that fails or is interrupted.")
+    namespace: CloudName | None = Field(
+        None, description="User or organization that the job belongs to and that pays; empty: the owner of HF_TOKEN."
+    )
+    bucket: CloudName = Field(
+        "tagger-runs", description="Bucket of that namespace that keeps the runs; created, private, if there is none."
+    )
 
 
 class Settings(BaseSettings):
@@ -563,6 +587,7 @@ class Settings(BaseSettings):
     tune: Tune = Tune()
     run: Run = Run()
     modal: Modal = Modal()
+    hfjobs: HfJobs = HfJobs()
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

@@ -109,10 +109,10 @@ def new_job(settings: Settings) -> Job:
         scheme = name.partition("://")[0]
         if "://" in name and not is_remote(name):
             raise InvalidInputError(f"{variable}={name}: {scheme}:// is unknown; expected s3, gs, az or hf")
-    if output.startswith("hf://"):
+    if output.startswith("hf://") and not output.startswith(storage.BUCKETS):
         raise InvalidInputError(
             f"TAGGER_TAG_OUTPUT={output}: hf:// can only be read, because each part would be a commit; write to a "
-            "folder or to s3://, gs:// or az://, and upload that"
+            "bucket (hf://buckets/), a folder, s3://, gs:// or az://"
         )
     if given == STREAM and output != STREAM:
         raise InvalidInputError(

@@ -20,7 +20,16 @@ CHAPTERS = (
 )
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
-    ("cli", "cloud.modal_launcher", "cloud.modal_worker"),
+    ("cloud.hfjobs_worker",),
+    (
+        "cli",
+        "cloud.modal_launcher",
+        "cloud.modal_worker",
+        "cloud.hfjobs_launcher",
+        "cloud.hfjobs",
+        "cloud.container",
+        "cloud.outcome",
+    ),
     ("tune",),
     ("worker", "measure", "trial"),
     ("pipeline",),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,15 +11,25 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from job.cloud.container import (
+    JOB_OVERRIDES,
+    TAG_OVERRIDES,
+    Container,
+    apply_overrides,
+    missing_for_tag,
+    refuse,
+    unwritable_folder,
+    unwritable_output,
+)
 from job.cloud.gpus import price_per_second
 from job.config import environment
 from job.dataset.texts import check_texts
 from job.errors import INTERRUPTED, InvalidInputError, JobError, print_error
 from job.runs import shutdown
 from job.runs.atomic import atomic_directory, atomic_write
-from job.runs.run_folder import check_writable, read_manifest
+from job.runs.run_folder import read_manifest
 from job.settings import Modal, Settings
-from job.system.paths import DATA_SUFFIXES, HUB_EQUIVALENTS, PACKAGE_PREFIX, WEIGHT_SUFFIXES, is_local, is_remote
+from job.system.paths import DATA_SUFFIXES, is_local, is_remote
 from job.system.printable import printable_line
 from job.types import TaggedText
 
@@ -29,18 +38,13 @@ if TYPE_CHECKING:
 
 RUNS, CACHE = "/runs", "/cache"
 """Where the image expects the two volumes."""
-OVERRIDES = {
-    "--gpu": "TAGGER_MODAL_GPU",
-    "--timeout-hours": "TAGGER_MODAL_TIMEOUT_HOURS",
-    "--run-id": "TAGGER_RUN_ID",
-    "--max-steps": "TAGGER_TRAIN_MAX_STEPS",
-    "--learning-rate": "TAGGER_TRAIN_LEARNING_RATE",
-    "--model": "TAGGER_BASE_MODEL",
-    "--dataset": "TAGGER_DATA_DATASET",
-    "--repo": "TAGGER_HUB_REPO",
-}
-TAG_OVERRIDES = {"--input": "TAGGER_TAG_INPUT", "--output": "TAGGER_TAG_OUTPUT"}
-"""Options of the command `tag`."""
+OVERRIDES = {"--gpu": "TAGGER_MODAL_GPU", "--timeout-hours": "TAGGER_MODAL_TIMEOUT_HOURS", **JOB_OVERRIDES}
+CONTAINER = Container(
+    "Modal's container",
+    (f"{RUNS}/", f"{CACHE}/"),
+    f"a path on a volume ({RUNS}/..., {CACHE}/...)",
+    "modal run modal_app.py::tag",
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def parse_request(app: str, words: Sequence[str] | None = None) -> Request:
         name, arguments = _find_command(Path(app), sys.argv if words is None else words)
         command = COMMANDS.get(name, DEPLOY)
         options = _parser(name, command).parse_args(arguments)
-        _apply_overrides(options, OVERRIDES | (TAG_OVERRIDES if name == "tag" else {}))
+        apply_overrides(options, OVERRIDES | (TAG_OVERRIDES if name == "tag" else {}))
         settings = environment.load(options.recipe)
         texts = command.validate(options, settings)
         return Request(name, options, settings.modal, environment.explicit_values(options.recipe), texts)
@@ -98,30 +102,21 @@ def _parser(name: str, command: Command) -> argparse.ArgumentParser:
     return parser
 
 
-def _apply_overrides(options: argparse.Namespace, overrides: Mapping[str, str]) -> None:
-    for option, variable in overrides.items():
-        value = getattr(options, option.removeprefix("--").replace("-", "_"))
-        if value == "":
-            raise InvalidInputError(f"{option} is empty; expected a value for {variable}")
-        if value is not None:
-            os.environ[variable] = value
-
-
 # One validator for each command: it raises InvalidInputError for what a container could not do, and returns the
 # texts to tag.
 
 
 def _validate_deploy(options: argparse.Namespace, settings: Settings) -> tuple[str, ...]:
-    _refuse(local_only_inputs(settings), _local_vocabulary(settings))
+    refuse(CONTAINER.local_inputs(settings), CONTAINER.local_vocabulary(settings))
     return ()
 
 
 def _validate_job(options: argparse.Namespace, settings: Settings) -> tuple[str, ...]:
-    _refuse(
-        local_only_inputs(settings),
-        _local_vocabulary(settings),
-        _unwritable_output(options.output),
-        _unwritable_folder(options.to),
+    refuse(
+        CONTAINER.local_inputs(settings),
+        CONTAINER.local_vocabulary(settings),
+        unwritable_output(options.output),
+        unwritable_folder(options.to),
     )
     return ()
 
@@ -132,99 +127,30 @@ def _validate_status(options: argparse.Namespace, settings: Settings) -> tuple[s
 
 def _validate_fetch(options: argparse.Namespace, settings: Settings) -> tuple[str, ...]:
     missing = "fetch needs the name of a run: add --run-id; `modal run modal_app.py::status` lists the runs"
-    _refuse(_unwritable_folder(options.to), [missing] if settings.run.id is None else [])
+    refuse(unwritable_folder(options.to), [missing] if settings.run.id is None else [])
     return ()
 
 
 def _validate_sample(options: argparse.Namespace, settings: Settings) -> tuple[str, ...]:
-    _refuse(_local_vocabulary(settings))
+    refuse(CONTAINER.local_vocabulary(settings))
     return check_texts(options.text, "--text")
 
 
 def _validate_tag(options: argparse.Namespace, settings: Settings) -> tuple[str, ...]:
     given, output = settings.tag.input, settings.tag.output
-    problems = [
-        f"{variable} is not set; add {option}"
-        for option, variable in TAG_OVERRIDES.items()
-        if os.environ.get(variable) is None and (given if variable.endswith("INPUT") else output) is None
-    ]
+    problems = missing_for_tag(settings.tag)
     if options.containers < 1:
         problems.append(f"--containers {options.containers}: expected a number of at least 1")
     places = f"an s3://, gs:// or az:// URL, or a path on a volume ({RUNS}/..., {CACHE}/...)"
-    if given is not None and not _on_a_volume(given) and (given == "-" or is_local(given, DATA_SUFFIXES)):
+    if given is not None and not CONTAINER.has(given) and (given == "-" or is_local(given, DATA_SUFFIXES)):
         problems.append(
             f"TAGGER_TAG_INPUT={given} is not in Modal's container; expected {places}, or a data set on the Hub. "
             "`modal volume put` copies a file to a volume"
         )
-    if output is not None and not _on_a_volume(output) and not is_remote(output):
+    if output is not None and not CONTAINER.has(output) and not is_remote(output):
         problems.append(f"TAGGER_TAG_OUTPUT={output} would be lost with Modal's container; expected {places}")
-    _refuse(_local_vocabulary(settings), problems)
+    refuse(CONTAINER.local_vocabulary(settings), problems)
     return ()
-
-
-def _on_a_volume(name: str) -> bool:
-    return name.startswith((f"{RUNS}/", f"{CACHE}/"))
-
-
-def _refuse(*problems: Iterable[str]) -> None:
-    found = [problem for group in problems for problem in group]
-    if found:
-        raise InvalidInputError(*found)
-
-
-def _unwritable_output(output: Path | None) -> Iterable[str]:
-    if output is None:
-        return ()
-    if output.is_dir() or not output.name:
-        return (f"--output {output} is a folder; expected the path of a file",)
-    return _unwritable(output.parent, "the folder of --output", "it to a file in one")
-
-
-def _unwritable_folder(to: Path | None) -> Iterable[str]:
-    return () if to is None else _unwritable(to, "the folder --to", "it to one")
-
-
-def _unwritable(folder: Path, what: str, remedy: str) -> Iterable[str]:
-    try:
-        check_writable(folder, what, remedy)
-    except InvalidInputError as error:
-        return error.problems
-    return ()
-
-
-def _local_vocabulary(settings: Settings) -> Iterable[str]:
-    vocabulary = settings.sample.vocabulary
-    if vocabulary in (None, "open", "seen") or vocabulary.startswith((f"{RUNS}/", f"{CACHE}/")):
-        return ()
-    return (
-        f"TAGGER_SAMPLE_VOCABULARY={vocabulary} is not in Modal's container; expected open, seen, or a path on a "
-        f"volume ({RUNS}/..., {CACHE}/...)",
-    )
-
-
-def local_only_inputs(settings: Settings) -> list[str]:
-    """Return a problem for each file of this machine, or of a Python package, that the container does not have."""
-    inputs = {"TAGGER_BASE_MODEL": settings.base.model, "TAGGER_DATA_DATASET": settings.data.dataset}
-    inputs |= {"TAGGER_DATA_EVAL_DATASET": settings.data.eval_dataset} if settings.data.eval_dataset else {}
-    problems = [
-        f"{variable}={name} is not in Modal's container; set it to a Hub id{_hub_id_hint(name)}, a file of the job's "
-        f"own package (package:job/...), or a path on a volume ({RUNS}/..., {CACHE}/...)"
-        for variable, name in inputs.items()
-        if not name.startswith((f"{PACKAGE_PREFIX}job/", f"{RUNS}/", f"{CACHE}/"))
-        and (name.startswith((PACKAGE_PREFIX, "~")) or is_local(name, (*DATA_SUFFIXES, *WEIGHT_SUFFIXES)))
-    ]
-    for variable, file in {"INPUT": settings.sample.input, "OUTPUT": settings.sample.output}.items():
-        if file is not None:
-            problems.append(
-                f"TAGGER_SAMPLE_{variable}={file} is a file of this machine, which Modal's container cannot access; "
-                "unset it and use `modal run modal_app.py::tag`"
-            )
-    return problems
-
-
-def _hub_id_hint(name: str) -> str:
-    package = name.removeprefix(PACKAGE_PREFIX).partition("/")[0]
-    return f" ({HUB_EQUIVALENTS[package]} for this model)" if package in HUB_EQUIVALENTS else ""
 
 
 @dataclass(frozen=True)

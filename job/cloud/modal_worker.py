@@ -12,13 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job import model_card, pipeline, results, tag
+from job import pipeline, tag
+from job.cloud.outcome import describe
 from job.config import environment
 from job.errors import DONE, JobError
 from job.hub import access
-from job.runs import markup
 from job.runs.atomic import atomic_write
-from job.runs.run_folder import RunFolder, read_manifest
+from job.runs.run_folder import RunFolder
 from job.system import logging_setup
 from job.types import Summary
 
@@ -94,21 +94,6 @@ class CallAttempt:
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
-
-
-def describe(run: Path) -> dict[str, Any]:
-    """Return status, timings, scores, verdict and publication of a run, from its files, as JSON types."""
-    manifest = read_manifest(run)
-    description = {"run_id": run.name, "status": manifest["status"], "device": manifest.get("device")}
-    description |= {"published": manifest.get("published"), "seconds": manifest["timings"]}
-    if (run / "metrics.json").is_file():
-        folder = RunFolder(run, manifest)
-        verdict = results.verdict(folder)
-        scores = results.scores(folder)
-        table = markup.markdown_table(model_card.score_table(scores))
-        description |= {"scores": {name: asdict(score) for name, score in scores.items()}, "table": table}
-        description |= {"gate": None if verdict is None else asdict(verdict)}
-    return description
 
 
 def tag_parts(

@@ -152,7 +152,7 @@ def _run_id(value: str) -> str:
     return value
 
 
-def _modal_name(value: str) -> str:
+def _cloud_name(value: str) -> str:
     if not re.fullmatch(r"[\w.-]+", value, re.ASCII):
         raise ValueError("expected letters, digits, '_', '.' and '-'")
     return value
@@ -185,11 +185,11 @@ Shard = Annotated[str, AfterValidator(_shard)]
 GitRevision = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_git_revision)]
 RepoId = Annotated[str, AfterValidator(repo_id)]
 RunId = Annotated[str, Field(max_length=128), AfterValidator(_run_id)]
-ModalName = Annotated[str, Field(max_length=63), AfterValidator(_modal_name)]
 Webhook = Annotated[
     SecretStr, Field(max_length=2048), AfterValidator(_webhook), PlainSerializer(lambda _: None, when_used="json")
 ]
 """A URL that is a password: whoever knows it may post. As JSON it is null, so that it is in no file."""
+CloudName = Annotated[str, Field(max_length=63), AfterValidator(_cloud_name)]
 Cron = Annotated[str, AfterValidator(_cron)]
 
 

@@ -12,7 +12,7 @@ import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -211,6 +211,16 @@ class _LfsBatch(_Answer):
     objects: list[_LfsObject]
 
 
+class _BucketEntry(_Answer):
+    type: Literal["file", "directory"]
+    path: _Path
+    size: _Size = 0
+    xetHash: _Hash = "0" * 64  # noqa: N815
+    mtime: Annotated[str, AfterValidator(_date)] | None = None
+    uploadedAt: Annotated[str, AfterValidator(_date)] | None = None  # noqa: N815
+
+
+_BUCKET = r"/api/buckets/[^/]+/[^/]+"
 _REPO = r"/api/(?:models|datasets)/[^/]+(?:/[^/]+)?"
 _CALLS: tuple[tuple[str, TypeAdapter[Any] | None], ...] = (
     (r"GET /api/whoami-v2", TypeAdapter(Account)),
@@ -224,6 +234,8 @@ _CALLS: tuple[tuple[str, TypeAdapter[Any] | None], ...] = (
     (rf"POST {_REPO}/preupload/.+", TypeAdapter(_Preupload)),
     (rf"POST {_REPO}/commit/.+", TypeAdapter(_Committed)),
     (rf"GET {_REPO}(?:/revision/.+)?", TypeAdapter(_RepoInfo)),
+    (rf"GET {_BUCKET}/tree(?:/.+)?", TypeAdapter(list[_BucketEntry])),
+    (rf"POST {_BUCKET}/paths-info", TypeAdapter(list[_BucketEntry])),
     (r"POST /.+\.git/info/lfs/objects/batch", TypeAdapter(_LfsBatch)),
 )
 

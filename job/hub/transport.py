@@ -214,9 +214,11 @@ def _is_hub(request: httpx2.Request) -> bool:
 
 
 def _check_headers(request: httpx2.Request, response: httpx2.Response) -> None:
-    if request.method == "HEAD" and _is_hub(request) and "/resolve/" in request.url.path:
+    call = _call(request)
+    is_file = "/resolve/" in call and not call.startswith("HEAD /buckets/")  # a bucket has no commits
+    if request.method == "HEAD" and _is_hub(request) and is_file:
         headers = {name.lower(): value for name, value in response.headers.items()}
-        answers.check_file_headers(_call(request), headers, found=response.status_code == 200)
+        answers.check_file_headers(call, headers, found=response.status_code == 200)
 
 
 def _read(response: httpx2.Response, most: int, call: str) -> bytes:

@@ -48,8 +48,8 @@ class Objects(Protocol):
     def download(self, name: str, to: IO[bytes]) -> bool:
         """Copy the content of an object into a file; return whether there is one."""
 
-    def list(self, prefix: str) -> list[str]:
-        """Return the names of all objects below a prefix that ends in `/`, or of all for an empty one."""
+    def list(self, prefix: str) -> dict[str, int]:
+        """Return the objects below a prefix that ends in `/`, or all for an empty one, by name with their sizes."""
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects; those that do not exist are ignored."""
@@ -111,11 +111,9 @@ class _Obstore:
 
         return self._found(copy) or False
 
-    def list(self, prefix: str) -> list[str]:
-        listed = self._call(
-            lambda: [entry["path"] for batch in self._obstore.list(self._store, prefix or None) for entry in batch]
-        )
-        return sorted(listed)
+    def list(self, prefix: str) -> dict[str, int]:
+        batches = self._call(lambda: list(self._obstore.list(self._store, prefix or None)))
+        return dict(sorted((entry["path"], entry["size"]) for batch in batches for entry in batch))
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:  # of several, one that does not exist would end the request
@@ -141,6 +139,7 @@ class _Bucket:
 
     def __init__(self, url: str) -> None:
         from huggingface_hub import HfApi
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
         kind, _, rest = url.removeprefix("hf://").partition("/")
         parts = [part for part in rest.split("/") if part]
@@ -152,6 +151,7 @@ class _Bucket:
         self._bucket = "/".join(parts[:2])
         self._prefix = "".join(f"{part}/" for part in parts[2:])
         self._api = HfApi(library_name="tagger-job")
+        disable_progress_bars()  # a bar for each of many small files, in the middle of training
 
     def put(self, name: str, content: bytes | IO[bytes]) -> None:
         data = content if isinstance(content, bytes) else content.read()
@@ -184,18 +184,21 @@ class _Bucket:
             to.write(path.read_bytes())
         return True
 
-    def list(self, prefix: str) -> list[str]:
+    def list(self, prefix: str) -> dict[str, int]:
         from huggingface_hub import BucketFile
         from huggingface_hub.errors import EntryNotFoundError
 
-        def names() -> list[str]:
-            tree = self._api.list_bucket_tree(self._bucket, self._prefix + prefix or None, recursive=True)
-            return sorted(entry.path.removeprefix(self._prefix) for entry in tree if isinstance(entry, BucketFile))
+        below = (self._prefix + prefix).rstrip("/") or None
+
+        def files() -> dict[str, int]:
+            tree = self._api.list_bucket_tree(self._bucket, below, recursive=True)
+            found = [(entry.path, entry.size) for entry in tree if isinstance(entry, BucketFile)]
+            return {path.removeprefix(self._prefix): size for path, size in sorted(found)}
 
         try:
-            return self._call(names)
+            return self._call(files)
         except EntryNotFoundError:
-            return []
+            return {}
 
     def delete(self, names: Iterable[str]) -> None:
         paths = [self._prefix + name for name in names]

@@ -17,11 +17,13 @@ from job.dataset.sources import BLOCK_BYTES, file_system
 from job.errors import InvalidInputError, JobError
 from job.runs.atomic import atomic_file
 from job.runs.checksums import file_digest
+from job.runs.objects import StoreError, open_objects
 from job.system.paths import is_remote
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+BUCKETS = "hf://buckets/"
 ATTEMPTS = 7
 """How often a request to object storage is tried; the waits before are 0.5, 1, 2, 4, 8 and 16 seconds."""
 FINAL = re.compile("ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|HTTP status 40[0134]")
@@ -57,6 +59,8 @@ def open_folder(name: str) -> Folder:
     """Return the folder at a path or URL; raises InvalidInputError when the URL cannot be used."""
     if not is_remote(name):
         return LocalFolder(Path(name).expanduser())
+    if name.startswith(BUCKETS):
+        return BucketFolder(name.rstrip("/"))
     return RemoteFolder(name.rstrip("/"))
 
 
@@ -197,6 +201,46 @@ class RemoteFolder:
             return retry(step, f"{self.name} cannot be {what}", attempts=4)
         except JobError as error:  # before the first file is written, nothing has been spent
             raise InvalidInputError(_unusable(self.name, error.__cause__ or error)) from error
+
+
+class BucketFolder:
+    """A prefix of a bucket of the Hub."""
+
+    def __init__(self, url: str) -> None:
+        self.name = url
+        self._objects = open_objects(url)
+
+    def list(self) -> dict[str, int]:
+        return self._call(lambda: self._objects.list(""), "listed")
+
+    def exists(self, name: str) -> bool:
+        return name in self.list()
+
+    def read(self, name: str) -> bytes | None:
+        return self._call(lambda: self._objects.get(name), f"read: {name}")
+
+    def digest(self, name: str) -> str | None:
+        content = self.read(name)
+        return None if content is None else hashlib.sha256(content).hexdigest()
+
+    @contextmanager
+    def writer(self, name: str) -> Iterator[IO[bytes]]:
+        """Collect the content in a temporary file, which is sent at the end."""
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            self._call(lambda: self._objects.put(name, file), f"written: {name}")
+
+    def delete(self, name: str) -> None:
+        self._call(lambda: self._objects.delete([name]), f"deleted: {name}")
+
+    def _call(self, step: Callable[[], T], what: str) -> T:
+        try:
+            return step()
+        except StoreError as error:
+            raise JobError(
+                f"{self.name} cannot be {what} ({error}); sealed parts are kept, run the command again"
+            ) from error
 
 
 def retry(step: Callable[[], T], what: str, attempts: int | None = None) -> T:
