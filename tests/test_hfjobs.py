@@ -58,8 +58,13 @@ def call(*words: str) -> int:
 
 
 def test_a_run_trains_publishes_and_leaves_its_run_in_the_bucket(
-    jobs: hub_jobs.JobsHub, loopback_hub: Hub, capfd: pytest.CaptureFixture[str], tmp_path: Path
+    jobs: hub_jobs.JobsHub,
+    loopback_hub: Hub,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("TAGGER_RUN_NOTIFY", "http://127.0.0.1:9/hook/not-for-others")
     assert call("run", "--flavor", "cpu-basic") == 0
     printed = capfd.readouterr()
     assert "price: cpu-basic costs $0.01 an hour, at most $0.18 for 6 h by 3 attempts" in printed.err
@@ -68,7 +73,8 @@ def test_a_run_trains_publishes_and_leaves_its_run_in_the_bucket(
     [job] = jobs.jobs.values()
     assert job.spec["dockerImage"] == IMAGE
     assert job.spec["command"] == ["python", "-m", "job.cloud.hfjobs_worker", "run"]
-    assert job.spec["secrets"] == {"HF_TOKEN": WRITE_TOKEN}
+    assert set(job.spec["secrets"]) == {"HF_TOKEN", "TAGGER_RUN_NOTIFY"}
+    assert "not-for-others" not in json.dumps({**job.spec, "secrets": {}}) + printed.err + printed.out
     assert job.spec["environment"]["TAGGER_RUN_STORE"] == "hf://buckets/ada/tagger-runs/runs"
     assert len(job.spec["environment"]["TAGGER_DATA_REVISION"]) == 40
     assert (job.spec["timeoutSeconds"], job.spec["attempts"]) == (6 * 3600, 3)

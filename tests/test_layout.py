@@ -21,15 +21,8 @@ CHAPTERS = (
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cloud.hfjobs_worker",),
-    (
-        "cli",
-        "cloud.modal_launcher",
-        "cloud.modal_worker",
-        "cloud.hfjobs_launcher",
-        "cloud.hfjobs",
-        "cloud.container",
-        "cloud.outcome",
-    ),
+    ("cli", "cloud.modal_launcher", "cloud.modal_worker", "cloud.hfjobs_launcher"),
+    ("cloud.hfjobs", "cloud.container", "cloud.outcome"),
     ("tune",),
     ("worker", "measure", "trial"),
     ("pipeline",),

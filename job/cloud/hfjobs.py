@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from job.config import environment
 from job.errors import CRASHED, EXIT_CODES, INTERRUPTED, InvalidInputError
 from job.hub import client as hub
 from job.runs.objects import Objects, open_objects
@@ -40,6 +41,8 @@ class Jobs:
             )
         self._token = token
         self._settings = settings.hfjobs
+        notify = settings.run.notify
+        self._notify = None if notify is None else notify.get_secret_value()
         self.api: HfApi = HfApi(token=token, library_name="tagger-job")
         with jobs_errors("HF_TOKEN"):
             self.namespace: str = settings.hfjobs.namespace or self.api.whoami()["name"]
@@ -94,7 +97,7 @@ class Jobs:
 
     @property
     def _secrets(self) -> dict[str, Any]:
-        return {"HF_TOKEN": self._token}
+        return {"HF_TOKEN": self._token} | ({} if self._notify is None else {environment.NOTIFY: self._notify})
 
     def _spec(self, arguments: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
         return {

@@ -98,7 +98,9 @@ def parse_request(words: Sequence[str]) -> Request:
     env = {
         name: value
         for name, value in environment.explicit_values(options.recipe).items()
-        if not name.startswith(("TAGGER_HFJOBS_", "TAGGER_MODAL_", "TAGGER_RUN_DIR", "TAGGER_RECIPE"))
+        if not name.startswith(
+            ("TAGGER_HFJOBS_", "TAGGER_MODAL_", "TAGGER_RUN_DIR", "TAGGER_RECIPE", environment.NOTIFY)
+        )
     }
     return Request(options.command, options, settings, env)
 
