@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from job import pipeline
+from job.decoding.blend import Blend
 from job.decoding.config import initial_config
 from job.evaluate import evaluate, fit
 from job.metrics.baselines import score_baselines
@@ -133,9 +134,11 @@ def _evaluation_seconds(checked: PreflightResult, tagger: Tagger, model: Any) ->
 
     if "head" in tagger.decoding.parts:  # how many tags a head has makes no difference next to the forward pass
         texts = [Example(example.text, tagger.decoding.tags[:1]) for example in (*sample, *sample)]
-        tagger.set_head(fit(tagger, texts))
+        tagger.set_scorers(fit(tagger, texts))
+        parts = dict.fromkeys(tagger.decoding.parts, 1.0)
+        tagger.decoding = tagger.decoding.model_copy(update={"blend": Blend(weights=parts, bias=0.0)})
     each = seconds_each()
-    with model.disable_adapter(), tagger.without_head():
+    with model.disable_adapter(), tagger.without_scorers():
         base = seconds_each()
     answers = len(examples.calibration) if settings.sample.threshold == "auto" else 0
     answers += len(examples.train) if "head" in tagger.decoding.parts else 0

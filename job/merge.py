@@ -13,9 +13,10 @@ from job import quantize
 from job.data import inference_texts
 from job.decoding.config import load_config
 from job.decoding.equivalence import same_answer
+from job.decoding.scorers import load_scorers
 from job.errors import JobError
 from job.lora import add_adapters
-from job.sample import Tagger, load_head
+from job.sample import Tagger
 from job.system.device import ComputeSpec
 
 if TYPE_CHECKING:
@@ -61,10 +62,10 @@ def merge(run: RunFolder, settings: Settings, compute: ComputeSpec) -> None:
     texts = inference_texts(settings.sample)
     adapted = peft.PeftModel.from_pretrained(base, str(run.adapter))
     decoding = load_config(settings.with_published_decoding().sample, run.adapter)
-    head = load_head(settings, decoding, run.adapter, None)
-    expected = Tagger(adapted, tokenizer, settings, exact, decoding, head=head).tag(texts)
+    scorers = load_scorers(decoding, decoding.tags, run.adapter, None)
+    expected = Tagger(adapted, tokenizer, settings, exact, decoding, scorers=scorers).tag(texts)
     merged = adapted.merge_and_unload()
-    answers = Tagger(merged, tokenizer, settings, exact, decoding, head=head).tag(texts)
+    answers = Tagger(merged, tokenizer, settings, exact, decoding, scorers=scorers).tag(texts)
     pairs = zip(map(dataclasses.asdict, expected), map(dataclasses.asdict, answers), strict=True)
     if not all(same_answer(old, new, decoding) for old, new in pairs):
         raise JobError("the merged model gives other tags than base model and adapter; it is not saved or pushed")

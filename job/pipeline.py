@@ -250,7 +250,6 @@ def fine_tune(checked: PreflightResult, compute: ComputeSpec, group: Group | Non
     from job.data import inference_texts
     from job.dataset.summary import describe, summarise
     from job.decoding.config import initial_config
-    from job.decoding.head import HEAD_NAME
     from job.evaluate import fit
     from job.lora import digest, save_adapter
     from job.metrics.embeddings import load_embedding_baseline
@@ -281,8 +280,8 @@ def fine_tune(checked: PreflightResult, compute: ComputeSpec, group: Group | Non
             model, loaded.encoded, settings.train, tokenizer=tokenizer, compute=compute, run=run, exchange=group
         )
     tagger = Tagger(model, tokenizer, settings, compute, initial_config(settings.sample, loaded.examples), group)
-    if "head" in tagger.decoding.parts:
-        tagger.set_head(results.cached_head(run, digest(model), lambda: fit(tagger, loaded.examples)))
+    if tagger.decoding.needs_scorers:
+        tagger.set_scorers(results.cached_scorers(run, digest(model), lambda: fit(tagger, loaded.examples)))
     scores, predictions = evaluate_adapter(checked, model, tagger, more_baselines)
     results.save_metrics(run, scores, trained, predictions)
     results.save_samples(run, tagger.tag(inference_texts(settings.sample)))
@@ -291,8 +290,7 @@ def fine_tune(checked: PreflightResult, compute: ComputeSpec, group: Group | Non
     with run.folder("adapter") as folder:
         save_adapter(model, tokenizer, folder, settings.base)
         tagger.decoding.save(folder)
-        if tagger.head is not None:
-            (folder / HEAD_NAME).write_bytes(tagger.head.to_bytes())
+        tagger.scorers.save(folder)
         report.save_card(folder, settings, scores, run, licence=checked.licence)
     run.record_checksums(*run_folder.RESULTS, *report.CARD_PICTURES)
 
@@ -365,7 +363,7 @@ def evaluate_adapter(
     if settings.sample.threshold == "auto":
         results.cached_threshold(run, weights, tagger, lambda: calibrate(tagger, examples.calibration))
     threshold = f"threshold {tagger.decoding.threshold}"
-    with model.disable_adapter(), tagger.without_head():
+    with model.disable_adapter(), tagger.without_scorers():
         base, _ = results.cached_evaluation(
             run, "evaluate_base", f"none, {threshold}", lambda: evaluate(tagger, held_out)
         )

@@ -25,7 +25,7 @@ from job.hub import access, embedders, weights
 from job.hub import client as hub
 from job.runs import run_folder
 from job.runs.run_folder import RunFolder
-from job.settings import Base, Data, Eval, Settings
+from job.settings import Base, Data, Eval, Sample, Settings
 from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local, is_on_hub
 from job.types import Example, HubRevision, SplitData
 
@@ -154,6 +154,7 @@ def check(settings: Settings) -> PreflightResult:
     problems.collect(decoding.check_tags, known_tags, "Check TAGGER_DATA_TAG_DELIMITER and TAGGER_DATA_MIN_TAG_COUNT")
     if trained_on and "head" in (settings.sample.decoding or ""):
         problems.collect(learnable_tags, trained_on, vocabulary or known_tags)
+    problems.collect(_check_blend, settings.sample)
     if vocabulary:  # the settings hold only the file's name, which stays the same when its content changes
         digest = hashlib.sha256(repr((examples.fingerprint, vocabulary)).encode()).hexdigest()
         examples = replace(examples, fingerprint=digest)
@@ -161,6 +162,15 @@ def check(settings: Settings) -> PreflightResult:
     problems.raise_if_any()
     assert run is not None
     return PreflightResult(settings, examples, run, repo, base.licence if base else None, started)
+
+
+def _check_blend(settings: Sample) -> None:
+    """Raise InvalidInputError if there are no examples to find the weights of a blend on."""
+    if "+" in (settings.decoding or "") and settings.threshold != "auto":
+        raise InvalidInputError(
+            f"TAGGER_SAMPLE_DECODING={settings.decoding} finds its weights on calibration examples, which there are "
+            "only with TAGGER_SAMPLE_THRESHOLD=auto; set it"
+        )
 
 
 def _check_base_model(settings: Base) -> HubRevision | None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.dataset.split import split_digest
+from job.decoding.blend import Blend
 from job.decoding.equivalence import same_answer
-from job.decoding.head import HEAD_NAME, TagHead
+from job.decoding.scorers import Scorers
 from job.errors import InvalidInputError, PublishError
 from job.metrics.scores import score_tags
 from job.runs import shutdown
@@ -53,37 +54,39 @@ def cached_evaluation(
     return scores, predictions
 
 
-def cached_head(run: RunFolder, cache_key: str, fit: Callable[[], TagHead]) -> TagHead:
-    """Return the tag head of `fit`, or the one that an earlier attempt saved for the same `cache_key`."""
-    name = f"checkpoints/head-{cache_key[:16]}"
+def cached_scorers(run: RunFolder, cache_key: str, fit: Callable[[], Scorers]) -> Scorers:
+    """Return the scorers of `fit`, or those that an earlier attempt saved for the same `cache_key`."""
+    name = f"checkpoints/scorers-{cache_key[:16]}"
     with run.chapter("calibrate"):
         if run.is_intact(name):
-            return TagHead.load(run.path / name / HEAD_NAME)
-        head = fit()
+            return Scorers.from_folder(run.path / name)
+        scorers = fit()
         try:
             with run.folder(name) as folder:
-                (folder / HEAD_NAME).write_bytes(head.to_bytes())
+                scorers.save(folder)
             run.record_checksums(name)
         except OSError as error:
             log.warning("calibrate: head not saved, a resumed run fits it again (%s)", error.strerror or error)
-    return head
+    return scorers
 
 
 def cached_threshold(
     run: RunFolder, cache_key: str, tagger: Tagger, calibrate: Callable[[], Sequence[ThresholdScores]]
 ) -> None:
-    """Set the tagger's threshold with `calibrate`, or to the one that was found earlier for the same `cache_key`.
+    """Set threshold and blend of the tagger with `calibrate`, or to those found earlier for the same `cache_key`.
 
     thresholds.jsonl has what `calibrate` returns.
     """
     with run.chapter("calibrate"):
         saved = run.manifest.get("threshold")
         if saved is not None and saved["weights"] == cache_key:
-            tagger.decoding = tagger.decoding.model_copy(update={"threshold": saved["value"]})
+            blend = Blend.model_validate(saved["blend"]) if "blend" in saved else None
+            tagger.decoding = tagger.decoding.model_copy(update={"threshold": saved["value"], "blend": blend})
             return
         run.write_lines("thresholds.jsonl", map(asdict, calibrate()))
         run.record_checksums("thresholds.jsonl")
-        run.update(threshold={"weights": cache_key, "value": tagger.decoding.threshold})
+        found, blend = {"weights": cache_key, "value": tagger.decoding.threshold}, tagger.decoding.blend
+        run.update(threshold=found if blend is None else {**found, "blend": blend.model_dump()})
 
 
 def metrics(run: RunFolder) -> dict[str, Any]:

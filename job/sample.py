@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +22,10 @@ from job.dataset import prompts, tokenization
 from job.decoding.architectures import READ_PADDING, check_marginal
 from job.decoding.config import DecodingConfig, describe_read_error, load_config, saved_config
 from job.decoding.constraints import ClosedVocabulary, OpenVocabulary, constrain
-from job.decoding.head import HEAD_NAME, TagHead, mean_hidden_states
-from job.decoding.marginals import MAX_BRANCHES_PER_TEXT, tag_marginals
+from job.decoding.head import HEAD_NAME, mean_hidden_states
+from job.decoding.marginals import MAX_BRANCHES_PER_TEXT, TagDistribution, tag_marginals
+from job.decoding.scorers import Scorers, confidences, load_scorers
+from job.decoding.tfidf import TFIDF_NAME
 from job.errors import InvalidInputError
 from job.freeze import freeze
 from job.hub import client as hub
@@ -32,7 +34,7 @@ from job.system import adapter_files, events
 from job.system.adapter_files import AdapterConfig
 from job.system.device import ComputeSpec
 from job.system.progress import Progress
-from job.types import MIN_PROBABILITY, Published, TaggedText
+from job.types import Published, TaggedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,7 +61,7 @@ class Tagger:
         compute: ComputeSpec,
         decoding: DecodingConfig,
         group: Group | None = None,
-        head: TagHead | None = None,
+        scorers: Scorers | None = None,
     ) -> None:
         architecture = model.config.model_type
         if "marginal" in decoding.parts:
@@ -72,8 +74,8 @@ class Tagger:
         self._sample: Sample = settings.sample
         self._compute = compute
         self.decoding = decoding
-        self.head = head
-        """The tag head, which head decoding needs; a new adapter gets it after training, by `set_head`."""
+        self.scorers = scorers or Scorers()
+        """What decoding without generation needs; a new adapter gets it after training, by `set_scorers`."""
         answers = tokenization.AnswerTokenizer(tokenizer, settings.data.separator)
         self._vocabulary: OpenVocabulary | ClosedVocabulary
         if decoding.vocabulary == "open":
@@ -90,20 +92,31 @@ class Tagger:
         answers = dict(self._tag_share(texts))
         return [answers[i] for i in range(len(texts))]
 
-    def set_head(self, head: TagHead) -> None:
-        """Answer with this tag head from now on, also in the other processes of a group."""
-        self.head = head
-        self.decoding = self.decoding.model_copy(update={"head": HEAD_NAME})
+    def set_scorers(self, scorers: Scorers) -> None:
+        """Answer with these scorers from now on, also in the other processes of a group."""
+        self.scorers = scorers
+        names = {"head": HEAD_NAME, "tfidf": TFIDF_NAME}
+        files = scorers.files()
+        update = {field: name for field, name in names.items() if name in files}
+        self.decoding = self.decoding.model_copy(update=update)
         if self._group is not None:
-            content = head.to_bytes()
-            self._group.send({"do": "head", "bytes": len(content)})
-            self._group.broadcast(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+            self._group.send({"do": "score", "files": {name: len(content) for name, content in files.items()}})
+            for content in files.values():
+                self._group.broadcast(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+
+    def _receive_scorers(self, group: Group, sizes: Mapping[str, int]) -> None:
+        files = {}
+        for name, size in sizes.items():
+            content = torch.empty(size, dtype=torch.uint8)
+            group.broadcast(content)
+            files[name] = content.numpy().tobytes()
+        self.scorers = Scorers.from_bytes(files)
 
     @contextmanager
-    def without_head(self) -> Iterator[None]:
-        """Let the base model, which has no head of its own, write its list of tags."""
+    def without_scorers(self) -> Iterator[None]:
+        """Let the base model, which no scorer was fitted for, write its list of tags."""
         decoding = self.decoding
-        if "head" in decoding.parts:
+        if decoding.needs_scorers:
             self.decoding = decoding.model_copy(update={"decoding": "greedy", "threshold": 0.0})
         try:
             yield
@@ -125,10 +138,8 @@ class Tagger:
         """Tag this process's share of the texts that process 0 tags, until that one has finished."""
         self._group = group
         while (message := group.receive())["do"] != "end":
-            if message["do"] == "head":
-                content = torch.empty(message["bytes"], dtype=torch.uint8)
-                group.broadcast(content)
-                self.head = TagHead.from_bytes(content.numpy().tobytes())
+            if message["do"] == "score":
+                self._receive_scorers(group, message["files"])
                 continue
             self.decoding = DecodingConfig.model_validate(message["decoding"])
             model: Any = self._model
@@ -157,10 +168,11 @@ class Tagger:
         the batches do not depend on who computes them.
         """
         encoded = self._encode(texts)
-        decode = {"greedy": self._greedy, "marginal": self._marginal, "head": self._head}[self.decoding.decoding]
+        greedy = self.decoding.decoding == "greedy"
         self._model.eval()
         for batch in itertools.islice(self._batches([len(ids) for ids in encoded]), share[0], None, share[1]):
-            found = decode([encoded[i] for i in batch])
+            prompts = [encoded[i] for i in batch]
+            found = self._greedy(prompts) if greedy else self._score(prompts, [texts[i] for i in batch])
             for i, answer in zip(batch, found, strict=True):
                 yield i, self._tagged_text(texts[i], *answer)
 
@@ -238,12 +250,41 @@ class Tagger:
             for text, state in zip(texts, states, strict=True)
         ]
 
-    def _marginal(self, prompts: list[list[int]]) -> list[_Answer]:
-        """Score each tag of the vocabulary after each prompt; answer with the most confident ones, best first."""
+    def _score(self, prompts: list[list[int]], texts: list[str]) -> list[_Answer]:
+        """Compute the probability of each tag of the vocabulary; answer with the most confident ones, best first."""
+        allowed = set(self.decoding.tags)
+        found: dict[str, list[dict[str, float]]] = {}
+        raw = [""] * len(prompts)
+        for part in self.decoding.parts:
+            if part == "marginal":
+                distributions = self._marginals(prompts)
+                raw = [str(distribution.greedy_tags) for distribution in distributions]
+                found[part] = [distribution.tags for distribution in distributions]
+            elif part == "head":
+                assert self.scorers.head is not None, "the head is not fitted yet"
+                probabilities = self.scorers.head.probabilities(self._states(prompts))
+                found[part] = confidences(self.scorers.head.tags, probabilities, allowed)
+            else:
+                assert self.scorers.tfidf is not None, "TF-IDF is not fitted yet"
+                found[part] = confidences(self.scorers.tfidf.tags, self.scorers.tfidf.probabilities(texts), allowed)
+        answers: list[_Answer] = []
+        for number, written in enumerate(raw):
+            tags = self._blended({part: every[number] for part, every in found.items()})
+            best = sorted(tags.items(), key=lambda entry: (-entry[1], entry[0]))[: self.decoding.max_tags]
+            answers.append((written, best, True))
+        return answers
+
+    def _blended(self, found: dict[str, dict[str, float]]) -> dict[str, float]:
+        if "+" not in self.decoding.decoding:
+            return found[self.decoding.decoding]
+        assert self.decoding.blend is not None, "the blend is not calibrated yet"
+        return self.decoding.blend.combine(found)
+
+    def _marginals(self, prompts: list[list[int]]) -> list[TagDistribution]:
         assert isinstance(self._vocabulary, ClosedVocabulary)
         ids, mask = self._padded(prompts)
         with torch.inference_mode(), self._compute.autocast():
-            distributions = tag_marginals(
+            return tag_marginals(
                 self._model,
                 ids,
                 mask,
@@ -251,23 +292,6 @@ class Tagger:
                 max_positions=self.decoding.max_positions,
                 token_budget=self._sample.max_new_tokens,
             )
-        answers: list[_Answer] = []
-        for found in distributions:
-            tags = sorted(found.tags.items(), key=lambda entry: (-entry[1], entry[0]))[: self.decoding.max_tags]
-            answers.append((str(found.greedy_tags), tags, True))
-        return answers
-
-    def _head(self, prompts: list[list[int]]) -> list[_Answer]:
-        """Compute the probability of each tag from the hidden states of each prompt; answer with the best ones."""
-        assert self.head is not None, "the head is not fitted yet"
-        allowed = set(self.decoding.tags)
-        columns = [column for column, tag in enumerate(self.head.tags) if tag in allowed]
-        tags = [self.head.tags[column] for column in columns]
-        answers: list[_Answer] = []
-        for row in self.head.probabilities(self._states(prompts))[:, columns].tolist():
-            found = [(tag, value) for tag, value in zip(tags, row, strict=True) if value >= MIN_PROBABILITY]
-            answers.append(("", sorted(found, key=lambda e: (-e[1], e[0]))[: self.decoding.max_tags], True))
-        return answers
 
     def _states(self, prompts: list[list[int]]) -> torch.Tensor:
         with torch.inference_mode(), self._compute.autocast():
@@ -311,40 +335,12 @@ def load_tagger(settings: Settings, adapter: Published | Path | str, compute: Co
             f"set TAGGER_BASE_MODEL={config.base_model_name_or_path}"
         )
     decoding = load_config(settings.sample, source, revision)
-    head = load_head(settings, decoding, source, revision)
+    scorers = load_scorers(decoding, saved_config(source, revision).tags, source, revision)
     base = settings.base.model_copy(update={"revision": settings.base.revision or config.revision})
     model = quantize.load_model(base, compute)
     freeze(model)
     adapted = _load_adapter(model, config, source, revision)
-    return Tagger(adapted, quantize.load_tokenizer(base), settings, compute, decoding, head=head)
-
-
-def load_head(settings: Settings, decoding: DecodingConfig, source: Path | str, revision: str | None) -> TagHead | None:
-    """Return the tag head of an adapter; None if the answers do not need it.
-
-    Raises InvalidInputError when it is absent or damaged, or has other tags than the adapter.
-    """
-    if "head" not in decoding.parts:
-        return None
-    try:
-        file = source / HEAD_NAME if isinstance(source, Path) else hub.download(source, revision, HEAD_NAME)
-        head = TagHead.load(file)
-    except READ_ERRORS as error:
-        raise InvalidInputError(
-            f"{HEAD_NAME} of the adapter in {source} cannot be read ({describe_read_error(error)}); train the adapter "
-            "again, or set TAGGER_SAMPLE_DECODING to greedy or marginal"
-        ) from error
-    if others := set(head.tags) - set(saved_config(source, revision).tags):
-        raise InvalidInputError(
-            f"{HEAD_NAME} of the adapter in {source} has {len(others)} tags that its tagger.json does not have, such "
-            f"as {min(others)!r}: they belong to different adapters. Train or fetch the adapter again"
-        )
-    if not set(head.tags) & set(decoding.tags):
-        raise InvalidInputError(
-            f"{HEAD_NAME} of the adapter in {source} knows no tag of TAGGER_SAMPLE_VOCABULARY="
-            f"{settings.sample.vocabulary}; expected some tags that the adapter was trained on"
-        )
-    return head
+    return Tagger(adapted, quantize.load_tokenizer(base), settings, compute, decoding, scorers=scorers)
 
 
 def _is_disabled(model: torch.nn.Module) -> bool:

@@ -198,7 +198,7 @@ def describe_tagger(settings: Settings, adapter: str | Path) -> tuple[Settings, 
     tags = json.dumps(decoding.pop("tags"), ensure_ascii=False)
     decoding["tags"] = f"sha256:{hashlib.sha256(tags.encode()).hexdigest()[:16]}"
     if isinstance(adapter, Path):  # a commit identifies all files
-        decoding |= {name: _file_identity(adapter / decoding[name]) for name in ("head",) if name in decoding}
+        decoding |= {name: _file_identity(adapter / decoding[name]) for name in ("head", "tfidf") if name in decoding}
     return settings, {
         "adapter": identity,
         "base_model": settings.base.model,

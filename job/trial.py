@@ -104,8 +104,8 @@ def _answers(
     loaded = pipeline.load(checked, compute)
     seconds = _train(loaded, settings, run, compute)
     tagger = make(loaded.model, loaded.tokenizer, settings, compute, initial_config(settings.sample, loaded.examples))
-    if "head" in tagger.decoding.parts:
-        tagger.set_head(fit(tagger, loaded.examples))
+    if tagger.decoding.needs_scorers:
+        tagger.set_scorers(fit(tagger, loaded.examples))
     if settings.sample.threshold == "auto":
         with run.chapter("calibrate"):
             calibrate(tagger, examples.calibration)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from job.system.printable import printable_line
 
-Decoding = Literal["greedy", "marginal", "head"]
+Decoding = Literal["greedy", "marginal", "head", "head+tfidf", "marginal+head", "marginal+head+tfidf"]
 """How answers are decoded; `+` joins the parts of a blend."""
 MIN_PROBABILITY = 0.01
 """Tags with a lower probability are never reported. Thresholds are multiples of this value."""

@@ -22,6 +22,7 @@ from tiny_run import REPO, move_to_hub, read_lines, set_tiny_environment
 from job.cli import main
 from job.decoding.config import initial_config
 from job.decoding.head import HEAD_NAME, TagHead, fit_head, fit_logistic, mean_hidden_states
+from job.decoding.scorers import Scorers
 from job.distributed.group import Group
 from job.errors import DivergedError, InvalidInputError
 from job.evaluate import fit
@@ -46,11 +47,10 @@ def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("head")
     logging_setup.configure()  # the filters of warnings
     tagger, model = new_tagger(make_settings(llama, folder, sample={"decoding": "head"}))
-    tagger.set_head(fit(tagger, EXAMPLES))
+    tagger.set_scorers(fit(tagger, EXAMPLES))
     save_adapter(model, load_tokenizer(make_settings(llama, folder).base), folder, make_settings(llama, folder).base)
     tagger.decoding.save(folder)
-    assert tagger.head is not None
-    (folder / HEAD_NAME).write_bytes(tagger.head.to_bytes())
+    tagger.scorers.save(folder)
     return folder
 
 
@@ -144,7 +144,8 @@ def test_rare_tags_are_not_learned_and_hidden_states_must_be_numbers() -> None:
 
 def test_the_same_head_has_the_same_bytes(adapter: Path, tmp_path: Path) -> None:
     content = (adapter / HEAD_NAME).read_bytes()
-    assert TagHead.load(adapter / HEAD_NAME).to_bytes() == content == TagHead.from_bytes(content).to_bytes()
+    assert TagHead.load(adapter / HEAD_NAME).to_bytes() == content
+    assert Scorers.from_bytes({HEAD_NAME: content}).files() == {HEAD_NAME: content}
 
 
 def copy_with(adapter: Path, folder: Path, *, drop: str = "", about: object = None, **tensors: torch.Tensor) -> Path:
@@ -163,8 +164,8 @@ def copy_with(adapter: Path, folder: Path, *, drop: str = "", about: object = No
     ("changes", "problem"),
     [
         ({"drop": "bias"}, "its tensors are"),
-        ({"bias": torch.zeros(9)}, "bias is torch.float32 [9] instead of float32 (4,)"),
-        ({"mean": torch.zeros(64, dtype=torch.float16)}, "mean is torch.float16 [64]"),
+        ({"bias": torch.zeros(9)}, "bias has the shape [9] instead of [4]"),
+        ({"mean": torch.zeros(64, dtype=torch.float16)}, "mean is torch.float16 instead of float32"),
         ({"bias": torch.full((4,), torch.nan)}, "bias has values that are not finite numbers"),
         ({"scale": torch.zeros(64)}, "scale has values that are not positive"),
         ({"about": {"tags": []}}, "tags: tuple should have at least 1 item"),
@@ -200,7 +201,7 @@ def test_a_vocabulary_file_restricts_the_head(llama: Path, adapter: Path, tmp_pa
     settings = make_settings(llama, tmp_path, sample={"vocabulary": str(file)})
     assert [set(tags) <= {"sea"} for tags in confidences(load_tagger(settings, adapter, CPU))] == [True] * 3
     file.write_text("unknown\n")
-    with pytest.raises(InvalidInputError, match="knows no tag of TAGGER_SAMPLE_VOCABULARY="):
+    with pytest.raises(InvalidInputError, match="knows no tag of the vocabulary"):
         load_tagger(settings, adapter, CPU)
 
 
@@ -223,11 +224,10 @@ def test_two_processes_have_the_head_of_one(llama: Path, tmp_path: Path) -> None
             return tagger.follow(group)
         if group is not None:
             tagger.join(group)
-        tagger.set_head(fit(tagger, EXAMPLES))
-        assert tagger.head is not None
-        with tagger.without_head():
+        tagger.set_scorers(fit(tagger, EXAMPLES))
+        with tagger.without_scorers():
             greedy = [answer.raw for answer in tagger.tag(TEXTS)]
-        answers = [tagger.head.to_bytes().hex(), greedy, confidences(tagger)]
+        answers = [tagger.scorers.files()[HEAD_NAME].hex(), greedy, confidences(tagger)]
         if group is not None:
             group.send({"do": "end"})
         return answers
@@ -258,7 +258,7 @@ def test_a_head_comes_back_through_the_hub_merged_and_resumed(
     with tiny.context() as patch:
         patch.setattr("job.results.save_metrics", interrupt)
         assert main([]) == 75
-    [cached] = run.glob("checkpoints/head-*/head.safetensors")
+    [cached] = run.glob("checkpoints/scorers-*/head.safetensors")
     content = cached.read_bytes()
     with tiny.context() as patch:  # a resumed run does not fit it again
         patch.setattr("job.evaluate.fit_head", interrupt)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from job.config.validators import is_unicode
-from job.decoding.head import HEAD_NAME
+from job.decoding.blend import Blend
 from job.errors import InvalidInputError
 from job.hub import client as hub
 from job.settings import Sample
@@ -67,20 +67,32 @@ class DecodingConfig(BaseModel):
     """
     head: Literal["head.safetensors"] | None = None
     """The file with the tag head, if the adapter has one."""
+    tfidf: Literal["tfidf.safetensors"] | None = None
+    """The file with the TF-IDF part of blends, if the adapter has one."""
+    blend: Blend | None = None
+    """The weights of the parts of a blend."""
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return what computes the probabilities."""
-        return tuple(self.decoding.split("+"))
+        """Return what computes the probabilities; a part without weight is not computed."""
+        parts = tuple(self.decoding.split("+"))
+        if self.blend is None or len(parts) == 1:
+            return parts
+        return tuple(part for part, weight in self.blend.weights.items() if weight) or parts
+
+    @property
+    def needs_scorers(self) -> bool:
+        """Return whether something has to be fitted after training."""
+        return self.decoding not in ("greedy", "marginal")
 
     @property
     def files(self) -> tuple[str, ...]:
         """Return the files next to tagger.json that belong to it."""
-        return tuple(file for file in (self.head,) if file is not None)
+        return tuple(file for file in (self.head, self.tfidf) if file is not None)
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields as JSON types, without those that are empty and unknown to earlier versions."""
-        empty = {name for name in ("head",) if getattr(self, name) is None}
+        empty = {name for name in ("head", "tfidf", "blend") if getattr(self, name) is None}
         return self.model_dump(mode="json", exclude=empty)
 
     def save(self, folder: Path) -> None:
@@ -189,10 +201,18 @@ def _check_vocabulary(config: DecodingConfig, adapter: Path | str) -> None:
             "TAGGER_SAMPLE_VOCABULARY is open; set TAGGER_SAMPLE_VOCABULARY to seen or to a file of tags, or "
             "TAGGER_SAMPLE_DECODING=greedy"
         )
-    if "head" in config.parts and config.head is None:
+    parts = config.decoding.split("+")
+    for part, file in (("head", config.head), ("tfidf", config.tfidf)):
+        if part in parts and file is None:
+            raise InvalidInputError(
+                f"the adapter in {adapter} has no {part}.safetensors, which TAGGER_SAMPLE_DECODING={config.decoding} "
+                "needs; train with this setting, or set it to greedy or marginal"
+            )
+    if len(parts) > 1 and (config.blend is None or config.blend.weights.keys() != set(parts)):
+        known = "no blend" if config.blend is None else "+".join(config.blend.weights)
         raise InvalidInputError(
-            f"the adapter in {adapter} has no {HEAD_NAME}, which TAGGER_SAMPLE_DECODING={config.decoding} needs; train "
-            "with this setting, or set it to greedy or marginal"
+            f"the adapter in {adapter} has no weights for TAGGER_SAMPLE_DECODING={config.decoding}: it was calibrated "
+            f"for {known}. Train with this setting, or set it to what the adapter has or to a single part"
         )
 
 

@@ -12,6 +12,8 @@ from job.types import MIN_PROBABILITY
 
 CONFIDENCE_TOLERANCE = 0.01
 """Largest difference between two confidences that another device or precision explains."""
+BLEND_TOLERANCE = 0.05
+"""The same for blends: where a confidence is small, their log odds change more than itself."""
 
 
 def same_answer(old: Mapping[str, Any], new: Mapping[str, Any], decoding: DecodingConfig) -> bool:
@@ -27,8 +29,8 @@ def same_list(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 def compatible_marginals(old: Mapping[str, Any], new: Mapping[str, Any], decoding: DecodingConfig) -> bool:
     """Return whether two answers with probabilities of all tags differ only as far as other hardware explains.
 
-    Confidences may differ by CONFIDENCE_TOLERANCE. A tag that is in one answer only may have been at the threshold, or
-    among the least likely of max_tags.
+    Confidences may differ by CONFIDENCE_TOLERANCE, those of blends by BLEND_TOLERANCE. A tag that is in one answer only
+    may have been at the threshold, or among the least likely of max_tags.
 
     Where two tags were about equally likely to extend the greedy list, either may extend it, and later positions
     belong to different lists. Then the tags before have equal confidences in both answers, and a tag that extends one
@@ -40,7 +42,8 @@ def compatible_marginals(old: Mapping[str, Any], new: Mapping[str, Any], decodin
     if n < min(len(first.greedy_tags), len(second.greedy_tags)):
         tag, other_tag = first.greedy_tags[n], second.greedy_tags[n]
         # in the first position a confidence is the tag's probability there, so both can be compared
-        tie = n > 0 or abs(first.confidence(tag) - second.confidence(other_tag)) <= CONFIDENCE_TOLERANCE
+        alone = n == 0 and decoding.decoding == "marginal"
+        tie = not alone or abs(first.confidence(tag) - second.confidence(other_tag)) <= CONFIDENCE_TOLERANCE
         extended = _not_lower([tag], first, second) and _not_lower([other_tag], second, first)
         return tie and extended and _equal(common, first, second)
     if n == 0 or len(first.greedy_tags) == len(second.greedy_tags):
@@ -51,12 +54,13 @@ def compatible_marginals(old: Mapping[str, Any], new: Mapping[str, Any], decodin
 
 @dataclass(frozen=True)
 class _Marginals:
-    """One answer of marginal decoding, or of the tag head, which has no greedy list."""
+    """One answer with probabilities of all tags; without marginal decoding it has no greedy list."""
 
     confidences: dict[str, float]
     greedy_tags: list[str]
     omitted: float
     """Highest confidence that a tag outside the answer can have had."""
+    tolerance: float
 
     def confidence(self, tag: str) -> float:
         return self.confidences.get(tag, self.omitted)
@@ -64,9 +68,10 @@ class _Marginals:
 
 def _marginals(answer: Mapping[str, Any], decoding: DecodingConfig) -> _Marginals:
     confidences = dict(zip(answer["tags"], answer["confidences"], strict=True))
+    tolerance = BLEND_TOLERANCE if "+" in decoding.decoding else CONFIDENCE_TOLERANCE
     full = len(confidences) == decoding.max_tags
     omitted = min(confidences.values()) if full else max(decoding.threshold, MIN_PROBABILITY)
-    return _Marginals(confidences, parse_list(answer["raw"]) or [], omitted)
+    return _Marginals(confidences, parse_list(answer["raw"]) or [], omitted, tolerance)
 
 
 def _first_difference(first: Sequence[str], second: Sequence[str]) -> int:
@@ -77,7 +82,7 @@ def _first_difference(first: Sequence[str], second: Sequence[str]) -> int:
 
 def _not_lower(tags: Iterable[str], before: _Marginals, after: _Marginals) -> bool:
     """Return whether no tag is less confident in `after` than in `before`."""
-    return all(after.confidence(tag) >= before.confidence(tag) - CONFIDENCE_TOLERANCE for tag in tags)
+    return all(after.confidence(tag) >= before.confidence(tag) - before.tolerance for tag in tags)
 
 
 def _equal(tags: Collection[str], first: _Marginals, second: _Marginals) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ import peft
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from job.decoding import tensors
 from job.errors import DivergedError, InvalidInputError
 from job.types import Example
 
@@ -30,8 +29,7 @@ MIN_SCALE = 1e-6
 MAX_ITERATIONS = 100
 TAGS_AT_ONCE = 512
 """Tags that are fitted together, which bounds memory to examples x this x a few float64."""
-MAX_HEAD_BYTES = 8 * 2**30
-_SHAPES = {"weight": 2, "bias": 1, "mean": 1, "scale": 1}
+_TENSORS = ("weight", "bias", "mean", "scale")
 
 
 class _About(BaseModel):
@@ -75,45 +73,17 @@ class TagHead:
 
     def to_bytes(self) -> bytes:
         """Return the content of head.safetensors; the same head always has the same bytes."""
-        from safetensors.torch import save
-
-        tensors = {name: getattr(self, name).contiguous() for name in _SHAPES}
-        # one entry only: safetensors writes several in a random order
-        return save(tensors, {"head": json.dumps({"tags": self.tags}, ensure_ascii=False)})
-
-    @classmethod
-    def from_bytes(cls, content: bytes) -> TagHead:
-        """Return the head of `to_bytes`, from another process of this job."""
-        with tempfile.TemporaryDirectory(prefix="tagger-") as folder:
-            file = Path(folder, HEAD_NAME)
-            file.write_bytes(content)
-            return cls.load(file)
+        return tensors.to_bytes({name: getattr(self, name) for name in _TENSORS}, _About(tags=self.tags))
 
     @classmethod
     def load(cls, file: Path) -> TagHead:
-        """Read head.safetensors, which anybody may have written.
-
-        Raises OSError, SafetensorError, or ValueError with what is wrong.
-        """
-        from safetensors import safe_open
-
-        if (size := file.stat().st_size) > MAX_HEAD_BYTES:
-            raise ValueError(f"it has {size} bytes, more than any head")
-        with safe_open(file, framework="pt") as found:
-            about = _About.model_validate_json((found.metadata() or {}).get("head", "{}"))
-            if (names := set(found.keys())) != _SHAPES.keys():
-                raise ValueError(f"its tensors are {sorted(names)[:9]}, not {sorted(_SHAPES)}")
-            tensors = {name: found.get_tensor(name) for name in _SHAPES}
-        n, hidden = len(about.tags), tensors["mean"].numel()
-        expected = {"weight": (n, hidden), "bias": (n,), "mean": (hidden,), "scale": (hidden,)}
-        for name, tensor in tensors.items():
-            if tensor.dtype != torch.float32 or tuple(tensor.shape) != expected[name]:
-                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)} instead of float32 {expected[name]}")
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} has values that are not finite numbers")
-        if not (tensors["scale"] > 0).all():
+        """Read head.safetensors; raises OSError, SafetensorError, or ValueError with what is wrong."""
+        about, found = tensors.read(file, _About, _TENSORS)
+        n, hidden = len(about.tags), found["mean"].numel()
+        tensors.check_shapes(found, {"weight": (n, hidden), "bias": (n,), "mean": (hidden,), "scale": (hidden,)})
+        if not (found["scale"] > 0).all():
             raise ValueError("scale has values that are not positive")
-        return cls(about.tags, **tensors)
+        return cls(about.tags, **found)
 
 
 def learnable_tags(examples: Sequence[Example], known: Sequence[str]) -> tuple[str, ...]:
@@ -125,8 +95,8 @@ def learnable_tags(examples: Sequence[Example], known: Sequence[str]) -> tuple[s
     found = tuple(tag for tag in known if counts[tag] >= MIN_TAG_COUNT)
     if not found:
         raise InvalidInputError(
-            f"no tag is on {MIN_TAG_COUNT} training examples, so TAGGER_SAMPLE_DECODING=head has nothing to learn; add "
-            "examples, or set it to greedy"
+            f"no tag is on {MIN_TAG_COUNT} training examples, so the tag head has nothing to learn; add examples, or "
+            "set TAGGER_SAMPLE_DECODING to greedy or marginal"
         )
     return found
 
@@ -148,19 +118,22 @@ def fit_head(states: torch.Tensor, examples: Sequence[Example], known: Sequence[
     deviation = exact.std(0, correction=0).clamp(min=MIN_SCALE) * states.shape[1] ** 0.5
     mean, scale = exact.mean(0).float(), deviation.float()
     features = (exact - mean) / scale
-    rows: dict[str, list[int]] = {tag: [] for tag in tags}
-    for row, example in enumerate(examples):
-        for tag in set(example.tags) & rows.keys():
-            rows[tag].append(row)
     weights, biases = [], []
     for start in range(0, len(tags), TAGS_AT_ONCE):
-        labels = torch.zeros(len(examples), min(TAGS_AT_ONCE, len(tags) - start), dtype=torch.float64)
-        for column, tag in enumerate(tags[start : start + TAGS_AT_ONCE]):
-            labels[rows[tag], column] = 1
+        labels = label_matrix(examples, tags[start : start + TAGS_AT_ONCE])
         weight, bias = fit_logistic(features, labels, L2)
         weights.append(weight.float())
         biases.append(bias.float())
     return TagHead(tags, torch.cat(weights), torch.cat(biases), mean, scale)
+
+
+def label_matrix(examples: Sequence[Example], tags: Sequence[str]) -> torch.Tensor:
+    """Return float64 [examples, tags], 1 where an example has a tag."""
+    columns = {tag: column for column, tag in enumerate(tags)}
+    labels = torch.zeros(len(examples), len(tags), dtype=torch.float64)
+    for row, example in enumerate(examples):
+        labels[row, [columns[tag] for tag in set(example.tags) & columns.keys()]] = 1
+    return labels
 
 
 def fit_logistic(features: torch.Tensor, labels: torch.Tensor, l2: float) -> tuple[torch.Tensor, torch.Tensor]:
