@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from job import results
 from job.dataset.tags import normalise_tag
-from job.metrics.confusions import best_and_worst, confused_tags
+from job.metrics.confusions import best_and_worst, confused_tags, possible_label_errors
 from job.model_card import model_card, score_table
 from job.runs import attempts, markup, plots
 from job.runs.budget import price_per_hour
@@ -30,6 +30,7 @@ TAGS_SHOWN = 15
 """How many tags the report shows, the most frequent first; tags.jsonl has all."""
 PAIRS_SHOWN = ANSWERS_SHOWN = 10
 NEVER_FOUND_SHOWN = 40
+LABEL_ERRORS_SHOWN = 20
 TEXT_SHOWN = 400
 """Characters of a text or a setting; longer ones are shortened."""
 CARD_PICTURES = ("scores.svg", "loss.svg")
@@ -101,6 +102,7 @@ def report_data(run: RunFolder, outcome: str, published: Published | None) -> di
         "seconds": dict(run.manifest["timings"]),
         "threshold": decoding["threshold"],
         "confused_tags": list(map(asdict, confused[:PAIRS_SHOWN])),
+        "possible_label_errors": list(map(asdict, possible_label_errors(predictions)[:LABEL_ERRORS_SHOWN])),
         "tags_never_found": list(_never_found(run, decoding["tags"])),
         "cost": cost(run),
         "estimate": run.manifest.get("estimate"),
@@ -133,7 +135,9 @@ def _page(run: RunFolder, data: Mapping[str, Any], published: Published | None) 
     manifest, tags = run.manifest, run.read_lines("tags.jsonl")
     scores, verdict = results.scores(run), data["gate"]["verdict"]
     found = {name: scores[name] for name in TAGGERS if name in scores}
-    best, worst = best_and_worst(results.predictions(run), ANSWERS_SHOWN)
+    predictions = results.predictions(run)
+    best, worst = best_and_worst(predictions, ANSWERS_SHOWN)
+    label_errors = dict.fromkeys(error["line"] for error in data["possible_label_errors"])
     thresholds = _thresholds(run)
     never_found = data["tags_never_found"]
     return {
@@ -154,6 +158,7 @@ def _page(run: RunFolder, data: Mapping[str, Any], published: Published | None) 
         "shown_never_found": NEVER_FOUND_SHOWN,
         "best": list(map(_answer, best)),
         "worst": list(map(_answer, worst)),
+        "label_errors": [_answer(predictions[line - 1]) for line in label_errors],
         "chapters": list(_chapters(data["seconds"], (data["estimate"] or {}).get("seconds", {}))),
         "estimated_time": None if data["estimate"] is None else _duration(data["estimate"]["total_seconds"]),
         "elapsed": _duration(attempts.used_seconds(run)),

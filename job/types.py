@@ -200,6 +200,17 @@ class ThresholdScores:
 
 
 @dataclass(frozen=True)
+class PossibleLabelError:
+    """A held-out example whose text may deserve a tag that the data does not give it."""
+
+    line: int
+    """Line of predictions.jsonl, counted from 1."""
+    tag: str
+    """The tag that was predicted."""
+    confidence: float
+
+
+@dataclass(frozen=True)
 class ConfusedTags:
     """Two tags of which one was missed and the other one was predicted wrongly for the same texts."""
 

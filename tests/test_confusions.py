@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from job.metrics.confusions import best_and_worst, confused_tags
-from job.types import ConfusedTags, Prediction
+from job.metrics.confusions import best_and_worst, confused_tags, possible_label_errors
+from job.types import ConfusedTags, PossibleLabelError, Prediction
 
 
 def test_a_missed_tag_is_paired_with_the_wrong_ones_of_its_texts() -> None:
@@ -39,3 +39,28 @@ def test_the_clearest_answers_come_first() -> None:
     assert [prediction.text for prediction in worst] == ["surely wrong", "empty"]
     old = [Prediction("t", ("a",), ("a", "b"), "")]
     assert best_and_worst(old, 1) == (old, [])
+
+
+def answer(gold: str, *predicted: tuple[str, float]) -> Prediction:
+    return Prediction("text", (gold,), tuple(tag for tag, _ in predicted), "", tuple(value for _, value in predicted))
+
+
+def test_a_wrong_tag_of_high_confidence_may_be_an_error_of_the_data() -> None:
+    predictions = [
+        answer("sea", ("sea", 0.6), ("rain", 0.59)),
+        answer("Big Sky", ("big-sky", 0.8), ("rain", 0.7)),
+        answer("sun", ("moon", 0.95)),
+        answer("sun", ("moon", 0.3)),
+    ]
+    assert possible_label_errors(predictions) == [
+        PossibleLabelError(3, "moon", 0.95),
+        PossibleLabelError(2, "rain", 0.7),  # as sure as it is on average of sea and big sky
+    ]
+
+
+def test_a_tagger_that_is_never_sure_or_never_right_shows_no_label_errors() -> None:
+    unsure = [answer("sea", ("sea", 0.1), ("rain", 0.4)), answer("sea", ("rain", 0.49))]
+    never_right = [answer("sea", ("rain", 0.99))]
+    without_confidences = [Prediction("text", ("sea",), ("sea", "rain"), "")]
+    for predictions in (unsure, never_right, without_confidences, []):
+        assert possible_label_errors(predictions) == []

@@ -138,6 +138,9 @@ def test_the_page_starts_with_the_verdict_and_has_every_section(tmp_path: Path) 
     assert words.index("another predicted") < words.index("Worst") < words.index("a third") < words.index("a fourth")
     assert "love 0.88" in words
     assert {"| hope | love | 2 of 2 |", "Never found: hope (2)."} <= set(markdown.splitlines())
+    errors = words.partition("Possible label errors")[2].partition("Time and money")[0]
+    assert "a third" in errors and "a fourth" not in errors, "it is not sure of that one"
+    assert "(lines of predictions.jsonl): 3 love (0.88)." in markdown and "a third" not in markdown
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where a tagger is wrong: pairs of tags that it confuses, and its best and worst answers."""
+"""Where tagger and data disagree: pairs of tags, best and worst answers, and possible errors in the data."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 from job.dataset.tags import normalise_tag
 from job.metrics.counts import ConfusionCounts
-from job.types import ConfusedTags, Prediction
+from job.types import ConfusedTags, PossibleLabelError, Prediction
 
 MIN_TEXTS = 2
 """A pair of tags that was confused in a single text may be chance."""
+
+MIN_CONFIDENCE = 0.5
+"""A wrong tag that is less likely is not called a possible error of the data."""
 
 
 def confused_tags(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> list[ConfusedTags]:
@@ -24,6 +27,26 @@ def confused_tags(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[st
         if texts >= MIN_TEXTS
     ]
     return sorted(found, key=lambda pair: (-pair.texts, pair.gold_texts, pair.gold, pair.predicted))
+
+
+def possible_label_errors(predictions: Sequence[Prediction]) -> list[PossibleLabelError]:
+    """Return the wrong tags that a tagger is sure of, the most confident first: the data may lack these tags.
+
+    Sure means more likely than not, and at least as confident as it is on average when it is right; the idea is that
+    of confident learning (Northcutt et al., 2021).
+    """
+    right: list[float] = []
+    wrong: list[PossibleLabelError] = []
+    for line, entry in enumerate(predictions, 1):
+        gold = {normalise_tag(tag) for tag in entry.gold}
+        for tag, confidence in zip(entry.predicted, entry.confidences or (), strict=False):
+            if normalise_tag(tag) in gold:
+                right.append(confidence)
+            else:
+                wrong.append(PossibleLabelError(line, tag, confidence))
+    limit = max(MIN_CONFIDENCE, sum(right) / max(1, len(right)))
+    found = [error for error in wrong if error.confidence >= limit] if right else []
+    return sorted(found, key=lambda error: (-error.confidence, error.line))
 
 
 def best_and_worst(predictions: Sequence[Prediction], n: int) -> tuple[list[Prediction], list[Prediction]]:
