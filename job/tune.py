@@ -13,12 +13,13 @@ from job import data, preflight, trial
 from job.config import candidates as config
 from job.config.candidates import Candidate
 from job.dataset.split import cross_validation_folds
+from job.distributed.team import Team
 from job.errors import DivergedError, InvalidInputError, JobError
 from job.metrics import selection
 from job.metrics.bootstrap import CONFIDENCE
 from job.metrics.selection import Choice, Trial
 from job.runs import attempts, budget, markup
-from job.runs.run_folder import RunFolder, utc_now
+from job.runs.run_folder import TUNE, RunFolder, utc_now
 from job.settings import Settings
 from job.system.device import ComputeSpec
 from job.types import Example, SplitData
@@ -109,17 +110,9 @@ def check(settings: Settings, recipe: str | None) -> Plan:
         raise InvalidInputError(
             "tune keeps its trainings in TAGGER_RUN_DIR alone and TAGGER_RUN_STORE is set; remove it for this command"
         )
+    _check_alone(settings)
     found = config.find_candidates(settings, recipe)
-    problems: list[str] = []
-    checks: list[preflight.PreflightResult] = []
-    for candidate in found:
-        try:
-            checks.append(preflight.check(_without_publishing(candidate.settings)))
-            preflight.check_machine(checks[-1])
-        except InvalidInputError as error:
-            problems += [f"candidate {candidate.name}: {problem}" for problem in error.problems]
-    if problems:
-        raise InvalidInputError(*_shared(problems, found))
+    checks = _check_each(found)
     settings = settings.with_revisions(base=None, data=checks[0].settings.data.revision)
     examples = data.load(settings.data)
     parts = cross_validation_folds(examples.train, settings.tune.folds, settings.data.seed + SEED_OFFSET)
@@ -145,16 +138,30 @@ def _without_publishing(settings: Settings) -> Settings:
     )
 
 
-def _shared(problems: Sequence[str], found: Sequence[Candidate]) -> list[str]:
-    """Return the problems; one that all candidates have is named once, without a candidate."""
-    bare = [
-        problem.removeprefix(f"candidate {c.name}: ")
-        for c in found
-        for problem in problems
-        if problem.startswith(f"candidate {c.name}: ")
-    ]
-    common = [problem for problem in dict.fromkeys(bare) if bare.count(problem) == len(found)]
-    return [*common, *(problem for problem in problems if not problem.endswith(tuple(f": {c}" for c in common)))]
+def _check_alone(settings: Settings) -> None:
+    if not Team.find().alone or settings.run.processes not in (None, 1):
+        raise InvalidInputError(
+            "tune trains in one process: start it without a launcher such as torchrun, on one machine, and leave out "
+            f"TAGGER_RUN_PROCESSES{'' if settings.run.processes is None else f'={settings.run.processes}'}"
+        )
+
+
+def _check_each(found: Sequence[Candidate]) -> list[preflight.PreflightResult]:
+    """Check each candidate as if it was run; a problem that all of them have is named once, without a candidate."""
+    checks: list[preflight.PreflightResult] = []
+    problems: dict[str, tuple[str, ...]] = {}
+    for candidate in found:
+        try:
+            checks.append(preflight.check(_without_publishing(candidate.settings)))
+            preflight.check_machine(checks[-1])
+        except InvalidInputError as error:
+            problems[candidate.name] = error.problems
+    if problems:
+        each = list(problems.values())
+        common = [problem for problem in each[0] if len(each) == len(found) and all(problem in other for other in each)]
+        own = [f"candidate {name}: {p}" for name, entries in problems.items() for p in entries if p not in common]
+        raise InvalidInputError(*common, *own)
+    return checks
 
 
 def _check_folds(folds: Sequence[SplitData], found: Sequence[Candidate], examples: int) -> None:
@@ -175,7 +182,7 @@ def _open(settings: Settings, examples: SplitData, checks: Sequence[preflight.Pr
     digest = settings.digest(json.dumps([candidates, settings.tune.folds, settings.eval.limit]))
     run_id = settings.run.id or f"tune-{digest}"
     # another fingerprint than a run's, so that no run can have this folder
-    marked = replace(examples, fingerprint=f"tune-{examples.fingerprint}")
+    marked = replace(examples, fingerprint=TUNE + examples.fingerprint)
     placed = settings.run.model_copy(update={"id": run_id})
     return RunFolder.open(settings.model_copy(update={"run": placed}), marked)
 

@@ -137,6 +137,7 @@ def test_held_out_examples_are_neither_trained_on_nor_tagged(
     chosen = environment.load("runs/tiny/winner.env")
     assert f"TAGGER_LORA_R={chosen.lora.r}" == report()["winner"]
     assert f"Chosen because {report()['reason']}" in (TUNE / "report.md").read_text()
+    assert cli.main(["run"]) == 2 and "is the folder of a tune" in capsys.readouterr().err
     assert cli.main(["runs"]) == 0 and "complete" in capsys.readouterr().out
 
 
@@ -192,8 +193,9 @@ def test_check_writes_no_run_and_says_what_a_tune_takes(
         ("TAGGER_TUNE_CANDIDATES", "TAGGER_LORA_R=2", "only one candidate"),
         ("TAGGER_TUNE_FOLDS", "10", "for the smallest fold; expected at least 10"),
         ("TAGGER_TUNE_CANDIDATES", "TAGGER_LORA_TARGETS=nowhere,all-linear", "candidate TAGGER_LORA_TARGETS=nowhere: "),
+        ("TAGGER_RUN_PROCESSES", "2", "leave out TAGGER_RUN_PROCESSES=2"),
         ("TAGGER_RUN_STORE", "file:///tmp/store", "remove it for this command"),
-        ("TAGGER_DATA_DATASET", "nowhere.jsonl", "nowhere.jsonl"),
+        ("TAGGER_DATA_DATASET", "nowhere.jsonl", "error: TAGGER_DATA_DATASET=nowhere.jsonl"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(

@@ -34,6 +34,8 @@ MODEL_CARD = "adapter/README.md"
 """Has no recorded checksum: a model card may be edited before it is pushed."""
 RESULTS = ("adapter", "metrics.json", "log.jsonl", "predictions.jsonl", "tags.jsonl", "samples.jsonl")
 """Files and folders that are complete before the gate; their checksums are then recorded."""
+TUNE = "tune-"
+"""The data's fingerprint in the manifest of a tune begins with this."""
 TRACKED_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
 
 
@@ -128,6 +130,11 @@ class RunFolder:
 
     def _check_same_inputs(self, settings: Settings, examples: SplitData) -> None:
         old, new = self.manifest["settings"], settings.values()
+        is_tune = str(self.manifest["dataset"]["fingerprint"]).startswith(TUNE)
+        if is_tune != examples.fingerprint.startswith(TUNE):
+            raise InvalidInputError(
+                f"{self.path} is the folder of {'a tune' if is_tune else 'a run'}; set TAGGER_RUN_ID to another name"
+            )
         version = schema.written_by(self.manifest)
         if unknown := unknown_settings(old):
             name, value = next(iter(unknown.items()))
