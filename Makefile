@@ -115,15 +115,18 @@ docs: .env.example docs/settings.md  ## write the generated files and tables of 
 install: $(VENV)/installed  ## make .venv with the locked packages
 
 # The hash-checked locks hold everything but torch, and list what each package needs. torch is installed last, by
-# version alone: its builds differ by machine, and pip takes the one that its indexes offer first.
+# version alone: its builds differ by machine, and pip takes the one that its indexes offer first. Compiling all packages
+# takes longer than copying them, so that only what the job imports is compiled, by importing it.
+COMPILED := job.measure, job.trial, bitsandbytes, datasets, gguf, matplotlib.pyplot, sklearn.linear_model, transformers
 $(VENV)/installed: pyproject.toml requirements.lock requirements-dev.lock requirements-offline.lock requirements-modal.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=...")'
 	@echo "tagger-job: installing the locked packages into $(VENV), once; this takes one to five minutes"
 	@$(PYTHON) -m venv $(VENV)
-	@{ $(BIN)/python -m pip install --no-deps --require-hashes \
+	@{ $(BIN)/python -m pip install --no-compile --no-deps --require-hashes \
 		-r requirements.lock -r requirements-dev.lock -r requirements-offline.lock -r requirements-modal.lock \
-		&& $(BIN)/python -m pip install $(TORCH) \
-		&& $(BIN)/python -m pip install --no-deps --no-build-isolation --editable .; } > $(VENV)/install.log 2>&1 \
+		&& $(BIN)/python -m pip install --no-compile $$($(PYTHON) .ci/torch-index) $(TORCH) \
+		&& $(BIN)/python -m pip install --no-deps --no-build-isolation --editable . \
+		&& PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import $(COMPILED)"; } > $(VENV)/install.log 2>&1 \
 		|| { cat $(VENV)/install.log >&2; echo "tagger-job: the installation failed; pip says why above" >&2; exit 1; }
 	@touch $@
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -223,3 +226,28 @@ def test_an_audit_that_could_not_be_done_is_not_taken_for_a_clean_one(
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     assert said in done.stdout + done.stderr
+
+
+def torch_index(*arguments: str, **environ: str) -> tuple[str, str]:
+    """Return what .ci/torch-index prints: the option for pip, and what it says about it."""
+    command = [sys.executable, str(ROOT / ".ci" / "torch-index"), *arguments]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True, timeout=30)
+    return done.stdout.strip(), done.stderr
+
+
+def test_the_cpu_build_of_torch_is_taken_where_its_index_can_be_reached(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        index = f"http://127.0.0.1:{server.server_port}"
+        option, said = torch_index(index, "/nowhere")
+        assert (option, "PyTorch's CPU build is installed" in said) == (f"--extra-index-url {index}", True)
+        (tmp_path / "driver").touch()
+        assert torch_index(index, str(tmp_path / "driver")) == ("", "")
+        assert torch_index(index, "/nowhere", PIP_EXTRA_INDEX_URL="https://example.com") == ("", "")
+        server.shutdown()
+    started = time.monotonic()
+    option, said = torch_index(index, "/nowhere")
+    assert (option, "PyTorch comes from the usual index" in said) == ("", True)
+    assert time.monotonic() - started < 10
