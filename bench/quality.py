@@ -133,6 +133,8 @@ MARGINAL = {"decoding": "marginal", "threshold": "auto"}
 ALL_TEXTS = {"decoding": "marginal", "threshold": 0.07}
 """All texts are trained on, none calibrates. The threshold is the best one on fold 2 of the English quotes, after 320
 steps of the bundled base model, so scores on that fold are too high. With --max-positions 1 it is 0.04."""
+FITTED = ("head", "head+tfidf", "marginal+head", "marginal+head+tfidf")
+"""Decodings with something that is fitted after training."""
 VARIANTS = {
     "recipe, free": Variant("recipe", free=True),
     "recipe, open list": Variant("recipe"),
@@ -144,6 +146,11 @@ VARIANTS = {
     "by frequency, free": Variant("by frequency", free=True),
     "by frequency, list of seen tags": Variant("by frequency", {"vocabulary": "seen"}),
     **{f"{name}, marginal": Variant(name, MARGINAL) for name in trainings(1) if name not in ("recipe", "learned")},
+    **{
+        f"{name}, {decoding}": Variant(name, {"decoding": decoding, "threshold": "auto"})
+        for name in ("learned", "loss on all, averaged")
+        for decoding in FITTED
+    },
     "a third of the texts, marginal": Variant("learned", MARGINAL, texts=1 / 3),
     "half of the rare tags, marginal": Variant("learned", MARGINAL, rare=0.5),
     **{
@@ -302,7 +309,7 @@ def _measure(options: argparse.Namespace, name: str, fold: int | str, examples: 
     found = trial.answers(settings, trained_on, folder, make=_free_tagger() if variant.free else Tagger)
     record = _record(parts.train, parts.held_out, found.predicted, found.well_formed)
     record |= {name: getattr(found, name) for name in ("training_seconds", "tagging_seconds", "threshold")}
-    if settings.sample.decoding == "marginal":
+    if settings.sample.decoding not in (None, "greedy"):
         record["scored"] = found.scored  # what other thresholds would keep, for by_threshold
     return record
 
@@ -405,7 +412,7 @@ def _row(name: str, records: Sequence[Record], against: Sequence[Record]) -> str
 
 
 def by_threshold(records: Sequence[Record]) -> Iterator[str]:
-    """Yield a line for each marginal variant: micro-F1 over all its folds, at thresholds up to 0.1."""
+    """Yield a line for each variant with scored tags: micro-F1 over all its folds, at thresholds up to 0.1."""
     from job.metrics.thresholds import threshold_curve
 
     for name in dict.fromkeys(record["variant"] for record in records if "scored" in record):

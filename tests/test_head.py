@@ -76,6 +76,13 @@ def test_a_head_learns_what_the_texts_say(llama: Path, adapter: Path, tmp_path: 
         assert tags["all"] > 0.9, "a tag of all texts"
 
 
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_a_quantized_base_model_has_a_head(llama: Path, tmp_path: Path, quantize: str) -> None:
+    tagger, _ = new_tagger(make_settings(llama, tmp_path, base={"quantize": quantize}, sample={"decoding": "head"}))
+    tagger.set_scorers(fit(tagger, EXAMPLES))
+    assert [max(WORDS, key=lambda word: tags.get(word, 0.0)) for tags in confidences(tagger)] == list(WORDS)
+
+
 def test_a_loaded_head_answers_alike_in_every_batch(llama: Path, adapter: Path, tmp_path: Path) -> None:
     alone, together = (
         confidences(load_tagger(make_settings(llama, tmp_path, sample={"batch_size": size}), adapter, CPU))
