@@ -10,7 +10,7 @@ PROCESSES ?= 1
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",/\1/p' pyproject.toml)
 
 .PHONY: help run test coverage lint workflows-check hadolint manifests sbom audit image-check torture torture-tag \
-	test-ray zoo two-machines bench bench-processes gpu-check quality pictures docs install lock clean
+	test-ray test-trackers zoo two-machines bench bench-processes gpu-check quality pictures docs install lock clean
 
 run: install  ## run the complete job here, with the recipe RECIPE (offline): bundled base model, no GPU, no Hub
 	@echo "tagger-job: running the recipe $(RECIPE); offline takes 3 to 5 minutes on two CPU cores. Results are in runs/."
@@ -82,6 +82,18 @@ test-ray: install .ray-packages/installed  ## test tagging on a local Ray cluste
 .ray-packages/installed: pyproject.toml
 	rm -rf .ray-packages
 	$(BIN)/python -m pip install --quiet --target .ray-packages '$(RAY)'
+	touch $@
+
+# The trackers, extras of the package, have an environment of their own that sees the job's packages.
+TRACKERS := $(shell sed -n 's/^\(wandb\|mlflow\|tensorboard\|trackio\) = \["\(.*==.*\)"\]/\2/p' pyproject.toml)
+test-trackers: install .trackers/installed  ## test the experiment trackers with their real packages, on local files
+	.trackers/bin/python -m pytest -n0 tests/test_trackers.py
+
+.trackers/installed: pyproject.toml
+	$(BIN)/python -m venv --clear .trackers
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(.trackers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/job.pth"
+	.trackers/bin/python -m pip install --quiet $(TRACKERS)
 	touch $@
 
 torture-tag: install  ## kill KILLS (100) workers of `tag` at random moments; the answers must be the same bytes
@@ -156,4 +168,4 @@ docs/settings.md: job/settings.py job/config/reference.py job/config/recipes/*.e
 	$(BIN)/python -m job settings --markdown > $@
 
 clean:  ## remove what the targets made, except runs/
-	rm -rf $(VENV) .tools .coverage .bench-packages .ray-packages build sbom.json *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .tools .coverage .bench-packages .ray-packages .trackers build sbom.json *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -52,7 +52,7 @@ def command() -> NoReturn:
     with shutdown.handled(then=signal.SIG_IGN):  # when it is over, a signal must not change its exit code
         assignment = place.assignment()
         code = _run_until_interrupted(None) if assignment is None else _work(assignment)
-        if code == INTERRUPTED or place.has_others():
+        if code == INTERRUPTED or place.has_others() or shutdown.are_threads_left_behind():
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)

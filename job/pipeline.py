@@ -17,6 +17,7 @@ from job.preflight import PreflightResult
 from job.runs import attempts, budget, run_folder
 from job.runs.run_folder import RunFolder
 from job.runs.store import stored
+from job.runs.trackers import tracked
 from job.settings import Settings
 from job.system.events import event
 from job.system.paths import PACKAGE_PREFIX, WEIGHT_SUFFIXES, is_local
@@ -99,7 +100,8 @@ def run_checked(
         team = Team.find()
         if not team.leads:
             return help_train(checked, team)
-        with stored(checked.settings.run, checked.run), attempts.recorded(checked.run):
+        run, settings = checked.run, checked.settings.run
+        with stored(settings, run), tracked(settings, run), attempts.recorded(run):
             ending.result = summary = _run_chapters(checked, team, on_saved)
             return summary
 
@@ -111,6 +113,7 @@ def _run_chapters(checked: PreflightResult, team: Team, on_saved: Callable[[RunF
     log.info("run: %s", run.path, extra=extra)
     if run.complete and (checked.repo is None or run.published):
         log.info("run: already complete, nothing is repeated")
+        run.begun()  # there may be something left for its trackers
         dismiss(checked, team)
         return results.summary(run)
 
@@ -188,6 +191,7 @@ def launch(checked: PreflightResult, compute: ComputeSpec, team: Team, processes
     if store is None:
         return False
     run.release()  # process 0 locks it
+    run.begun()
     launcher.launch(
         processes,
         checked.as_json(),

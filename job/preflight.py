@@ -23,7 +23,7 @@ from job.distributed.team import Team
 from job.errors import GateRejected, InvalidInputError
 from job.hub import access, embedders, weights
 from job.hub import client as hub
-from job.runs import run_folder
+from job.runs import run_folder, trackers
 from job.runs.run_folder import RunFolder
 from job.settings import Base, Data, Eval, Sample, Settings
 from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local, is_on_hub
@@ -131,6 +131,7 @@ def check(settings: Settings) -> PreflightResult:
     embedder = problems.collect(_check_embedder, settings.eval)
     repo = problems.collect(push.prepare_repo, settings)
     problems.collect(gate.check_published, settings, repo)
+    problems.collect(trackers.check, settings.run)
     problems.collect(data.inference_texts, settings.sample)
     vocabulary = problems.collect(decoding.read_vocabulary_file, settings.sample)
     problems.collect(results.check_output, settings.sample.output, settings.sample.input, settings.data.dataset)

@@ -41,13 +41,14 @@ from job.config.validators import (
     StoreUrl,
     TextList,
     Threshold,
+    TrackerList,
     Webhook,
 )
 from job.errors import InvalidInputError
 from job.types import Decoding
 
 PREFIX = "TAGGER_"
-COMMA_SEPARATED = ("TAGGER_LORA_TARGETS", "TAGGER_DATA_TAG_COLUMNS", "TAGGER_TAG_COLUMNS")
+COMMA_SEPARATED = ("TAGGER_LORA_TARGETS", "TAGGER_DATA_TAG_COLUMNS", "TAGGER_TAG_COLUMNS", "TAGGER_RUN_TRACK")
 """Lists that are written with commas in an environment variable; other lists are written as JSON."""
 SECRET = ("TAGGER_RUN_NOTIFY",)
 """Settings whose values are shown nowhere."""
@@ -496,6 +497,11 @@ class Run(SettingsGroup):
         "Modal of GPUs that it has.",
     )
 
+    track: TrackerList = Field(
+        (),
+        description="Experiment trackers, separated by commas: wandb, mlflow, tensorboard, trackio. Each is an extra "
+        "of the package (pip install 'tagger-job[wandb]') and is set up by its own variables; empty: none.",
+    )
     notify: Webhook | None = Field(
         None,
         description="URL that gets one JSON object when a run ends: verdict, exit code, scores, price, commit, what to "

@@ -185,6 +185,9 @@ Shard = Annotated[str, AfterValidator(_shard)]
 GitRevision = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_git_revision)]
 RepoId = Annotated[str, AfterValidator(repo_id)]
 RunId = Annotated[str, Field(max_length=128), AfterValidator(_run_id)]
+TrackerList = Annotated[
+    tuple[Literal["wandb", "mlflow", "tensorboard", "trackio"], ...], NoDecode, BeforeValidator(_comma_separated)
+]
 Webhook = Annotated[
     SecretStr, Field(max_length=2048), AfterValidator(_webhook), PlainSerializer(lambda _: None, when_used="json")
 ]

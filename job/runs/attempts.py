@@ -48,6 +48,7 @@ def begin(run: RunFolder, started: str, **facts: Any) -> None:
         entries[-1] = _closed(entries[-1], _last_sign_of_life(run.path), "killed", None)
     entry = {"started": started, "ended": None, "seconds": None, "status": "running", "exit_code": None, **facts}
     run.update(attempts=[*entries, entry])
+    run.begun()
 
 
 def attempts(run: RunFolder) -> list[dict[str, Any]]:

@@ -36,6 +36,11 @@ RESULTS = ("adapter", "metrics.json", "log.jsonl", "predictions.jsonl", "tags.js
 """Files and folders that are complete before the gate; their checksums are then recorded."""
 TUNE = "tune-"
 """The data's fingerprint in the manifest of a tune begins with this."""
+TRACKING = "tracking"
+"""Folder with what each tracker has been sent (TAGGER_RUN_TRACK)."""
+TRACKING_HERE = f"{TRACKING}/local"
+"""Folder with what trackers keep on this machine; it exists if the run is tracked."""
+SPEED = f"{TRACKING_HERE}/speed.jsonl"
 TRACKED_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
 
 
@@ -71,6 +76,8 @@ class RunFolder:
         """The copy of the run in TAGGER_RUN_STORE, while this process owns it."""
         self.in_store = False
         """Whether the manifest is that of a copy, which is not on this disk yet."""
+        self.on_begun: Callable[[], None] | None = None
+        """Called when this process has begun an attempt of the run, or the processes that it starts are about to."""
         self.memory: MemoryMeter | None = None
         """Measures the peak memory of each chapter, if it is set."""
         self._locked = False
@@ -252,6 +259,11 @@ class RunFolder:
         """Return the content of manifest.json."""
         return json.dumps(provenance.sealed(self.manifest), indent=2, ensure_ascii=False) + "\n"
 
+    def begun(self) -> None:
+        """Notify the caller that an attempt begins."""
+        if self.on_begun is not None:
+            self.on_begun()
+
     def progress_watcher(self) -> Callable[[], None] | None:
         """Return a function that notifies if another process has saved newer progress since its last call.
 
@@ -322,6 +334,15 @@ class RunFolder:
     def write_lines(self, name: str, entries: Iterable[object]) -> None:
         """Write a file of the run atomically, as JSON lines."""
         self.write(name, json_lines(entries))
+
+    def record_speed(self, step: int, **figures: float) -> None:
+        """Record speed and memory at an entry of log.jsonl for the trackers; log.jsonl is the same in every attempt."""
+        if not (self.path / TRACKING_HERE).is_dir():
+            return
+        memory = {} if self.memory is None else self.memory.peak_memory()
+        line = json.dumps({"step": step, **figures, **memory}) + "\n"
+        with suppress(OSError), (self.path / SPEED).open("a", encoding="utf-8") as file:
+            file.write(line)
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
         """Read a file of JSON lines of the run."""
@@ -439,7 +460,7 @@ def _check_folder(path: Path) -> None:
 
 def _is_unused(path: Path) -> bool:
     """Return whether a folder has only what a process leaves that ended before it had recorded a run."""
-    known = (ownership.LOCK, ownership.LEASE, stored_run.MARKER, "checkpoints")
+    known = (ownership.LOCK, ownership.LEASE, stored_run.MARKER, "checkpoints", TRACKING)
     entries = [*path.iterdir(), *(path / "checkpoints").glob("*")]
     return all(entry.suffix == ".tmp" or (entry.parent == path and entry.name in known) for entry in entries)
 

@@ -25,6 +25,7 @@ class _State:
     received: signal.Signals | None = None
     by: str | None = None
     deferring = False
+    left_behind = False
 
 
 _state = _State()
@@ -95,6 +96,16 @@ def interrupt(by: str) -> None:
     """Interrupt this process as SIGTERM does, from any thread; `by` says in its message what did."""
     _state.by = by
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def leave_threads_behind() -> None:
+    """Let the program exit without waiting for the threads of libraries, which hang."""
+    _state.left_behind = True
+
+
+def are_threads_left_behind() -> bool:
+    """Return whether the program must not wait for the threads of libraries."""
+    return _state.left_behind
 
 
 def _interrupt(number: int, frame: object) -> None:

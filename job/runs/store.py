@@ -20,7 +20,7 @@ from job.errors import InvalidInputError, JobError, PublishError
 from job.runs import ownership
 from job.runs.checksums import Checksums
 from job.runs.objects import StoreError
-from job.runs.run_folder import RunFolder, read_manifest
+from job.runs.run_folder import TRACKING, RunFolder, read_manifest
 from job.runs.sealed_files import NotSealedError, open_regular
 from job.runs.store_lease import StoreLease
 from job.runs.stored_run import MARKER, SEAL_VERSION, Seal, StoredRun, data_name, mark, marked, open_stored, requests
@@ -215,6 +215,8 @@ class _State:
         self.files: dict[str, Any] = {}
         for folder, folders, names in os.walk(path):
             folders[:] = [name for name in folders if not name.endswith(".tmp") and name != MERGED]
+            if Path(folder) == path / TRACKING:
+                folders.clear()  # libraries write to files there at any time
             for name in names:
                 relative = Path(folder, name).relative_to(path).as_posix()
                 if relative in NOT_STORED or name.endswith(".tmp"):

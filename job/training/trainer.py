@@ -343,6 +343,8 @@ class Trainer:
     def log_progress(self, progress: Progress, seconds_per_step: float, tokens_per_second: float) -> None:
         """Write log.jsonl, and show its last entry above the progress bar or, without a terminal, as a log line."""
         entries, step, most = self.history(), self.state.step, self._settings.max_steps
+        speed = {"seconds_per_step": seconds_per_step, "tokens_per_second": tokens_per_second}
+        self._run.record_speed(step, **speed)
         self.try_write("log.jsonl", lambda: self._run.write_lines("log.jsonl", entries))
         left = (most - step) * seconds_per_step
         entry = entries[-1]
@@ -350,7 +352,6 @@ class Trainer:
             f"step {step}/{most}: loss {entry['loss']:.4f}, learning rate {entry['learning_rate']:.2e}, "
             f"{seconds_per_step:.1f} s a step" + (f", {duration(left)} left" if left else "")
         )
-        speed = {"seconds_per_step": seconds_per_step, "tokens_per_second": tokens_per_second}
         if not progress.write(line):
             fields = {**entry, "max_steps": most, **speed, "seconds_left": left}
             log.info("train: %s", line, extra=event("train_step", **fields))
