@@ -18,7 +18,6 @@ from job.dataset.split import split_calibration
 from job.dataset.summary import summarise
 from job.dataset.tags import drop_rare_tags
 from job.decoding import config as decoding
-from job.decoding.head import learnable_tags
 from job.distributed.team import Team
 from job.errors import GateRejected, InvalidInputError
 from job.hub import access, embedders, weights
@@ -154,6 +153,8 @@ def check(settings: Settings) -> PreflightResult:
     known_tags = [tag for example in trained_on for tag in example.tags]
     problems.collect(decoding.check_tags, known_tags, "Check TAGGER_DATA_TAG_DELIMITER and TAGGER_DATA_MIN_TAG_COUNT")
     if trained_on and "head" in (settings.sample.decoding or ""):
+        from job.decoding.head import learnable_tags  # imports torch
+
         problems.collect(learnable_tags, trained_on, vocabulary or known_tags)
     problems.collect(_check_blend, settings.sample)
     if vocabulary:  # the settings hold only the file's name, which stays the same when its content changes

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from job.dataset.split import split_digest
 from job.decoding.blend import Blend
 from job.decoding.equivalence import same_answer
-from job.decoding.scorers import Scorers
 from job.errors import InvalidInputError, PublishError
 from job.metrics.scores import score_tags
 from job.runs import shutdown
@@ -23,6 +22,7 @@ from job.settings import Settings
 from job.types import Prediction, Scores, Summary, TaggedText, ThresholdScores, TrainResult, Verdict
 
 if TYPE_CHECKING:
+    from job.decoding.scorers import Scorers
     from job.sample import Tagger
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,8 @@ def cached_evaluation(
 
 def cached_scorers(run: RunFolder, cache_key: str, fit: Callable[[], Scorers]) -> Scorers:
     """Return the scorers of `fit`, or those that an earlier attempt saved for the same `cache_key`."""
+    from job.decoding.scorers import Scorers  # imports torch
+
     name = f"checkpoints/scorers-{cache_key[:16]}"
     with run.chapter("calibrate"):
         if run.is_intact(name):
