@@ -60,6 +60,7 @@ def command() -> NoReturn:
 
 
 def _work(assignment: place.Assignment) -> int:
+    logging_setup.configure(assignment.inputs["settings"]["run"]["log"])  # before the imports log something
     from job import worker  # imports torch, during which a signal is handled already
 
     return worker.work(assignment)

@@ -13,14 +13,13 @@ from job.distributed.group import PeerLost
 from job.distributed.place import Assignment, Place
 from job.errors import CRASHED, DONE, INTERRUPTED, describe_failure
 from job.runs import shutdown
-from job.system import events, logging_setup
+from job.system import events
 
 
 def work(assignment: Assignment) -> int:
     """Do this process's part and return its exit code; the process that started it prints the error."""
     place.end_with_parent(assignment.parent)
     rank = assignment.first.rank + int(os.environ["RANK"])
-    logging_setup.configure(assignment.inputs["settings"]["run"]["log"])
     if rank > 0:  # process 0 logs what all of them do
         logging.getLogger("job").setLevel(logging.WARNING)
     try:
