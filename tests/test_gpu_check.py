@@ -55,7 +55,9 @@ def test_a_dry_run_prints_a_table_and_keeps_a_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        sys, "argv", ["gpu", "--device", "cpu", "--only", "machine", "overflow", "--json", "found.json"]
+        sys,
+        "argv",
+        ["gpu", "--device", "cpu", "--minutes", "600", "--only", "machine", "overflow", "--json", "found.json"],
     )
     assert gpu_check.main() == 0
     record = json.loads(Path("found.json").read_text())

@@ -137,7 +137,7 @@ def test_a_used_up_budget_saves_and_is_not_exceeded_by_another_attempt(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     set_tiny_environment(monkeypatch, llama)
-    variables = {"TAGGER_RUN_ID": "run", "TAGGER_TRAIN_MAX_STEPS": "100000", "TAGGER_RUN_BUDGET": "1s"}
+    variables = {"TAGGER_RUN_ID": "run", "TAGGER_TRAIN_MAX_STEPS": "100000", "TAGGER_RUN_BUDGET": "3s"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(budget, "LOOK_SECONDS", 0.1)
@@ -148,7 +148,7 @@ def test_a_used_up_budget_saves_and_is_not_exceeded_by_another_attempt(
     [attempt] = read_manifest(run)["attempts"]
     assert (attempt["status"], attempt["exit_code"]) == ("interrupted", 75)
     assert cli.main(["run"]) == 2
-    assert "TAGGER_RUN_BUDGET=1s is used up: the attempts of" in capsys.readouterr().err
+    assert "TAGGER_RUN_BUDGET=3s is used up: the attempts of" in capsys.readouterr().err
     monkeypatch.setenv("TAGGER_RUN_BUDGET", "$1")
     assert cli.main(["run"]) == 2
     assert "no price of CPU" in capsys.readouterr().err
