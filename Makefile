@@ -9,7 +9,7 @@ KILLS ?= 100
 PROCESSES ?= 1
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",/\1/p' pyproject.toml)
 
-.PHONY: help run test coverage lint workflows-check hadolint manifests sbom audit image-check torture torture-tag \
+.PHONY: help run test coverage lint workflows-check hadolint manifests launch-files sbom audit image-check torture torture-tag \
 	test-ray test-trackers zoo two-machines bench bench-processes gpu-check quality pictures docs install lock clean
 
 run: install  ## run the complete job here, with the recipe RECIPE (offline): bundled base model, no GPU, no Hub
@@ -50,10 +50,20 @@ workflows-check: .tools/installed  ## check the files for CI: their schemas, and
 	$(SCHEMA) --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(TOOLS)/zizmor --offline --no-progress .github
 
-manifests: .tools/installed  ## check compose.yaml and deploy/k8s-*.yaml against their schemas
+manifests: .tools/installed  ## check compose.yaml and the launch files in deploy/ with schemas and ShellCheck
 	$(SCHEMA) --builtin-schema vendor.compose-spec compose.yaml
 	$(TOOLS)/kubernetes-validate --strict deploy/k8s-job.yaml deploy/k8s-tag.yaml deploy/k8s-volumes.yaml \
 		deploy/k8s-two-nodes.yaml
+	$(TOOLS)/shellcheck deploy/entrypoint.sh deploy/slurm.sh deploy/slurm-tag.sh
+	$(TOOLS)/python .ci/launch-files
+
+launch-files: install .tools/installed .platform-packages/installed  ## the same with the parsers of SkyPilot, dstack, AWS, Google
+	HOME=$(CURDIR)/.platform-packages PYTHONPATH=.platform-packages $(TOOLS)/python .ci/launch-files --all
+
+.platform-packages/installed: pyproject.toml
+	rm -rf .platform-packages
+	$(BIN)/uv pip install --quiet --python $(TOOLS)/python --target .platform-packages --group platforms
+	touch $@
 
 sbom: .tools/installed  ## write sbom.json: the packages of the image with their hashes, in CycloneDX
 	cat requirements.lock requirements-torch.lock | $(TOOLS)/cyclonedx-py requirements - \
@@ -168,4 +178,5 @@ docs/settings.md: job/settings.py job/config/reference.py job/config/recipes/*.e
 	$(BIN)/python -m job settings --markdown > $@
 
 clean:  ## remove what the targets made, except runs/
-	rm -rf $(VENV) .tools .coverage .bench-packages .ray-packages .trackers build sbom.json *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .tools .coverage .bench-packages .platform-packages .ray-packages .trackers build sbom.json *.egg-info \
+		.mypy_cache .pytest_cache .ruff_cache

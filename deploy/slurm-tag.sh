@@ -2,7 +2,7 @@
 # Tag a large input on Slurm with several workers: an array job. Each task tags its share of the parts and then helps
 # with the others; the last one writes _SUCCESS.json. Set the variables of input, output and adapter, then:
 #   sbatch --export=ALL deploy/slurm-tag.sh
-# PROGRAM names the program, for example "apptainer run --nv tagger-job.sif".
+# PROGRAM names the program, for example "apptainer run --nv docker://ghcr.io/owner/tagger-job:0.2.0".
 #SBATCH --job-name=tagger-tag
 #SBATCH --array=0-7
 #SBATCH --gres=gpu:1
