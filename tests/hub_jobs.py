@@ -213,6 +213,12 @@ def _bucket(handler: Any, name: str) -> dict[str, tuple[str, int]] | None:
     return bucket
 
 
+def _bucket_info(handler: Any, body: bytes, name: str) -> None:
+    if (bucket := _bucket(handler, name)) is not None:
+        shown = {"id": name, "private": _jobs(handler).private.get(name, True), "createdAt": NOW}
+        handler._answer(200, {**shown, "size": 0, "totalFiles": len(bucket)})
+
+
 def _file(path: str, entry: tuple[str, int]) -> dict[str, Any]:
     return {"type": "file", "path": path, "xetHash": entry[0], "size": entry[1], "mtime": NOW}
 
@@ -266,5 +272,6 @@ hub._ROUTES[:0] = [
     (rf"POST /api/buckets/{_BUCKET}/paths-info", _paths_info),
     (rf"GET /api/buckets/{_BUCKET}/tree(?:/(.+))?", _tree),
     (rf"POST /api/buckets/{_BUCKET}", _make_bucket),
+    (rf"GET /api/buckets/{_BUCKET}", _bucket_info),
     (rf"(?:HEAD|GET) /buckets/{_BUCKET}/resolve/(.+)", _resolve),
 ]

@@ -158,7 +158,7 @@ def test_a_former_value_is_refused_with_the_new_one(monkeypatch: pytest.MonkeyPa
     with pytest.raises(InvalidInputError) as refusal:
         environment.load()
     [problem] = refusal.value.problems
-    assert problem.startswith(f"TAGGER_SAMPLE_DECODING={old} (in .env): expected 'greedy' or 'marginal'.")
+    assert problem.startswith(f"TAGGER_SAMPLE_DECODING={old} (in .env): expected 'greedy', 'marginal', 'head', ")
     assert problem.endswith(f"{old} is now called {new}; set TAGGER_SAMPLE_DECODING={new}.")
     monkeypatch.setenv("TAGGER_SAMPLE_DECODING", new)
     assert environment.load().sample.decoding == new

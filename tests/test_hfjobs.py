@@ -289,6 +289,13 @@ def test_a_bucket_that_is_absent_is_refused(jobs: hub_jobs.JobsHub) -> None:
         objects.open_objects("hf://buckets/ada/none").list("")
 
 
+def test_a_public_bucket_is_refused(jobs: hub_jobs.JobsHub, capfd: pytest.CaptureFixture[str]) -> None:
+    jobs.buckets["ada/tagger-runs"], jobs.private["ada/tagger-runs"] = {}, False
+    assert call("run") == 2
+    assert "ada/tagger-runs is public" in capfd.readouterr().err
+    assert not jobs.jobs
+
+
 def test_an_outcome_that_cannot_be_stored_is_not_a_success(
     jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

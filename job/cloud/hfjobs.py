@@ -65,9 +65,20 @@ class Jobs:
         return known[self._settings.flavor]
 
     def make_bucket(self) -> None:
-        """Create the bucket, private, unless it exists."""
+        """Create the bucket, private, unless it exists; raises InvalidInputError if it is public."""
+        from huggingface_hub.errors import BucketNotFoundError
+
         with jobs_errors(f"the bucket {self.bucket}"):
-            self.api.create_bucket(self.bucket, private=True, exist_ok=True)
+            try:
+                is_private = self.api.bucket_info(self.bucket).private
+            except BucketNotFoundError:
+                self.api.create_bucket(self.bucket, private=True)
+                return
+        if not is_private:
+            raise InvalidInputError(
+                f"the bucket {self.bucket} is public, and runs hold texts of the data set; make it private, or set "
+                "TAGGER_HFJOBS_BUCKET to another name"
+            )
 
     def start(self, arguments: Sequence[str], env: Mapping[str, str]) -> JobInfo:
         """Start a job."""
