@@ -19,7 +19,7 @@ run: install  ## run the complete job here, with the recipe RECIPE (offline): bu
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z.\/-]+:.*##/ {printf "  make %-18s %s\n", $$1, $$2}' Makefile
 
-test: install  ## run the tests (about 5 minutes on two cores)
+test: install  ## run the tests (about 6 minutes on two cores)
 	$(BIN)/python -m pytest
 
 coverage: install  ## run the tests and print how much of each file they execute

@@ -10,6 +10,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -77,8 +78,8 @@ def seconds_per_step(processes: int, base: str, steps: int) -> float:
         }
         command, quiet = [sys.executable, "-m", "job"], subprocess.DEVNULL
         log = subprocess.run(command, env=environ, stdout=quiet, stderr=subprocess.PIPE, text=True, check=True)
-    lines = [line for line in log.stderr.splitlines() if " s a step" in line]
-    return statistics.median(float(line.split()[-4]) for line in lines[1:])
+    seconds = [float(found) for found in re.findall(r"([\d.]+) s a step", log.stderr)]
+    return statistics.median(seconds[1:])
 
 
 def exact_sum(parameters: int) -> float:

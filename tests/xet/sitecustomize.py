@@ -39,7 +39,10 @@ def install() -> None:
     """Replace the client of the storage."""
     from huggingface_hub.utils import _xet
 
+    from job.runs import objects
+
     _xet.get_xet_session = Session  # type: ignore[assignment]
+    objects.SETTLE_SECONDS = 0.0  # there is one process
 
 
 if "XET_FOLDER" in os.environ:
