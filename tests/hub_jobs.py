@@ -42,6 +42,13 @@ class Job:
     """Of each attempt."""
     started: float = field(default_factory=time.monotonic)
     process: subprocess.Popen[bytes] | None = None
+    thread: threading.Thread = field(default_factory=threading.Thread)
+
+    def cancel(self) -> None:
+        if self.stage == "RUNNING":
+            self.stage = "CANCELED"
+        if self.process is not None:
+            self.process.kill()
 
     def as_json(self) -> dict[str, Any]:
         spec = {name: self.spec.get(name) for name in ("command", "environment", "flavor", "labels")}
@@ -59,6 +66,8 @@ class Job:
         """Run the attempts; the first one that succeeds is the last one."""
         deadline = self.started + self.spec.get("timeoutSeconds", 1800)
         for _ in range(self.spec.get("attempts") or 1):
+            if self.stage == "CANCELED":
+                return
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable if word == "python" else word for word in self.spec["command"]]
                 sent = {**self.spec["environment"], **self.spec.get("secrets", {}), "JOB_ID": self.id}
@@ -95,6 +104,13 @@ class JobsHub:
     buckets: dict[str, dict[str, tuple[str, int]]] = field(default_factory=dict)
     """For each bucket, hash and size of its files."""
     private: dict[str, bool] = field(default_factory=dict)
+
+    def end(self) -> None:
+        """End all jobs, so that no container sends anything to the Hub of a later test."""
+        for job in self.jobs.values():
+            job.cancel()
+        for job in self.jobs.values():
+            job.thread.join(30)
 
 
 def install(server: hub.Hub, xet_folder: Path) -> JobsHub:
@@ -133,7 +149,8 @@ def _start(handler: Any, body: bytes, namespace: str) -> None:
         return
     job = Job(json.loads(body), namespace)
     _jobs(handler).jobs[job.id] = job
-    threading.Thread(target=job.run, args=(_jobs(handler).environment,), daemon=True).start()
+    job.thread = threading.Thread(target=job.run, args=(_jobs(handler).environment,), daemon=True)
+    job.thread.start()
     handler._answer(200, job.as_json())
 
 
@@ -146,10 +163,7 @@ def _inspect(handler: Any, body: bytes, namespace: str, job: str) -> None:
 
 
 def _cancel(handler: Any, body: bytes, namespace: str, name: str) -> None:
-    job = _jobs(handler).jobs[name]
-    job.stage = "CANCELED"
-    if job.process is not None:
-        job.process.kill()
+    _jobs(handler).jobs[name].cancel()
     handler._answer(200, {})
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ IMAGE = "ghcr.io/ada/tagger-job:0.2.0"
 
 
 @pytest.fixture
-def jobs(loopback_hub: Hub, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> hub_jobs.JobsHub:
+def jobs(loopback_hub: Hub, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_jobs.JobsHub]:
     """A Hub with Jobs, and the variables of a caller."""
     fill_hub(loopback_hub, llama)
     (tmp_path / "xet").mkdir()
@@ -45,7 +46,8 @@ def jobs(loopback_hub: Hub, llama: Path, tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TAGGER_HFJOBS_IMAGE", IMAGE)
     monkeypatch.setenv("TAGGER_TRAIN_MAX_STEPS", "3")
-    return extra
+    yield extra
+    extra.end()
 
 
 def call(*words: str) -> int:
@@ -165,8 +167,6 @@ def test_ctrl_c_leaves_the_job_running_and_says_so(
     assert b"`python hf_app.py status` shows the jobs" in error
     [job] = jobs.jobs.values()
     assert job.stage == "RUNNING"
-    assert job.process is not None
-    job.process.kill()
 
 
 def test_retraining_is_started_by_a_schedule_or_by_new_data(
