@@ -333,6 +333,27 @@ def test_a_run_that_was_not_made_with_the_store_is_not_replaced(
     assert Path("runs/tiny/adapter").is_dir()
 
 
+def test_a_folder_that_is_no_run_is_not_replaced(tiny: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run"]) == 0
+    shutil.rmtree("runs")
+    Path("runs/tiny").mkdir(parents=True)
+    Path("runs/tiny/thesis.tex").write_text("mine")
+    assert main(["sample", "a song"]) == 2
+    assert "holds files but no run" in capsys.readouterr().err
+    assert Path("runs/tiny/thesis.tex").read_text() == "mine"
+
+
+def test_a_state_whose_seal_has_no_answer_stays_on_this_disk(
+    tiny: pytest.MonkeyPatch, bucket: s3.Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.setenv("TAGGER_RUN_STORE", "s3://bucket/answers")
+    bucket.faults = [Fault("PUT .*/seals/", "lose_answer"), Fault("PUT .*/(seals|files)/", "403", times=9999)]
+    assert main(["run"]) == 4
+    bucket.faults = []
+    assert main(["run"]) == 0
+    assert "already complete" in caplog.text
+
+
 def test_a_newer_state_replaces_that_of_an_earlier_attempt(
     tiny: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

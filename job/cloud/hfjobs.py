@@ -83,7 +83,9 @@ class Jobs:
     def start(self, arguments: Sequence[str], env: Mapping[str, str]) -> JobInfo:
         """Start a job."""
         with jobs_errors(f"a job of {self.namespace}"):
-            return self.api.run_job(**self._spec(arguments, env), secrets=self._secrets)
+            job = self.api.run_job(**self._spec(arguments, env), secrets=self._secrets)
+        print(f"job {job.id}: {job.url}", file=sys.stderr)
+        return job
 
     def schedule(self, arguments: Sequence[str], env: Mapping[str, str], schedule: str) -> str:
         """Make a scheduled job, which never runs twice at the same time; return its id."""

@@ -267,8 +267,6 @@ def _tag(request: Request, jobs: Jobs) -> None:
 
 def _finish(jobs: Jobs, started: Sequence[JobInfo], hardware: JobHardwareInfo) -> None:
     """Follow jobs to their end, print what came of them and what they cost, and exit with the first failure's code."""
-    for job in started:
-        print(f"job {job.id}: {job.url}", file=sys.stderr)
     code, seconds = 0, 0
     for job in started:
         ended = jobs.follow(job)

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from job import cli
 from job.cloud.outcome import describe
 from job.config import environment
-from job.errors import DONE, GATE_REJECTED, INVALID_INPUT, PUBLISH_FAILED, JobError, print_error
+from job.errors import CRASHED, DONE, GATE_REJECTED, INVALID_INPUT, PUBLISH_FAILED, JobError, print_error
 from job.runs.objects import StoreError, open_objects
 from job.settings import Settings
 from job.system import streams
@@ -30,7 +31,11 @@ OUTCOMES = "outcomes"
 def run_command(arguments: Sequence[str]) -> int:
     """Run a command as `tagger-job` does; return the exit code for Jobs."""
     started = time.monotonic()
-    code = cli.main(arguments)
+    try:
+        code = cli.main(arguments)
+    except Exception:  # a defect must leave its outcome too, or it would look like a job that was killed
+        traceback.print_exc()
+        code = CRASHED
     outcome = {"exit_code": code, "seconds": round(time.monotonic() - started, 1)}
     try:
         settings = environment.load()
@@ -51,7 +56,7 @@ def outcome_name(job: str) -> str:
 def _describe_run(settings: Settings) -> dict[str, Any]:
     """Return what is known of the run that was written last; empty if there is none."""
     manifests = sorted(settings.run.dir.glob("*/manifest.json"), key=lambda manifest: manifest.stat().st_mtime)
-    with suppress(JobError, OSError, IndexError):
+    with suppress(Exception):  # what a defect has left must not hide the outcome
         return describe(manifests[-1].parent)
     return {}
 

@@ -208,12 +208,14 @@ class _Bucket:
     @staticmethod
     def _call(step: Callable[[], T]) -> T:
         import httpx2
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
         pause = 1.0
         while True:
             try:
                 return step()
+            except EntryNotFoundError:
+                raise
             except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
                 status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response else None
                 is_final = isinstance(error, ValueError) or (status is not None and status < 500 and status != 429)

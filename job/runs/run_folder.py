@@ -174,7 +174,8 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.lock()
         for leftover in (*self.path.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):  # of a process that was killed
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            if not leftover.name.startswith(stored_run.MARKER):  # the store's thread writes it at this moment
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self.update(status="running", device=device, **({} if weights is None else {"base_weights": weights}))
 
     def lock(self) -> None:

@@ -65,7 +65,13 @@ def stored(settings: Run, run: RunFolder) -> Iterator[None]:
             raise
         finally:
             run.store = None
-        if (problem := upload.finish()) is not None:
+        try:
+            problem = upload.finish()
+        except KeyboardInterrupt:  # the rest of the grace is for what is being sent
+            upload.finish(attempts=1)
+            raise
+        if problem is not None:
+            lease.check()
             raise PublishError(
                 f"{run.path} is complete on this disk, but could not be stored in {copy.name}: {problem}. Run the same "
                 "command again on this machine: it stores it, and repeats nothing"
@@ -177,8 +183,8 @@ class _Upload:
         self._number += 1
         seal = Seal(generation, self._number)
         content = {"schema_version": SEAL_VERSION, "job_version": __version__, "files": files}
+        mark(self._path, self._copy.name, seal, own=True)  # first: the answer to the next request may be lost
         self._copy.put(seal.name, json.dumps(content, indent=1).encode())
-        mark(self._path, self._copy.name, seal, own=True)
         self._seals.append((seal, set(needed)))
         try:
             self._prune()

@@ -125,10 +125,10 @@ class StoreLease(Owner):
             try:
                 self.check_store()
                 self._write()
-            except StoreError as error:
-                log.warning("run: the lease of %s is not renewed (%s)", self._stored.name, error)
             except JobError:
                 return
+            except Exception as error:  # whatever it is, the next renewal may work
+                log.warning("run: the lease of %s is not renewed (%s)", self._stored.name, error)
 
 
 def _name(generation: int) -> str:

@@ -100,6 +100,10 @@ class StoredRun:
         Files that are there already are not downloaded. Raises OSError, StoreError, and InvalidInputError if nothing
         that is stored can be used.
         """
+        if _has_other_files(path):
+            raise InvalidInputError(
+                f"{path} holds files but no run (no manifest.json); set TAGGER_RUN_ID to another name"
+            )
         seals = self.seals()
         for seal in seals:
             try:
@@ -160,6 +164,14 @@ class DamagedError(Exception):
 def data_name(generation: int, entry: Mapping[str, int | str]) -> str:
     """Return the name of the object with the content of a file."""
     return f"{generation:06d}/files/{entry['sha256']}"
+
+
+def _has_other_files(path: Path) -> bool:
+    """Return whether a folder has files and is no run, nor what is left of one that was never begun."""
+    if not path.is_dir() or (path / "manifest.json").is_file():
+        return False
+    known = ("lock", "lease", "checkpoints", MARKER)
+    return any(entry.name not in known and entry.suffix != ".tmp" for entry in path.iterdir())
 
 
 def _is_entry(name: str, entry: Mapping[str, Any]) -> bool:
