@@ -16,7 +16,7 @@ from job.metrics.bootstrap import f1_difference
 from job.metrics.confusions import answer_f1
 from job.metrics.scores import score
 from job.runs import stored_run
-from job.runs.run_folder import RunFolder, read_manifest
+from job.runs.run_folder import RunFolder, read_manifest, run_folders
 from job.settings import Run, to_env
 from job.types import Prediction
 
@@ -62,7 +62,7 @@ def list_runs(settings: Run) -> list[dict[str, Any]]:
     Runs in TAGGER_RUN_DIR, and those that only TAGGER_RUN_STORE has. A run whose files cannot be read has the status
     `unreadable`. Raises InvalidInputError if there is no run.
     """
-    runs = [_describe(path.parent) for path in sorted(settings.dir.glob("*/manifest.json"))]
+    runs = [_describe(path) for path in run_folders(settings.dir)]
     known = {run["run"] for run in runs}
     with tempfile.TemporaryDirectory() as folder:
         for copy in stored_run.download_records(settings, Path(folder), except_for=known):

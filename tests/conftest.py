@@ -29,10 +29,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 import gguf
 import numpy as np
 import pytest
+import s3
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from job.runs.objects import open_objects
+from job.runs.stored_run import StoredRun
 from job.settings import Settings
 from job.system import logging_setup
 from job.system.device import ComputeSpec
@@ -52,6 +55,27 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
     # a call that replaced the environment must not reach the module's fixtures of a later file
     for name in [name for name in os.environ if name.startswith("TAGGER_")]:
         del os.environ[name]
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Store]:
+    """An S3 server, whose failures are waited for briefly."""
+    monkeypatch.setattr("job.runs.objects.RETRY_SECONDS", 1)
+    monkeypatch.setattr("job.runs.store.FINAL_PAUSE_SECONDS", 0.0)
+    with s3.serve() as (objects, variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        yield objects
+
+
+@pytest.fixture(params=["s3", "file"])
+def url(request: pytest.FixtureRequest, bucket: s3.Store, tmp_path: Path) -> str:
+    return "s3://bucket/some/prefix" if request.param == "s3" else f"file://{tmp_path}/store"
+
+
+@pytest.fixture
+def stored_run(url: str) -> StoredRun:
+    return StoredRun(open_objects(url), "run")
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,132 +17,13 @@ from tiny_run import set_tiny_environment
 from job import pipeline
 from job.cli import main
 from job.errors import InvalidInputError, JobError
-from job.runs import store
-from job.runs.objects import StoreError, open_objects
+from job.runs import ownership, store
 from job.runs.run_folder import RunFolder
 from job.runs.store_lease import StoreLease
-from job.runs.stored_run import StoredRun, marked
-from job.settings import Settings
+from job.runs.stored_run import StoredRun, fetch, marked
+from job.settings import Run, Settings
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ("adapter/adapter_model.safetensors", "log.jsonl", "predictions.jsonl", "samples.jsonl")
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Store]:
-    """An S3 server, whose failures are waited for briefly."""
-    monkeypatch.setattr("job.runs.objects.RETRY_SECONDS", 1)
-    monkeypatch.setattr("job.runs.store.FINAL_PAUSE_SECONDS", 0.0)
-    with s3.serve() as (objects, variables):
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        yield objects
-
-
-@pytest.fixture(params=["s3", "file"])
-def url(request: pytest.FixtureRequest, bucket: s3.Store, tmp_path: Path) -> str:
-    return "s3://bucket/some/prefix" if request.param == "s3" else f"file://{tmp_path}/store"
-
-
-def test_objects_are_written_read_listed_and_deleted(url: str, tmp_path: Path) -> None:
-    objects = open_objects(url)
-    assert list(objects.list("")) == []
-    assert objects.get("a/b") is None
-    objects.put("a/b", b"1")
-    objects.put("a/b", b"2")
-    large = tmp_path / "large"
-    large.write_bytes(os.urandom(12_000_000))
-    with large.open("rb") as file:
-        objects.put("a/large", file)
-    objects.put("other", b"3")
-    assert list(objects.list("a/")) == ["a/b", "a/large"]
-    assert objects.get("a/b") == b"2"
-    with (tmp_path / "copy").open("w+b") as copy:
-        assert objects.download("a/large", copy)
-        assert not objects.download("a/none", copy)
-    objects.delete(["a/b", "a/none", "other"])
-    assert list(objects.list("")) == ["a/large"]
-
-
-def test_an_object_is_only_written_if_it_is_absent(url: str) -> None:
-    objects = open_objects(url)
-    assert objects.put_if_absent("lease", b"mine")
-    assert not objects.put_if_absent("lease", b"yours")
-    assert objects.get("lease") == b"mine"
-
-
-def test_a_write_whose_answer_was_lost_was_made(bucket: s3.Store) -> None:
-    bucket.faults = [Fault("PUT", "lose_answer")]
-    assert open_objects("s3://bucket/x").put_if_absent("lease", b"mine")
-
-
-@pytest.mark.parametrize("kind", ["503", "403"])
-def test_a_store_that_fails_says_why_in_one_line(bucket: s3.Store, kind: Any) -> None:
-    bucket.faults = [Fault("PUT", kind, times=99)]
-    with pytest.raises(StoreError, match=r"^[^\n]*(SlowDown|AccessDenied)[^\n]*$"):
-        open_objects("s3://bucket/x").put("a", b"")
-
-
-@pytest.fixture
-def stored_run(url: str) -> StoredRun:
-    return StoredRun(open_objects(url), "run")
-
-
-def test_a_run_has_one_owner(stored_run: StoredRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("job.runs.store_lease.RENEW_SECONDS", 0.02)
-    monkeypatch.setattr("job.runs.store_lease.POLL_SECONDS", 0.02)
-    lease = StoreLease(stored_run)
-    with pytest.raises(InvalidInputError, match="another process is working on .*/run .process"):
-        StoreLease(stored_run)
-    lease.check_store()
-    lease.release()
-    second = StoreLease(stored_run)  # at once
-    assert second.generation == lease.generation + 1
-    second.release()
-
-
-def test_a_lease_that_is_not_renewed_is_taken_over_and_its_owner_notices(
-    stored_run: StoredRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("job.runs.store_lease.LEASE_SECONDS", 0.1)
-    monkeypatch.setattr("job.runs.store_lease.has_ended", lambda owner: False)
-    first = StoreLease(stored_run)
-    second = StoreLease(stored_run)
-    first.check()
-    with pytest.raises(JobError, match="another process has taken over"):
-        first.check_store()
-    with pytest.raises(JobError, match="another process has taken over"):
-        first.check()
-    second.check_store()
-    first.release()  # changes nothing
-    second.check_store()
-    second.release()
-
-
-def start(*lines: str) -> subprocess.Popen[bytes]:
-    """Start a process, and not a fork of this one, in which obstore's threads would be missing."""
-    script = "\n".join(["import os, signal, sys, time", "from job.runs.objects import open_objects", *lines])
-    return subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-
-def test_the_lease_of_a_killed_process_is_taken_over_at_once(stored_run: StoredRun) -> None:
-    owner = start(
-        "from job.runs.store_lease import StoreLease; from job.runs.stored_run import StoredRun",
-        f"StoreLease(StoredRun(open_objects({stored_run.objects.url!r}), 'run'))",
-        "os.kill(os.getpid(), signal.SIGKILL)",
-    )
-    assert owner.wait(60) == -signal.SIGKILL
-    started = time.monotonic()
-    StoreLease(stored_run).release()
-    assert time.monotonic() - started < 5
-
-
-def test_of_many_that_want_a_run_one_gets_it(stored_run: StoredRun, tmp_path: Path) -> None:
-    begin = time.time() + 1.5  # when all have started
-    wanted = f"open_objects({stored_run.objects.url!r}).put_if_absent('run/lease', str(os.getpid()).encode())"
-    wait = f"time.sleep({begin} - time.time() if time.time() < {begin} else 0)"
-    codes = [child.wait(60) for child in [start(wait, f"sys.exit(0 if {wanted} else 1)") for _ in range(4)]]
-    assert sorted(codes) == [0, 1, 1, 1]
 
 
 def write_run(path: Path, **files: str) -> RunFolder:
@@ -183,6 +59,69 @@ def test_the_newest_state_comes_down_with_its_times(stored_run: StoredRun, tmp_p
     assert (tmp_path / "b" / "one").stat().st_mtime == 1
     assert stored_run.read("sub/three") == b"3"
     assert stored_run.read("none") is None
+
+
+def two_states(stored_run: StoredRun, tmp_path: Path) -> Run:
+    """Store a run of this disk, and a newer state of it from another one; return the settings to read it with."""
+    upload(stored_run, write_run(tmp_path / "runs" / "run"), {"manifest.json": "old"})
+    upload(stored_run, write_run(tmp_path / "other" / "run"), {"manifest.json": "new"})
+    return Run(dir=tmp_path / "runs", id="run", store=stored_run.objects.url)
+
+
+def test_reading_brings_a_newer_state_and_keeps_the_lock_that_others_wait_for(
+    stored_run: StoredRun, tmp_path: Path
+) -> None:
+    settings = two_states(stored_run, tmp_path)
+    lock = settings.dir / "run" / "lock"
+    lock.touch()
+    waited_for = lock.stat().st_ino
+    fetch(settings)
+    assert (settings.dir / "run" / "manifest.json").read_text() == "new"
+    assert lock.stat().st_ino == waited_for
+    ownership.acquire(settings.dir / "run").release()
+
+
+def test_reading_leaves_a_folder_alone_that_another_process_works_in(
+    stored_run: StoredRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = two_states(stored_run, tmp_path)
+    owner = ownership.acquire(settings.dir / "run")
+    fetch(settings)
+    assert (settings.dir / "run" / "manifest.json").read_text() == "old"
+    assert "a newer state of it in" in caplog.text
+    owner.release()
+
+
+def test_a_start_leaves_a_folder_alone_that_another_process_works_in(
+    stored_run: StoredRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.runs.ownership.WAIT_SECONDS", 0.1)
+    settings = two_states(stored_run, tmp_path)
+    owner = ownership.acquire(settings.dir / "run")
+    with (
+        pytest.raises(InvalidInputError, match="another process is working on"),
+        store.stored(settings, RunFolder(settings.dir / "run", {"status": "running"})),
+    ):
+        pass
+    assert (settings.dir / "run" / "manifest.json").read_text() == "old"
+    owner.release()
+
+
+def test_what_a_killed_restore_leaves_is_no_run_and_is_removed(
+    tiny: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run"]) == 0
+    leftover, other = Path("runs/tiny.0a1b2c3d.tmp"), Path("runs/tiny.mine.tmp")
+    shutil.copytree("runs/tiny", leftover)
+    other.mkdir()
+    assert main(["runs"]) == 0
+    assert leftover.name not in capsys.readouterr().out
+    shutil.rmtree("runs/tiny")
+    tiny.delenv("TAGGER_RUN_ID")
+    assert main(["sample", "a song about rain"]) == 0  # from the store
+    assert Path("runs/tiny/adapter").is_dir()
+    assert not leftover.exists()
+    assert other.exists()
 
 
 @pytest.mark.parametrize("damage", ["a file is missing", "a file has changed", "the seal is cut", "a path leads out"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -11,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+_TMP_NAME = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 
 
 def atomic_write(path: Path, text: str) -> None:
@@ -41,7 +44,7 @@ def atomic_directory(path: Path, *, keep_existing: bool = False) -> Iterator[Pat
     With `keep_existing`, a folder that another process has created at `path` in the meantime is kept, and this
     one is discarded. Raises OSError also for a full disk that a library reports with an error of its own.
     """
-    tmp_path = _tmp_path(path)
+    tmp_path, old_path = _tmp_path(path), _tmp_path(path)
     try:
         tmp_path.mkdir(parents=True)
         yield tmp_path
@@ -50,7 +53,8 @@ def atomic_directory(path: Path, *, keep_existing: bool = False) -> Iterator[Pat
             _make_readable(written, readable)
             _sync(written)
         if not keep_existing:
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                path.rename(old_path)  # deleted in its place, a kill would leave half of it there
         try:
             tmp_path.rename(path)
         except OSError:
@@ -65,11 +69,22 @@ def atomic_directory(path: Path, *, keep_existing: bool = False) -> Iterator[Pat
         raise
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
+        shutil.rmtree(old_path, ignore_errors=True)
 
 
 def _tmp_path(path: Path) -> Path:
     """Return a path next to `path` that no other process or machine uses."""
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def is_tmp_path(path: Path) -> bool:
+    """Return whether this is a name of an unfinished file or folder, which a process that was killed leaves."""
+    return _TMP_NAME.fullmatch(path.name) is not None
+
+
+def tmp_paths_of(path: Path) -> list[Path]:
+    """Return what unfinished writes of a file or folder have left next to it."""
+    return [found for found in path.parent.glob(f"{glob.escape(path.name)}.*.tmp") if is_tmp_path(found)]
 
 
 def json_lines(entries: Iterable[object]) -> str:

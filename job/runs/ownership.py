@@ -53,15 +53,17 @@ def has_locks(folder: Path) -> bool:
     return True
 
 
-def acquire(run: Path) -> Owner:
+def acquire(run: Path, *, waits: bool = True) -> Owner:
     """Become the owner of a run's folder; raises InvalidInputError if another process still is after WAIT_SECONDS.
+
+    With `waits=False`, a lock is not waited for.
 
     Without locks, the lease of an owner that has ended without releasing it is taken over: at once if it was a process
     of this machine, else after LEASE_SECONDS.
     """
     lock = _open_lock(run / LOCK)
     try:
-        _wait_for_lock(lock, run)
+        _wait_for_lock(lock, run, WAIT_SECONDS if waits else 0.0)
     except BlockingIOError:
         os.close(lock)
         raise refused(run) from None
@@ -79,9 +81,9 @@ def acquire(run: Path) -> Owner:
     return _Lock(lock)
 
 
-def _wait_for_lock(lock: int, run: Path) -> None:
-    """Lock a file; raises BlockingIOError if another process has it after WAIT_SECONDS, else an OSError at once."""
-    deadline, is_logged = time.monotonic() + WAIT_SECONDS, False
+def _wait_for_lock(lock: int, run: Path, seconds: float) -> None:
+    """Lock a file; raises BlockingIOError if another process has it after `seconds`, else an OSError at once."""
+    deadline, is_logged = time.monotonic() + seconds, False
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,7 +91,7 @@ def _wait_for_lock(lock: int, run: Path) -> None:
             if time.monotonic() >= deadline:
                 raise
         if not is_logged:
-            log.info("run: another process has %s; waiting up to %.0f s for it to end", run, WAIT_SECONDS)
+            log.info("run: another process has %s; waiting up to %.0f s for it to end", run, seconds)
             is_logged = True
         time.sleep(0.1)
         shutdown.check()
@@ -247,9 +249,11 @@ def has_ended(owner: dict[str, object]) -> bool:
     return same_machine and process_identity(pid) != process
 
 
-def refused(run: Path | str, owner: dict[str, object] | None = None) -> InvalidInputError:
+class OwnedError(InvalidInputError):
+    """Another process owns the run."""
+
+
+def refused(run: Path | str, owner: dict[str, object] | None = None) -> OwnedError:
     """Return the refusal of a run that another process owns, with the process where a lease names it."""
     who = f" (process {owner['pid']} on {owner['host']})" if owner and {"pid", "host"} <= owner.keys() else ""
-    return InvalidInputError(
-        f"another process is working on {run}{who}; wait for it, or set TAGGER_RUN_ID to another name"
-    )
+    return OwnedError(f"another process is working on {run}{who}; wait for it, or set TAGGER_RUN_ID to another name")

@@ -22,7 +22,7 @@ from job.config.earlier_versions import current_settings, differences, unknown_s
 from job.config.validators import allowed_name
 from job.errors import InvalidInputError
 from job.runs import ownership, provenance, schema, shutdown, stored_run
-from job.runs.atomic import atomic_directory, atomic_write, json_lines
+from job.runs.atomic import atomic_directory, atomic_write, is_tmp_path, json_lines
 from job.runs.checksums import checksum_files, find_mismatch
 from job.settings import Run, Settings
 from job.system.events import event, in_chapter
@@ -379,16 +379,16 @@ def _run_of_earlier_version(settings: Settings, examples: SplitData) -> Path | N
     The digest in a default name changes when a version adds or renames a setting.
     """
     names = re.compile(re.escape(Path(settings.base.model).stem) + "-[0-9a-f]{8}")
-    for manifest in sorted(settings.run.dir.glob("*/manifest.json")):
-        if not names.fullmatch(manifest.parent.name):
+    for path in run_folders(settings.run.dir):
+        if not names.fullmatch(path.name):
             continue
         with suppress(InvalidInputError, OSError):
-            found = read_manifest(manifest.parent)
+            found = read_manifest(path)
             same = not unknown_settings(found["settings"])
             same = same and not any(differences(found["settings"], settings.result_values()))
             if same and found["dataset"]["fingerprint"] == examples.fingerprint:
-                log.info("run: %s of the job began it as %s", schema.written_by(found), manifest.parent.name)
-                return manifest.parent
+                log.info("run: %s of the job began it as %s", schema.written_by(found), path.name)
+                return path
     return None
 
 
@@ -519,6 +519,11 @@ def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
+def run_folders(directory: Path) -> list[Path]:
+    """Return the folders of runs, without those that a process left unfinished."""
+    return sorted(file.parent for file in directory.glob("*/manifest.json") if not is_tmp_path(file.parent))
+
+
 def find_run(settings: Run) -> RunFolder:
     """Find the run TAGGER_RUN_ID, or by default the one with the newest adapter.
 
@@ -526,7 +531,7 @@ def find_run(settings: Run) -> RunFolder:
     adapter.
     """
     stored_run.fetch(settings)
-    runs = [settings.dir / settings.id] if settings.id else settings.dir.glob("*")
+    runs = [settings.dir / settings.id] if settings.id else run_folders(settings.dir)
     adapters = [run / "adapter" for run in runs if (run / "adapter" / "adapter_config.json").is_file()]
     if not adapters:
         where = f"in {settings.dir / settings.id}" if settings.id else f"under {settings.dir}"

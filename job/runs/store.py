@@ -83,15 +83,13 @@ def _bring_down(copy: StoredRun, run: RunFolder) -> bool:
 
     Raises InvalidInputError if the folder has another run.
     """
-    seals, here = copy.seals(), marked(run.path, copy.name)
-    if not seals or (here is not None and not here.is_older_than(seals[0])):
-        return False
-    if here is None and (run.path / "manifest.json").is_file():
+    if (run.path / "manifest.json").is_file() and marked(run.path, copy.name) is None and copy.seals():
         raise InvalidInputError(
             f"the run {run.path.name} is in {run.path.parent} and in TAGGER_RUN_STORE, and the one here was not made "
             "with this store; set TAGGER_RUN_ID to another name, or remove one of them"
         )
-    copy.restore(run.path)
+    if not copy.bring(run.path):
+        return False
     run.in_store = False
     run.manifest = read_manifest(run.path)
     return True

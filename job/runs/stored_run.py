@@ -19,13 +19,13 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from job.errors import InvalidInputError
-from job.runs import atomic
+from job.runs import atomic, ownership
 from job.runs.checksums import Checksums, file_digest
 from job.runs.objects import Objects, StoreError, open_objects
 from job.settings import Run
@@ -97,13 +97,11 @@ class StoredRun:
     def restore(self, path: Path) -> Seal | None:
         """Replace a run's folder by the newest state that verifies; return its seal, None if nothing is stored.
 
-        Files that are there already are not downloaded. Raises OSError, StoreError, and InvalidInputError if nothing
+        Files that are there already are not downloaded, and its lock stays the one that other processes wait for.
+        Raises OSError, StoreError, and InvalidInputError if nothing
         that is stored can be used.
         """
-        if _has_other_files(path):
-            raise InvalidInputError(
-                f"{path} holds files but no run (no manifest.json); set TAGGER_RUN_ID to another name"
-            )
+        _refuse_other_files(path)
         seals = self.seals()
         for seal in seals:
             try:
@@ -113,6 +111,7 @@ class StoredRun:
                         self._bring(seal, entry, path / name, folder / name)
                     _keep_times(folder, files)
                     mark(folder, self.name, seal, own=False)
+                    _keep_lock(path, folder)
             except DamagedError as error:
                 log.warning("run: %s in %s cannot be used: %s; trying the one before it", seal.name, self.name, error)
                 continue
@@ -127,6 +126,30 @@ class StoredRun:
                 "another name"
             )
         return None
+
+    def is_newer_than(self, path: Path) -> bool:
+        """Return whether the store has what a folder lacks; never for one that was not made with this store."""
+        seals, here = self.seals(), marked(path, self.name)
+        if here is None:
+            return bool(seals) and not (path / "manifest.json").is_file()
+        return bool(seals) and here.is_older_than(seals[0])
+
+    def bring(self, path: Path, *, waits: bool = True) -> bool:
+        """Restore a folder that is older than the store, and remove unfinished ones; return whether it was restored.
+
+        Raises InvalidInputError if another process has locked the folder, and what `restore` does.
+        """
+        if not (self.is_newer_than(path) or atomic.tmp_paths_of(path)):
+            return False
+        _refuse_other_files(path)
+        path.mkdir(parents=True, exist_ok=True)
+        owner = ownership.acquire(path, waits=waits)
+        try:
+            for leftover in atomic.tmp_paths_of(path):
+                shutil.rmtree(leftover, ignore_errors=True)
+            return self.is_newer_than(path) and self.restore(path) is not None
+        finally:
+            owner.release()
 
     def _files(self, seal: Seal) -> Checksums:
         """Return the files of a state with their checksums; raises DamagedError if the seal cannot be read."""
@@ -166,12 +189,20 @@ def data_name(generation: int, entry: Mapping[str, int | str]) -> str:
     return f"{generation:06d}/files/{entry['sha256']}"
 
 
-def _has_other_files(path: Path) -> bool:
-    """Return whether a folder has files and is no run, nor what is left of one that was never begun."""
+def _refuse_other_files(path: Path) -> None:
+    """Raise InvalidInputError if a folder has files and is no run, nor what is left of one that was never begun."""
     if not path.is_dir() or (path / "manifest.json").is_file():
-        return False
-    known = ("lock", "lease", "checkpoints", MARKER)
-    return any(entry.name not in known and entry.suffix != ".tmp" for entry in path.iterdir())
+        return
+    known = (ownership.LOCK, ownership.LEASE, "checkpoints", MARKER)
+    if any(entry.name not in known and entry.suffix != ".tmp" for entry in path.iterdir()):
+        raise InvalidInputError(f"{path} holds files but no run (no manifest.json); set TAGGER_RUN_ID to another name")
+
+
+def _keep_lock(path: Path, folder: Path) -> None:
+    """Let the folder that takes the place of another one have the same lock."""
+    for name in (ownership.LOCK, ownership.LEASE):
+        with suppress(OSError):  # absent; or a file system without links, where a waiting process keeps the old file
+            (folder / name).hardlink_to(path / name)
 
 
 def _is_entry(name: str, entry: Mapping[str, Any]) -> bool:
@@ -245,7 +276,8 @@ def fetch(settings: Run) -> None:
 
     Without TAGGER_RUN_ID, the newest run that has an adapter, unless there is one on this disk.
     """
-    if settings.store is None or (settings.id is None and any(settings.dir.glob(f"*/{ADAPTER}"))):
+    has_adapter = any(not atomic.is_tmp_path(file.parents[1]) for file in settings.dir.glob(f"*/{ADAPTER}"))
+    if settings.store is None or (settings.id is None and has_adapter):
         return
     with requests(settings):
         objects = open_objects(settings.store)
@@ -253,10 +285,15 @@ def fetch(settings: Run) -> None:
         if run_id is None:
             return
         path, copy = settings.dir / run_id, StoredRun(objects, run_id)
-        seals, here = copy.seals(), marked(path, copy.name)
-        is_older = bool(seals) and here is not None and here.is_older_than(seals[0])
-        if is_older or not (path / "manifest.json").is_file():
-            copy.restore(path)
+        try:
+            copy.bring(path, waits=False)
+        except ownership.OwnedError:
+            log.warning(
+                "run: %s is used as it is: another process works in it, so that a newer state of it in %s is "
+                "not brought here",
+                path,
+                copy.name,
+            )
 
 
 def _newest_with_adapter(objects: Objects) -> str | None:
