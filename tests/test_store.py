@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,8 @@ from tiny_run import set_tiny_environment
 
 from job import pipeline
 from job.cli import main
-from job.errors import InvalidInputError, JobError
-from job.runs import ownership, store
+from job.errors import GateRejected, InvalidInputError, JobError, PublishError
+from job.runs import ownership, shutdown, store
 from job.runs.run_folder import RunFolder
 from job.runs.store_lease import StoreLease
 from job.runs.stored_run import StoredRun, fetch, marked
@@ -167,6 +171,111 @@ def test_an_owner_that_was_replaced_changes_nothing(
     with pytest.raises(JobError, match="another process has taken over"):
         old.check()
     second.release()
+
+
+@contextmanager
+def no_more_files(most: int) -> Iterator[None]:
+    """Let this process open only `most` more files."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/proc/self/fd").iterdir()]) + most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_state_that_cannot_be_read_completely_is_not_stored(
+    stored_run: StoredRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = write_run(tmp_path / "a", **{f"file{number}": str(number) for number in range(99)})
+    lease = StoreLease(stored_run)
+    sender = store._Upload(stored_run, lease, run.path)
+    with no_more_files(20):
+        sender.saved()
+    assert sender.finish() is None
+    lease.release()
+    assert len(stored_run.newest_files() or ()) == 99
+    assert "Too many open files" in caplog.text
+    assert len(stored_run.seals()) == 1
+
+
+def test_what_is_written_last_is_stored(stored_run: StoredRun, tmp_path: Path) -> None:
+    settings = Run(dir=tmp_path, id="run", store=stored_run.objects.url)
+    run = RunFolder(tmp_path / "run", {"status": "complete"})
+    with store.stored(settings, run):
+        write_run(run.path, **{"manifest.json": "1"})
+        run.notify_saved()
+        write_run(run.path, **{"tracking/wandb.json": "everything was sent"})
+    assert stored_run.read("tracking/wandb.json") == b"everything was sent"
+
+
+def test_only_what_the_job_has_written_is_deleted(stored_run: StoredRun, tmp_path: Path) -> None:
+    others = ["notes.txt", "000001/mine", "lease/readme", "000000/files/notes", "lease/000000.json.bak", "0/seals/1"]
+    for name in others:
+        stored_run.put(name, b"")
+    upload(stored_run, write_run(tmp_path / "a"), {"one": "1"})
+    run, lease = write_run(tmp_path / "b"), StoreLease(stored_run)
+    sender = store._Upload(stored_run, lease, run.path)
+    for number in range(4):
+        write_run(run.path, one=str(number))
+        sender._send(store._State(run.path))
+    assert sender.finish() is None
+    lease.release()
+    names = stored_run.names()
+    assert set(others) <= set(names)
+    assert {seal.generation for seal in stored_run.seals()} == {2}
+    assert len([name for name in names if "/files/" in name and name not in others]) == 2
+
+
+def test_runs_that_have_nothing_new_store_nothing(stored_run: StoredRun, tmp_path: Path) -> None:
+    settings = Run(dir=tmp_path, id="run", store=stored_run.objects.url)
+    run = write_run(tmp_path / "run", **{"manifest.json": "1", "large": "2"})
+    found = []
+    for _ in range(4):
+        with store.stored(settings, run):
+            pass
+        found.append({name for name in stored_run.names() if not name.startswith("lease/")})
+    assert len(found[0]) == 3
+    assert found[0] == found[1] == found[3]
+    assert len(stored_run.names("lease/")) == 2
+
+
+def test_two_owners_that_store_once_leave_two_states(stored_run: StoredRun, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for number in range(4):
+        upload(stored_run, run, {"one": str(number)})
+    assert [seal.generation for seal in stored_run.seals()] == [4, 3]
+    assert len(stored_run.names()) == 2 + 2 + 2
+
+
+def test_a_store_that_does_not_answer_ends_the_job_in_time(
+    bucket: s3.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.runs.objects.REQUEST_SECONDS", 2)
+    monkeypatch.setattr("job.runs.store.FINAL_SECONDS", 0.3)
+    monkeypatch.setattr("job.runs.store_lease.RELEASE_SECONDS", 0.1)
+    monkeypatch.setattr(shutdown._state, "left_behind", False)
+    run, started = write_run(tmp_path / "run", **{"manifest.json": "1"}), time.monotonic()
+
+    def lose_the_store() -> None:
+        with store.stored(Run(dir=tmp_path, id="run", store="s3://bucket/x"), run):
+            bucket.faults = [Fault("PUT", "stop", times=9999)]
+            write_run(run.path, one="1")
+
+    with pytest.raises(PublishError, match=r"no file was stored for 0\.3 s"):
+        lose_the_store()
+    assert time.monotonic() - started < 1.5
+    assert shutdown.are_threads_left_behind()
+
+
+def test_a_run_that_is_rejected_says_that_its_last_state_is_not_stored(
+    bucket: s3.Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = write_run(tmp_path / "run", **{"manifest.json": "1"})
+    bucket.faults = [Fault("PUT .*/files/", "403", times=9999)]
+    with pytest.raises(GateRejected), store.stored(Run(dir=tmp_path, id="run", store="s3://bucket/x"), run):
+        raise GateRejected("worse")
+    assert "the last state" in caplog.text
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -13,12 +14,24 @@ MAX_BYTES_IN_MEMORY = 256 * 2**20
 """A larger file is handed on as an open file, which stays the one that was verified when another takes its name."""
 
 
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+"""Errors of opening a file that is not there, or of following a link or opening a socket."""
+
+
 class NotSealedError(Exception):
-    """A file is not what was recorded when it was written."""
+    """A file is not what was recorded when it was written, or cannot be read."""
+
+
+class NotRegularError(NotSealedError):
+    """There is no regular file: it is absent, a link, or something else."""
 
 
 def open_regular(folder: Path, name: str) -> BufferedReader:
-    """Open a file below a folder; raises NotSealedError if it, or a folder on the way, is missing or is a link."""
+    """Open a file below a folder.
+
+    Raises NotRegularError if it, or a folder on the way, is missing or is a link, and NotSealedError if it cannot be
+    opened.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     *parents, last = PurePosixPath(name).parts
     try:
@@ -30,12 +43,13 @@ def open_regular(folder: Path, name: str) -> BufferedReader:
         file = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=descriptor)
     except OSError as error:
         is_link = any((folder / path).is_symlink() for path in (PurePosixPath(name), *PurePosixPath(name).parents))
-        raise NotSealedError(f"{name} is a link" if is_link else f"{name}: {error.strerror}") from None
+        kind = NotRegularError if is_link or error.errno in ABSENT else NotSealedError
+        raise kind(f"{name} is a link" if is_link else f"{name}: {error.strerror}") from None
     finally:
         os.close(descriptor)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise NotSealedError(f"{name} is not a regular file")
+        raise NotRegularError(f"{name} is not a regular file")
     return os.fdopen(file, "rb")
 
 

@@ -11,19 +11,30 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from job import __version__
 from job.errors import InvalidInputError, JobError, PublishError
-from job.runs import ownership
+from job.runs import ownership, shutdown
 from job.runs.checksums import Checksums
 from job.runs.objects import StoreError
 from job.runs.run_folder import TRACKING, RunFolder, read_manifest
-from job.runs.sealed_files import NotSealedError, open_regular
+from job.runs.sealed_files import NotRegularError, NotSealedError, open_regular
 from job.runs.store_lease import StoreLease
-from job.runs.stored_run import MARKER, SEAL_VERSION, Seal, StoredRun, data_name, mark, marked, open_stored, requests
+from job.runs.stored_run import (
+    MARKER,
+    SEAL_VERSION,
+    Seal,
+    StoredRun,
+    data_name,
+    generation_of,
+    mark,
+    marked,
+    open_stored,
+    requests,
+)
 from job.settings import Run
 
 log = logging.getLogger(__name__)
@@ -36,6 +47,8 @@ CONNECTIONS = 8
 FINAL_ATTEMPTS = 3
 """How often the last state is sent; each request is also repeated by itself."""
 FINAL_PAUSE_SECONDS = 10.0
+FINAL_SECONDS = 240.0
+"""After which the end of the job gives a store up that has completed no file."""
 
 
 @contextmanager
@@ -54,14 +67,19 @@ def stored(settings: Run, run: RunFolder) -> Iterator[None]:
             lease = StoreLease(copy)
             stack.callback(lease.release)
             is_restored = _bring_down(copy, run)
-        upload = _Upload(copy, lease, run.path)
+            upload = _Upload(copy, lease, run.path)
         if run.started and not is_restored:
             upload.saved()  # what an earlier attempt could not send
         run.store = upload
         try:
             yield
         except BaseException:
-            upload.finish(attempts=1)
+            if (problem := upload.finish(attempts=1)) is not None:
+                log.warning(
+                    "run: the last state of %s is not stored in %s: %s. Run the same command again on this machine: it "
+                    "stores it",
+                    *(run.path, copy.name, problem),
+                )
             raise
         finally:
             run.store = None
@@ -105,10 +123,13 @@ class _Upload:
         """Objects of this generation that are complete."""
         self._seals: list[tuple[Seal, set[str]]] = []
         """The seals of this generation that are kept, each with the objects that it needs."""
+        self._newest = _contents(copy.newest_files() or {})
+        """The newest stored state: one that has the same files is not stored again."""
         self._digests: dict[tuple[int, ...], str] = {}
         """By what identifies the content of a file: device, inode, size and time."""
         self._waiting: _State | None = None
         self._problem: str | None = None
+        self._attempts, self._progress = FINAL_ATTEMPTS, 0.0
         self._changed, self._ended = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -127,28 +148,37 @@ class _Upload:
             self._changed.notify()
 
     def finish(self, attempts: int = FINAL_ATTEMPTS) -> str | None:
-        """Send what waits, or the last state if it failed; return why it could not be stored, None if it is."""
+        """Send the state that the folder has at the end; return why it could not be stored, None if it is."""
+        self._attempts, self._progress = attempts, time.monotonic()
+        if not self._ended and self._path.is_dir():
+            self.saved()  # the trackers write after the last progress
         with self._changed:
             self._ended = True
             self._changed.notify()
-        self._thread.join()
-        for attempt in range(attempts):
-            if self._problem is None or self._lease.lost:
-                break
-            if attempt:
-                time.sleep(FINAL_PAUSE_SECONDS)
-            self._send(_State(self._path))
+        while self._thread.is_alive():
+            left = self._progress + FINAL_SECONDS - time.monotonic()
+            if left <= 0:
+                shutdown.leave_threads_behind()
+                return self._problem or f"no file was stored for {FINAL_SECONDS:g} s"
+            self._thread.join(left)
         return self._problem
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while self._waiting is None and not self._ended:
-                    self._changed.wait()
-                state, self._waiting = self._waiting, None
-            if state is None:
-                return
+        while (state := self._next()) is not None:
             self._send(state)
+        for _ in range(1, self._attempts):
+            if self._problem is None or self._lease.lost:
+                return
+            time.sleep(FINAL_PAUSE_SECONDS)
+            self._send(_State(self._path))
+
+    def _next(self) -> _State | None:
+        """Return the state to send next, when there is one; None at the end."""
+        with self._changed:
+            while self._waiting is None and not self._ended:
+                self._changed.wait()
+            state, self._waiting = self._waiting, None
+            return state
 
     def _send(self, state: _State) -> None:
         """Send a state, data first and its seal last; a failure is logged once, until it works again."""
@@ -170,8 +200,12 @@ class _Upload:
             self._problem = None
 
     def _write(self, state: _State) -> None:
+        if state.problem is not None:
+            raise state.problem
         generation = self._lease.generation
         files: Checksums = {name: state.checksum(name, self._digests) for name in state.files}
+        if _contents(files) == self._newest:
+            return
         needed = {data_name(generation, entry): name for name, entry in files.items()}
         missing = [name for name in needed if name not in self._sent]
         with ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -183,6 +217,7 @@ class _Upload:
         content = {"schema_version": SEAL_VERSION, "job_version": __version__, "files": files}
         mark(self._path, self._copy.name, seal, own=True)  # first: the answer to the next request may be lost
         self._copy.put(seal.name, json.dumps(content, indent=1).encode())
+        self._newest = _contents(files)
         self._seals.append((seal, set(needed)))
         try:
             self._prune()
@@ -191,13 +226,16 @@ class _Upload:
 
     def _put(self, name: str, file: IO[bytes]) -> str:
         self._copy.put(name, file)
+        self._progress = time.monotonic()
         return name
 
     def _prune(self) -> None:
-        """Delete what only older states need, and once two states are complete, those of former owners."""
+        """Delete what only older states need, and those of former owners; the last one stays until there are two."""
         if len(self._seals) <= KEPT_SEALS:
-            former = [name for name in self._copy.names() if _generation(name) < self._lease.generation]
-            self._copy.delete(former if len(self._seals) == KEPT_SEALS else [])
+            own, former = self._lease.generation, [seal.generation for seal in self._copy.seals()]
+            oldest = max((number for number in former if number < own), default=own) if len(self._seals) == 1 else own
+            names = self._copy.names()
+            self._copy.delete([name for name in names if (found := generation_of(name)) is not None and found < oldest])
             return
         (old, objects), *self._seals = self._seals
         unused = objects.difference(*(needed for _, needed in self._seals))
@@ -206,10 +244,14 @@ class _Upload:
         self._copy.delete(sorted(unused))
 
 
-def _generation(name: str) -> int:
-    """Return whose object of a stored run this is."""
-    number = name.removeprefix("lease/")[:6]
-    return int(number) if number.isdecimal() else 0
+def _contents(files: Checksums) -> dict[str, object]:
+    """Return the checksum of each file."""
+    return {name: entry["sha256"] for name, entry in files.items()}
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 class _State:
@@ -217,7 +259,16 @@ class _State:
 
     def __init__(self, path: Path) -> None:
         self.files: dict[str, Any] = {}
-        for folder, folders, names in os.walk(path):
+        self.problem: Exception | None = None
+        """Why not all files could be opened: what is saved then is not stored, and the job continues."""
+        try:
+            self._open_all(path)
+        except (OSError, NotSealedError) as error:
+            self.close()
+            self.problem = error
+
+    def _open_all(self, path: Path) -> None:
+        for folder, folders, names in os.walk(path, onerror=_raise_unless_absent):
             folders[:] = [name for name in folders if not name.endswith(".tmp") and name != MERGED]
             if Path(folder) == path / TRACKING:
                 folders.clear()  # libraries write to files there at any time
@@ -225,10 +276,8 @@ class _State:
                 relative = Path(folder, name).relative_to(path).as_posix()
                 if relative in NOT_STORED or name.endswith(".tmp"):
                     continue
-                try:
+                with suppress(NotRegularError):  # deleted since it was listed, or a link
                     self.files[relative] = open_regular(path, relative)
-                except NotSealedError:  # deleted since it was listed, or a link
-                    continue
 
     def __enter__(self) -> _State:
         return self

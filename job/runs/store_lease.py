@@ -16,7 +16,7 @@ from job.errors import JobError
 from job.runs import shutdown
 from job.runs.objects import StoreError
 from job.runs.ownership import Owner, has_ended, process_identity, refused
-from job.runs.stored_run import StoredRun
+from job.runs.stored_run import StoredRun, generation_of
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,8 @@ RENEW_SECONDS = 60.0
 LEASE_SECONDS = 150.0
 """An owner who has not renewed a lease for this long has lost it; others measure it with their own clock."""
 POLL_SECONDS = 2.0
+RELEASE_SECONDS = 10.0
+"""How long the end waits for the store to release a lease: others wait LEASE_SECONDS then, and take it over."""
 LEASE_NAME = re.compile(r"lease/(\d{6})\.json")
 
 
@@ -68,6 +70,14 @@ class StoreLease(Owner):
         if self._ended.is_set():
             return
         self._ended.set()
+        ending = threading.Thread(target=self._end, daemon=True)
+        ending.start()
+        ending.join(RELEASE_SECONDS)
+        if ending.is_alive():
+            log.warning("run: the lease of %s is not released (the store does not answer)", self._stored.name)
+            shutdown.leave_threads_behind()
+
+    def _end(self) -> None:
         self._thread.join()
         try:
             if not self.lost:
@@ -83,7 +93,13 @@ class StoreLease(Owner):
             seals = self._stored.seals()
             generation = 1 + max(newest or 0, seals[0].generation if seals else 0)
             if self._stored.put_if_absent(_name(generation), json.dumps(self._content).encode()):
+                self._delete_before(generation - 1)
                 return generation
+
+    def _delete_before(self, generation: int) -> None:
+        """Delete older leases: of owners that have ended, or that find out with the newest one."""
+        former = [name for name in self._stored.names("lease/") if (generation_of(name) or generation) < generation]
+        self._stored.delete(former)
 
     def _newest(self) -> int | None:
         found = [int(match[1]) for name in self._stored.names("lease/") if (match := LEASE_NAME.fullmatch(name))]

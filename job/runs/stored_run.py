@@ -36,6 +36,8 @@ SEAL_VERSION = 1
 MARKER = ".stored.json"
 """In the folder of a run: which seal of which store it was last equal to."""
 SEAL_NAME = re.compile(r"(\d{6})/seals/(\d{6})\.json")
+OBJECT_NAME = re.compile(r"lease/(\d{6})\.json|(\d{6})/(?:seals/\d{6}\.json|files/[0-9a-f]{64})")
+"""What the job writes below the name of a run; other objects are not its own."""
 SHA256 = re.compile("[0-9a-f]{64}")
 ADAPTER = "adapter/adapter_config.json"
 CHECKPOINT = re.compile(r"checkpoints/checkpoint-(\d+)/")
@@ -127,6 +129,13 @@ class StoredRun:
             )
         return None
 
+    def newest_files(self) -> Checksums | None:
+        """Return the files of the newest state with their checksums; None if there is none that can be read."""
+        for seal in self.seals()[:1]:
+            with suppress(DamagedError):
+                return self._files(seal)
+        return None
+
     def is_newer_than(self, path: Path) -> bool:
         """Return whether the store has what a folder lacks; never for one that was not made with this store."""
         seals, here = self.seals(), marked(path, self.name)
@@ -187,6 +196,12 @@ class DamagedError(Exception):
 def data_name(generation: int, entry: Mapping[str, int | str]) -> str:
     """Return the name of the object with the content of a file."""
     return f"{generation:06d}/files/{entry['sha256']}"
+
+
+def generation_of(name: str) -> int | None:
+    """Return which owner has written an object of a stored run; None if the job has not."""
+    match = OBJECT_NAME.fullmatch(name)
+    return None if match is None else int(match[1] or match[2])
 
 
 def _refuse_other_files(path: Path) -> None:
