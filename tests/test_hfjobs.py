@@ -21,6 +21,7 @@ from tiny_run import TINY_ON_THE_HUB, fill_hub
 
 from job.cloud import hfjobs, hfjobs_launcher, hfjobs_worker
 from job.errors import JobError
+from job.hub import client as hub_client
 from job.runs import objects
 from job.runs.stored_run import stored_ids
 from job.tagging import storage
@@ -164,8 +165,8 @@ def test_ctrl_c_leaves_the_job_running_and_says_so(
     caller.send_signal(signal.SIGINT)
     _, error = caller.communicate(timeout=30)
     assert caller.returncode == 75
-    assert b"`python hf_app.py status` shows the jobs" in error
     [job] = jobs.jobs.values()
+    assert f"the job ada/{job.id} still runs and costs money".encode() in error
     assert job.stage == "RUNNING"
 
 
@@ -248,6 +249,83 @@ def test_an_answer_that_refuses_a_job_says_what_to_do(
     loopback_hub.faults = [Fault("POST /api/jobs/", "status", times=99, status=status)]
     assert call("run") == 2
     assert message in capfd.readouterr().err
+
+
+SLEEP = "    time.sleep(20)\n    return 0"
+
+
+@pytest.mark.parametrize(
+    ("words", "fault", "code", "message"),
+    [
+        (
+            ["retrain", "--when-data-changes"],
+            Fault("POST /api/settings/webhooks", "status", status=403),
+            1,
+            "a webhook",
+        ),
+        (["tag", "--input", "ada/x", "--output", "hf://buckets/ada/y/", "--containers", "2"], 1, 75, "told to fail"),
+        (["run"], Fault("GET /api/jobs/ada/[0-9a-f]{24}", "status", times=99), 75, "cannot be followed any longer"),
+        (["run"], Fault("GET /api/jobs/ada/[0-9a-f]{24}", "status", times=99, status=401), 1, "a valid token"),
+    ],
+)
+def test_an_error_after_a_start_names_the_jobs_that_still_run(
+    jobs: hub_jobs.JobsHub,
+    loopback_hub: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    words: list[str],
+    fault: Fault | int,
+    code: int,
+    message: str,
+) -> None:
+    set_command(monkeypatch, tmp_path, SLEEP)
+    monkeypatch.setattr(hfjobs, "LOST_SECONDS", 0.2)
+    if not isinstance(fault, Fault):  # the second start fails
+        first = Fault("POST /api/jobs/ada", "before")
+        fault = Fault("POST /api/jobs/ada", "status", status=429)
+        loopback_hub.faults = [first]
+    loopback_hub.faults = [*loopback_hub.faults, fault]
+    assert call(*words) == code
+    error = capfd.readouterr().err
+    [job] = jobs.jobs.values()
+    assert message in error
+    assert f"the job ada/{job.id} still runs and costs money" in error
+    assert "`hf jobs logs -f ID` follows one, `hf jobs cancel ID` ends it" in error
+    assert job.stage == "RUNNING"
+    assert "Traceback" not in error
+
+
+def test_a_job_is_followed_over_a_lost_connection(
+    jobs: hub_jobs.JobsHub,
+    loopback_hub: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    set_command(monkeypatch, tmp_path, "    print('a line')\n    return 3")
+    loopback_hub.faults = [
+        Fault("GET /api/jobs/ada/[0-9a-f]{24}/logs", "status"),
+        Fault("GET /api/jobs/ada/[0-9a-f]{24}$", "status"),
+        Fault("GET /api/jobs/ada/[0-9a-f]{24}$", "drop"),
+    ]
+    monkeypatch.setattr(hub_client.time, "sleep", lambda seconds: None)
+    assert call("run") == 3
+    assert not any(fault.times for fault in loopback_hub.faults)
+    assert capfd.readouterr().err.count("a line\n") == 1
+
+
+def test_a_start_without_an_answer_may_have_started_a_job(
+    jobs: hub_jobs.JobsHub,
+    loopback_hub: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    set_command(monkeypatch, tmp_path, SLEEP)
+    loopback_hub.faults = [Fault("POST /api/jobs/ada", "lose_answer")]
+    assert call("run") == 1
+    assert "a job may have been started; `python hf_app.py status` shows it" in capfd.readouterr().err
 
 
 def test_a_bucket_is_an_object_store(jobs: hub_jobs.JobsHub, tmp_path: Path) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from job.config import environment
-from job.errors import CRASHED, EXIT_CODES, INTERRUPTED, InvalidInputError
+from job.errors import CRASHED, EXIT_CODES, INTERRUPTED, InvalidInputError, JobError, print_error
 from job.hub import client as hub
-from job.runs.objects import Objects, open_objects
+from job.runs.objects import Objects, StoreError, open_objects
 from job.settings import Settings
 from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local, is_on_hub
 from job.system.printable import printable_line
@@ -20,11 +21,18 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi, JobInfo
     from huggingface_hub._jobs_api import JobHardwareInfo
 
+ENDED = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
+"""Stages of a job that has ended."""
 LABELS = {"app": "tagger-job"}
 WORKER = ["python", "-m", "job.cloud.hfjobs_worker"]
 OUTCOMES = "outcomes"
 """Where job/cloud/hfjobs_worker.py leaves the outcome of each job, below the store."""
 POLL_SECONDS = 2.0
+MOST_POLL_SECONDS = 60.0
+LOST_SECONDS = 600.0
+"""How long a job is asked for while the Hub does not answer."""
+REQUEST_SECONDS = 60
+"""After which a request is given up: the Hub's client would wait for any time."""
 
 
 class Jobs:
@@ -32,7 +40,7 @@ class Jobs:
 
     def __init__(self, settings: Settings) -> None:
         """Log in, and find out who pays; raises InvalidInputError without a token that works."""
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, get_session
 
         token = hub.token()
         if token is None:
@@ -44,6 +52,9 @@ class Jobs:
         notify = settings.run.notify
         self._notify = None if notify is None else notify.get_secret_value()
         self.api: HfApi = HfApi(token=token, library_name="tagger-job")
+        get_session().timeout = REQUEST_SECONDS
+        self.running: list[JobInfo] = []
+        """Jobs that were started here and have not ended yet, as far as is known."""
         with jobs_errors("HF_TOKEN"):
             self.namespace: str = settings.hfjobs.namespace or self.api.whoami()["name"]
         self.bucket = f"{self.namespace}/{settings.hfjobs.bucket}"
@@ -81,9 +92,18 @@ class Jobs:
             )
 
     def start(self, arguments: Sequence[str], env: Mapping[str, str]) -> JobInfo:
-        """Start a job."""
-        with jobs_errors(f"a job of {self.namespace}"):
-            job = self.api.run_job(**self._spec(arguments, env), secrets=self._secrets)
+        """Start a job, which `running` has from then on; raises JobError if it is unknown whether it was started."""
+        try:
+            with jobs_errors(f"a job of {self.namespace}"):
+                job = self.api.run_job(**self._spec(arguments, env), secrets=self._secrets)
+        except InvalidInputError as error:
+            if (cause := error.__cause__) is None or not _was_sent(cause):
+                raise
+            raise JobError(
+                f"the answer to a start was lost ({hub.error_message(cause)}), so a job may have been started; "
+                "`python hf_app.py status` shows it, `hf jobs cancel ID` ends it"
+            ) from None
+        self.running.append(job)
         print(f"job {job.id}: {job.url}", file=sys.stderr)
         return job
 
@@ -98,7 +118,7 @@ class Jobs:
     def watch(self, job: JobInfo, dataset: str) -> str:
         """Start a job again whenever a data set changes; return a sentence. A webhook that is there is kept."""
         watched: list[Any] = [{"type": "dataset", "name": dataset}]
-        with jobs_errors("a webhook"):
+        with jobs_errors("a webhook", then=""):
             for webhook in self.api.list_webhooks():
                 same = webhook.job is not None and webhook.job.command == job.command and not webhook.disabled
                 if same and any((item.type, item.name) == ("dataset", dataset) for item in webhook.watched):
@@ -125,16 +145,93 @@ class Jobs:
         }
 
     def follow(self, job: JobInfo) -> JobInfo:
-        """Print the logs of a job until it has ended; return it then."""
-        with jobs_errors(f"the job {job.id}"):
-            for line in self.api.fetch_job_logs(job_id=job.id, namespace=self.namespace, follow=True):
-                print(printable_line(line), file=sys.stderr)
-            return self.api.wait_for_job(job.id, namespace=self.namespace, poll_interval=POLL_SECONDS)
+        """Print the log of a job until it has ended; return it then. Losses of the connection are waited out.
+
+        Raises JobError if the job cannot be asked for during LOST_SECONDS.
+        """
+        printed, pause, warned = 0, POLL_SECONDS, False
+        while True:
+            try:
+                for number, line in enumerate(self._log_lines(job)):
+                    if number >= printed:  # after a loss, the log is sent from its beginning
+                        print(printable_line(line), file=sys.stderr)
+                        printed, pause, warned = number + 1, POLL_SECONDS, False
+            except _LogError as error:
+                if not warned:
+                    print(f"job {job.id}: its log is interrupted ({error}); trying again", file=sys.stderr)
+                warned = True
+            found = self._inspect(job)
+            if stage(found) in ENDED:
+                self.running.remove(job)
+                return found
+            time.sleep(pause)
+            pause = min(MOST_POLL_SECONDS, 2 * pause)
+
+    def _log_lines(self, job: JobInfo) -> Iterator[str]:
+        import httpx2
+
+        try:
+            yield from self.api.fetch_job_logs(job_id=job.id, namespace=self.namespace, follow=True)
+        except (httpx2.HTTPError, OSError) as error:  # HfHubHTTPError is an HTTPError, too
+            raise _LogError(hub.error_message(error)) from error
+
+    def _inspect(self, job: JobInfo) -> JobInfo:
+        with jobs_errors(f"the job {job.id} cannot be followed any longer", then=""):
+            return hub.retry(
+                lambda: self.api.inspect_job(job_id=job.id, namespace=self.namespace), LOST_SECONDS, f"job {job.id}"
+            )
+
+
+class _LogError(Exception):
+    """The log of a job cannot be read, for now or for good."""
 
 
 @contextmanager
-def jobs_errors(what: str) -> Iterator[None]:
-    """Turn an answer of the Hub that a user can act on into an InvalidInputError."""
+def running_jobs_named(jobs: Jobs) -> Iterator[None]:
+    """End a failure or Ctrl-C with the jobs that still run: nothing was undone, so its code is never 2.
+
+    It is 75 if the same command may work later, and 1 otherwise.
+    """
+    try:
+        yield
+    except BaseException as end:
+        if not jobs.running:
+            raise
+        is_expected = isinstance(end, (JobError, StoreError))
+        if is_expected:
+            print_error(str(end))
+        is_interrupted = isinstance(end, KeyboardInterrupt)
+        print(("interrupted here; " if is_interrupted else "") + _describe_running(jobs), file=sys.stderr)
+        if not (is_expected or is_interrupted):
+            raise
+        is_transient = end.__cause__ is not None and hub.retry_delay(end.__cause__) is not None
+        raise SystemExit(INTERRUPTED if is_interrupted or is_transient else CRASHED) from None
+
+
+def _describe_running(jobs: Jobs) -> str:
+    names = ", ".join(f"{jobs.namespace}/{job.id}" for job in jobs.running)
+    still = f"the job {names} still runs and costs" if len(jobs.running) == 1 else f"jobs {names} still run and cost"
+    return (
+        f"{still} money: `python hf_app.py status` shows all, `hf jobs logs -f ID` follows one, `hf jobs cancel ID` "
+        "ends it"
+    )
+
+
+def _was_sent(error: BaseException) -> bool:
+    """Return whether a request that failed without an answer may have been served."""
+    import httpx2
+
+    return isinstance(error, httpx2.TransportError) and not isinstance(
+        error, (httpx2.ConnectError, httpx2.ConnectTimeout)
+    )
+
+
+@contextmanager
+def jobs_errors(what: str, then: str = ", then run the same command again") -> Iterator[None]:
+    """Turn an answer of the Hub that a user can act on into an InvalidInputError.
+
+    `then` is what to do once the Hub answers again, if it was not reached.
+    """
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -148,7 +245,7 @@ def jobs_errors(what: str) -> Iterator[None]:
             403: "give HF_TOKEN write access and the permission to run jobs, or set TAGGER_HFJOBS_NAMESPACE",
             404: "check TAGGER_HFJOBS_NAMESPACE and TAGGER_HFJOBS_IMAGE",
         }
-        remedy = remedies.get(status, "check the network and status.huggingface.co, then run the same command again")
+        remedy = remedies.get(status, f"check the network and status.huggingface.co{then}")
         raise InvalidInputError(f"{what}: the Hub answered {hub.error_message(error)}; {remedy}") from error
 
 

@@ -27,6 +27,7 @@ from job.cloud.hfjobs import (
     pinned_revisions,
     price_per_hour,
     read_outcome,
+    running_jobs_named,
     stage,
 )
 from job.config import environment
@@ -217,7 +218,9 @@ def perform(words: Sequence[str]) -> None:
     try:
         with shutdown.interrupts():
             request = parse_request(words)
-            _COMMANDS[request.command](request, Jobs(request.settings))
+            jobs = Jobs(request.settings)
+            with running_jobs_named(jobs):
+                _COMMANDS[request.command](request, jobs)
     except JobError as error:
         print_error(str(error))
         raise SystemExit(error.exit_code) from None
@@ -225,7 +228,7 @@ def perform(words: Sequence[str]) -> None:
         print_error(f"the bucket TAGGER_HFJOBS_BUCKET cannot be read: {error}")
         raise SystemExit(CRASHED) from None
     except KeyboardInterrupt:
-        print("interrupted here; `python hf_app.py status` shows the jobs, which go on without this", file=sys.stderr)
+        print("interrupted here; `python hf_app.py status` shows the jobs that run", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
 
 
