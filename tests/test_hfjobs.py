@@ -23,7 +23,7 @@ from job.cloud import hfjobs, hfjobs_launcher, hfjobs_worker
 from job.errors import JobError
 from job.hub import client as hub_client
 from job.runs import objects
-from job.runs.stored_run import stored_ids
+from job.runs.stored_run import StoredRun, stored_ids
 from job.tagging import storage
 
 ROOT = Path(__file__).parents[1]
@@ -108,10 +108,11 @@ def set_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) ->
     monkeypatch.setattr(hfjobs, "WORKER", ["python", str(file)])
 
 
-@pytest.mark.parametrize(("code", "attempts"), [(0, 1), (1, 3), (2, 1), (3, 1), (4, 1), (75, 3)])
+@pytest.mark.parametrize(("code", "attempts"), [(3, 1), (75, 2)])
 def test_the_caller_ends_with_the_exit_code_of_the_job(
     jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int, attempts: int
 ) -> None:
+    monkeypatch.setenv("TAGGER_HFJOBS_ATTEMPTS", "2")
     set_command(monkeypatch, tmp_path, f"    return {code}")
     assert call("run") == code
     [job] = jobs.jobs.values()
@@ -129,9 +130,10 @@ def test_an_interrupted_attempt_is_repeated(
 def test_a_job_that_is_killed_or_canceled_ends_with_75(
     jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("TAGGER_HFJOBS_ATTEMPTS", "2")
     set_command(monkeypatch, tmp_path, "    os.kill(os.getpid(), 9)")
     assert call("run") == 75
-    assert "it was stopped without an outcome (Job timeout)" in capfd.readouterr().err
+    assert "its attempt 2 was stopped without an outcome (Job timeout)" in capfd.readouterr().err
     set_command(
         monkeypatch,
         tmp_path,
@@ -141,6 +143,50 @@ def test_a_job_that_is_killed_or_canceled_ends_with_75(
     )
     assert call("run") == 75
     assert "it was canceled" in capfd.readouterr().err
+
+
+def test_a_killed_attempt_does_not_end_like_the_one_before(
+    jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TAGGER_HFJOBS_ATTEMPTS", "2")
+    set_command(monkeypatch, tmp_path, "    if number == 2:\n        os.kill(os.getpid(), 9)\n    return 1")
+    assert call("run") == 75
+    assert "its attempt 2 was stopped without an outcome" in capfd.readouterr().err
+
+
+def test_a_completed_job_without_an_outcome_is_not_called_stopped(
+    jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.py").touch()
+    monkeypatch.setattr(hfjobs, "WORKER", ["python", str(tmp_path / "other.py")])
+    assert call("run") == 1
+    [job] = jobs.jobs
+    error = capfd.readouterr().err
+    assert "it completed, but its outcome is not in the bucket; its log says how it ended: http" in error
+    assert f"/jobs/ada/{job}" in error
+
+
+def stored_run(manifest: str, run_id: str) -> None:
+    """Put a run with only a manifest into the store of the jobs."""
+    content = manifest.encode()
+    copy = StoredRun(objects.open_objects("hf://buckets/ada/tagger-runs/runs"), run_id)
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "modified_ns": 0}
+    copy.put(f"000001/files/{entry['sha256']}", content)
+    seal = {"schema_version": 1, "files": {"manifest.json": entry}}
+    copy.put("000001/seals/000001.json", json.dumps(seal).encode())
+
+
+def test_a_run_that_was_begun_keeps_its_revisions(
+    jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    set_command(monkeypatch, tmp_path, "    return 0")
+    jobs.buckets["ada/tagger-runs"] = {}
+    stored_run("{}", "begun")
+    for run_id in ("begun", "new"):
+        assert call("run", "--run-id", run_id) == 0
+    begun, new = (job.spec["environment"] for job in jobs.jobs.values())
+    assert "TAGGER_BASE_REVISION" not in begun and "TAGGER_DATA_REVISION" not in begun
+    assert len(new["TAGGER_BASE_REVISION"]) == len(new["TAGGER_DATA_REVISION"]) == 40
 
 
 def test_ctrl_c_leaves_the_job_running_and_says_so(
@@ -374,11 +420,74 @@ def test_a_public_bucket_is_refused(jobs: hub_jobs.JobsHub, capfd: pytest.Captur
     assert not jobs.jobs
 
 
+def run_worker(monkeypatch: pytest.MonkeyPatch, code: int) -> dict[str, Any]:
+    """Run the worker here, with a command that ends with this code; return its outcome with what Jobs gets."""
+    monkeypatch.setattr("job.cli.main", lambda arguments: code)
+    monkeypatch.setenv("JOB_ID", "1")
+    monkeypatch.setenv("TAGGER_RUN_STORE", "hf://buckets/ada/tagger-runs/runs")
+    ended = hfjobs_worker.run_command(["run"])
+    content = objects.open_objects(os.environ["TAGGER_RUN_STORE"]).get("outcomes/1.json")
+    return {"ended": ended, **json.loads(content or b"")}
+
+
+@pytest.mark.parametrize(("code", "ended"), [(0, 0), (1, 1), (2, 0), (3, 0), (4, 0), (75, 75)])
+def test_jobs_repeats_only_what_another_attempt_may_change(
+    jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch, code: int, ended: int
+) -> None:
+    jobs.buckets["ada/tagger-runs"] = {}
+    assert run_worker(monkeypatch, code).items() >= {"exit_code": code, "ended": ended, "attempt": 1}.items()
+
+
+@pytest.mark.parametrize(("stored", "code"), [("{}", 4), ('{"older": 1}', 1), (None, 1)])
+def test_a_run_that_is_not_stored_is_repeated(
+    jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stored: str | None, code: int
+) -> None:
+    jobs.buckets["ada/tagger-runs"] = {}
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "manifest.json").write_text("{}")
+    if stored is not None:
+        stored_run(stored, "x")
+    outcome = run_worker(monkeypatch, 4)
+    assert outcome["exit_code"] == code
+    assert outcome["ended"] == (0 if code == 4 else 1), "only a failure is repeated"
+
+
+def test_settings_that_are_refused_there_have_an_outcome(
+    jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs.buckets["ada/tagger-runs"] = {}
+    monkeypatch.setenv("TAGGER_TRAIN_OF_ANOTHER_VERSION", "1")
+    assert run_worker(monkeypatch, 2).items() >= {"exit_code": 2, "ended": 0}.items()
+
+
 def test_an_outcome_that_cannot_be_stored_is_not_a_success(
     jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("job.cli.main", lambda arguments: 3)
+    bucket = jobs.buckets["ada/tagger-runs"] = {}
+    for code, expected in ((0, 1), (3, 3)):
+
+        def lose_the_bucket(arguments: object, code: int = code) -> int:
+            del jobs.buckets["ada/tagger-runs"]
+            return code
+
+        jobs.buckets["ada/tagger-runs"] = bucket
+        monkeypatch.setenv("JOB_ID", "1")
+        monkeypatch.setenv("TAGGER_RUN_STORE", "hf://buckets/ada/tagger-runs")
+        monkeypatch.setattr("job.cli.main", lose_the_bucket)
+        assert hfjobs_worker.run_command(["run"]) == expected
+        assert "the outcome of this job could not be stored" in capfd.readouterr().err
+
+
+def test_nothing_is_spent_where_no_outcome_can_be_stored(
+    jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("job.cli.main", lambda arguments: pytest.fail("the command was run"))
     monkeypatch.setenv("JOB_ID", "1")
     monkeypatch.setenv("TAGGER_RUN_STORE", "hf://buckets/ada/none")
+    assert hfjobs_worker.run_command(["run"]) == 1
+    assert "the outcome of this job cannot be stored" in capfd.readouterr().err
+
+
+def test_without_a_place_for_an_outcome_the_exit_code_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("job.cli.main", lambda arguments: 3)
     assert hfjobs_worker.run_command(["run"]) == 3
-    assert "the outcome of this job could not be stored" in capfd.readouterr().err

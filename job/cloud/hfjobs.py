@@ -13,6 +13,7 @@ from job.config import environment
 from job.errors import CRASHED, EXIT_CODES, INTERRUPTED, InvalidInputError, JobError, print_error
 from job.hub import client as hub
 from job.runs.objects import Objects, StoreError, open_objects
+from job.runs.stored_run import StoredRun
 from job.settings import Settings
 from job.system.paths import DATA_SUFFIXES, WEIGHT_SUFFIXES, is_local, is_on_hub
 from job.system.printable import printable_line
@@ -25,8 +26,6 @@ ENDED = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
 """Stages of a job that has ended."""
 LABELS = {"app": "tagger-job"}
 WORKER = ["python", "-m", "job.cloud.hfjobs_worker"]
-OUTCOMES = "outcomes"
-"""Where job/cloud/hfjobs_worker.py leaves the outcome of each job, below the store."""
 POLL_SECONDS = 2.0
 MOST_POLL_SECONDS = 60.0
 LOST_SECONDS = 600.0
@@ -136,7 +135,7 @@ class Jobs:
         return {
             "image": self._settings.image,
             "command": [*WORKER, *arguments],
-            "env": {**env, "TAGGER_RUN_STORE": self.store},
+            "env": {**env, environment.RUN_STORE: self.store},
             "flavor": self._settings.flavor,
             "timeout": round(self._settings.timeout_hours * 3600),
             "attempts": self._settings.attempts,
@@ -264,15 +263,20 @@ def price_per_hour(hardware: JobHardwareInfo) -> float:
     return hardware.unit_cost_usd * units[hardware.unit_label]
 
 
-def pinned_revisions(api: HfApi, settings: Settings) -> dict[str, str]:
-    """Return the variables that keep base model and data set at their commits of now."""
+def pinned_revisions(jobs: Jobs, settings: Settings) -> dict[str, str]:
+    """Return the variables that keep base model and data set at their commits of now.
+
+    None for a run that the bucket has: its container takes those with which the run was begun.
+    """
+    if settings.run.id is not None and StoredRun(jobs.open_store(), settings.run.id).seals():
+        return {}
     found = {}
     with jobs_errors("base model or data set"):
         base, dataset = settings.base, settings.data
         if base.revision is None and not is_local(base.model, WEIGHT_SUFFIXES):
-            found["TAGGER_BASE_REVISION"] = api.model_info(base.model).sha
+            found["TAGGER_BASE_REVISION"] = jobs.api.model_info(base.model).sha
         if dataset.revision is None and is_on_hub(dataset.dataset, DATA_SUFFIXES):
-            found["TAGGER_DATA_REVISION"] = api.dataset_info(dataset.dataset).sha
+            found["TAGGER_DATA_REVISION"] = jobs.api.dataset_info(dataset.dataset).sha
     return {name: commit for name, commit in found.items() if commit}
 
 
@@ -281,18 +285,31 @@ def stage(job: JobInfo) -> str:
     return str(getattr(job.status.stage, "value", job.status.stage))
 
 
+def outcome_name(job: str) -> str:
+    """Return the name of the object in which job/cloud/hfjobs_worker.py leaves the outcome of a job, in the store."""
+    return f"outcomes/{job}.json"
+
+
 def read_outcome(objects: Objects, job: JobInfo) -> dict[str, Any]:
     """Return exit code, message and description of a job that has ended.
 
-    A job that left no outcome was killed: by its time-out, by the platform, or because it was canceled.
+    A job whose last attempt left no exit code was killed: by its time-out, by the platform, or because it was canceled.
     """
-    content = None if stage(job) == "CANCELED" else objects.get(f"{OUTCOMES}/{job.id}.json")
-    outcome: dict[str, Any] = {} if content is None else json.loads(content)
     if stage(job) in ("CANCELED", "DELETED"):
-        return outcome | {"exit_code": INTERRUPTED, "message": "it was canceled; the same command resumes its run"}
-    if not outcome:
-        why = f" ({job.status.message})" if job.status.message else ""
-        message = f"it was stopped without an outcome{why}; the same command resumes what is in the bucket"
-        return {"exit_code": INTERRUPTED if stage(job) == "ERROR" else CRASHED, "message": message}
-    meaning = EXIT_CODES[outcome["exit_code"]]
-    return outcome | {"message": f"{meaning.meaning}; its log says why, and what to do"}
+        return {"exit_code": INTERRUPTED, "message": "it was canceled; the same command resumes its run"}
+    try:
+        content = objects.get(outcome_name(job.id))
+    except StoreError as error:
+        message = f"it ended ({stage(job)}), and its outcome cannot be read: {error}; its log says how: {job.url}"
+        return {"exit_code": CRASHED, "message": message}
+    outcome: dict[str, Any] = {} if content is None else json.loads(content)
+    if "exit_code" in outcome:
+        meaning = EXIT_CODES[outcome["exit_code"]].meaning
+        return outcome | {"message": f"{meaning}; its log says why, and what to do"}
+    if stage(job) == "COMPLETED":
+        message = f"it completed, but its outcome is not in the bucket; its log says how it ended: {job.url}"
+        return {"exit_code": CRASHED, "message": message}
+    attempt = f"its attempt {outcome['attempt']}" if "attempt" in outcome else "it"
+    why = f" ({job.status.message})" if job.status.message else ""
+    message = f"{attempt} was stopped without an outcome{why}; the same command resumes what is in the bucket"
+    return {"exit_code": INTERRUPTED, "message": message}

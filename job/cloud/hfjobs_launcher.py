@@ -241,7 +241,7 @@ def _run(request: Request, jobs: Jobs) -> None:
         return
     watch = request.command == "retrain" and request.options.when_data_changes
     if not watch:  # all attempts resume one run, also if the Hub has a new commit by then
-        env = {**env, **pinned_revisions(jobs.api, request.settings)}
+        env = {**env, **pinned_revisions(jobs, request.settings)}
     job = jobs.start([request.command], env)
     if watch:
         print(jobs.watch(job, request.settings.data.dataset))

@@ -27,6 +27,7 @@ _ASSIGNMENT = re.compile(r"^\s*(?:export\s+)?[A-Za-z_]\w*\s*[=:]", re.MULTILINE)
 """The start of a setting, within the value of another one."""
 
 RUN_DIR = "TAGGER_RUN_DIR"
+RUN_STORE = "TAGGER_RUN_STORE"
 NOTIFY = "TAGGER_RUN_NOTIFY"
 RECIPE = "TAGGER_RECIPE"
 """Names a recipe, like the option --recipe; it belongs to no group of settings."""
