@@ -38,6 +38,8 @@ class Store:
     requests: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    bytes_per_second: int | None = None
+    """How fast contents are sent."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def next_fault(self, call: str) -> str | None:
@@ -159,6 +161,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.close_connection = True
             self.connection.shutdown(2)
+        elif self.store.bytes_per_second is not None and len(body) > 0:
+            piece = max(1, self.store.bytes_per_second // 50)
+            for start in range(0, len(body), piece):
+                time.sleep(0.02)
+                self.wfile.write(body[start : start + piece])
         elif self.fault == "slow":
             for start in range(0, len(body), max(1, len(body) // 5)):
                 self.wfile.write(body[start : start + max(1, len(body) // 5)])

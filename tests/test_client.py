@@ -73,7 +73,7 @@ def test_an_unreadable_manifest_is_an_input_error(repo: Repo) -> None:
 
 
 def test_the_token_is_read_from_a_mounted_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "SECRET_FILE", tmp_path / "hf_token")
+    monkeypatch.setattr("job.system.hub_token.SECRET_FILE", tmp_path / "hf_token")
     assert client.token() is None
     (tmp_path / "hf_token").write_text(f"{WRITE_TOKEN}\n")
     assert client.token() == WRITE_TOKEN

@@ -33,6 +33,62 @@ def test_objects_are_written_read_listed_and_deleted(url: str, tmp_path: Path) -
     assert list(objects.list("")) == ["a/large"]
 
 
+def test_a_large_object_comes_down_a_slow_line(
+    bucket: s3.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.runs.objects.REQUEST_SECONDS", 1)
+    monkeypatch.setattr("job.runs.objects.RANGE_BYTES", 5_000)
+    objects, content = open_objects("s3://bucket/x"), os.urandom(24_000)
+    objects.put("large", content)
+    bucket.bytes_per_second = 20_000
+    with (tmp_path / "copy").open("w+b") as copy:
+        assert objects.download("large", copy)
+    assert (tmp_path / "copy").read_bytes() == content
+
+
+def test_a_download_that_is_cut_off_is_repeated(
+    bucket: s3.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.runs.objects.RANGE_BYTES", 5_000)
+    monkeypatch.setattr("job.runs.objects.PAUSE_SECONDS", 0.0)
+    objects, content = open_objects("s3://bucket/x"), os.urandom(12_000)
+    objects.put("large", content)
+    objects.put("small", content[:4000])
+    bucket.faults = [Fault("GET .*/small", "cut"), Fault("GET .*/large", "cut", times=2)]
+    with (tmp_path / "copy").open("w+b") as copy:
+        assert objects.download("large", copy)
+        copy.flush()
+        assert (tmp_path / "copy").read_bytes() == content
+        assert objects.download("small", copy)
+    assert (tmp_path / "copy").read_bytes() == content[:4000]
+
+
+def test_reading_creates_no_folder(tmp_path: Path) -> None:
+    objects = open_objects(f"file://{tmp_path}/store")
+    with (tmp_path / "copy").open("w+b") as copy:
+        assert not objects.download("a", copy)
+    objects.delete(["a"])
+    assert (objects.get("a"), objects.list("")) == (None, {})
+    assert not (tmp_path / "store").exists()
+    open_objects(f"file://{tmp_path}/store").put("a", b"1")
+    assert objects.get("a") == b"1"  # of another process
+
+
+@pytest.mark.parametrize("name", ["runs#1", "what?", "50%20off"])
+def test_a_url_is_used_as_it_is(bucket: s3.Store, tmp_path: Path, name: str) -> None:
+    open_objects(f"file://{tmp_path}/{name}").put("a", b"1")
+    assert (tmp_path / name.replace("%20", " ") / "a").read_bytes() == b"1"
+    open_objects(f"s3://bucket/{name}").put("a", b"1")
+    assert list(bucket.objects) == [f"{name.replace('%20', ' ')}/a"]
+
+
+def test_a_bucket_of_the_hub_is_used_with_a_mounted_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("job.system.hub_token.SECRET_FILE", tmp_path / "hf_token")
+    (tmp_path / "hf_token").write_text("hf_mounted\n")
+    bucket: Any = open_objects("hf://buckets/ada/runs")
+    assert bucket._api.token == "hf_mounted"
+
+
 def test_an_object_is_only_written_if_it_is_absent(url: str) -> None:
     objects = open_objects(url)
     assert objects.put_if_absent("lease", b"mine")

@@ -18,6 +18,7 @@ from job.hub.answers import HubAnswerError, HubTimeoutError
 from job.hub.proxies import check_proxies
 from job.settings import Hub
 from job.system.events import event
+from job.system.hub_token import token as token
 
 if TYPE_CHECKING:
     from huggingface_hub import GitCommitInfo, HfApi
@@ -29,21 +30,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 LONGEST_MESSAGE = 1000
 """Characters of an error's message that are shown."""
-SECRET_FILE = Path("/run/secrets/hf_token")
 CHECK_SECONDS = 30.0
 """How long a check before training is retried. Short, because a failure then loses no work."""
 RETRYABLE_STATUSES = (408, 412, 425, 429, 500, 502, 503, 504)
 """HTTP statuses of transient failures; 412 means that another commit was made in the meantime."""
-
-
-def token() -> str | None:
-    """Return the token of HF_TOKEN or of a login on this machine, or else the one in SECRET_FILE."""
-    from huggingface_hub import get_token
-
-    value = get_token()
-    if value is None and SECRET_FILE.is_file():
-        value = SECRET_FILE.read_text(encoding="utf-8").strip() or None
-    return value
 
 
 def api() -> HfApi:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
+from urllib.parse import unquote
 
 from job.config.redaction import redact
 from job.errors import InvalidInputError
+from job.system import hub_token
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Obstore
@@ -22,6 +25,10 @@ REQUEST_SECONDS = 120
 """After which a request is given up; a repeated one may wait as long."""
 RETRY_SECONDS = 180
 """How long requests are repeated while object storage is unavailable."""
+RANGE_BYTES = 16 * 2**20
+"""How much of an object one request brings: on a slow line too, it ends within REQUEST_SECONDS."""
+ATTEMPTS, PAUSE_SECONDS = 3, 1.0
+"""How often a request is made whose answer is cut off, and the pause in between."""
 SETTLE_SECONDS = 3.0
 """For object storage without conditional writes: the time after which a write of another process would have shown."""
 LONGEST_MESSAGE = 300
@@ -60,33 +67,29 @@ def open_objects(url: str) -> Objects:
 
     Raises InvalidInputError for a URL that cannot be used.
     """
-    return _Bucket(url) if url.startswith("hf://") else _Obstore(url)
+    if url.startswith("hf://"):
+        return _Bucket(url)
+    return _Folder(url) if url.startswith("file://") else _Cloud(url)
 
 
 class _Obstore:
     """S3, Google Cloud Storage, Azure or a folder of this machine, which all have conditional writes."""
 
+    _store: Obstore
+
     def __init__(self, url: str) -> None:
         import obstore
-        from obstore.store import from_url
 
         self._obstore: Any = obstore
         self.url = url.rstrip("/")
-        options: dict[str, Any] = {"mkdir": True}
-        if not url.startswith("file:"):
-            seconds = datetime.timedelta(seconds=RETRY_SECONDS)
-            options = {
-                # plain HTTP is only used where the endpoint's URL says so
-                "client_options": {"timeout": f"{REQUEST_SECONDS}s", "connect_timeout": "10s", "allow_http": True},
-                "retry_config": {"max_retries": 12, "retry_timeout": seconds},
-            }
-        try:
-            self._store: Obstore = from_url(self.url, **options)
-        except (obstore.exceptions.BaseError, OSError, ValueError, TypeError) as error:
-            raise InvalidInputError(f"TAGGER_RUN_STORE={url} cannot be opened: {_detail(error)}") from error
 
     def put(self, name: str, content: bytes | IO[bytes]) -> None:
-        self._call(lambda: self._obstore.put(self._store, name, content))
+        def send() -> None:
+            if not isinstance(content, bytes):
+                content.seek(0)
+            self._obstore.put(self._store, name, content)
+
+        self._call(send)
 
     def put_if_absent(self, name: str, content: bytes) -> bool:
         try:
@@ -102,14 +105,22 @@ class _Obstore:
         return self._found(lambda: bytes(self._obstore.get(self._store, name).bytes()))
 
     def download(self, name: str, to: IO[bytes]) -> bool:
-        def copy() -> bool:
-            to.seek(0)
-            to.truncate()
-            for block in self._obstore.get(self._store, name).stream(min_chunk_size=1 << 20):
-                to.write(block)
-            return True
+        to.seek(0)
+        to.truncate()
 
-        return self._found(copy) or False
+        def copy_small() -> int:
+            found = self._obstore.get(self._store, name)
+            size = int(found.meta["size"])
+            if size <= RANGE_BYTES:
+                to.write(found.bytes())
+            return size
+
+        if (size := self._found(copy_small)) is None:
+            return False
+        for start in range(to.tell(), size, RANGE_BYTES):
+            length = min(RANGE_BYTES, size - start)
+            to.write(self._call(partial(self._obstore.get_range, self._store, name, start=start, length=length)))
+        return True
 
     def list(self, prefix: str) -> dict[str, int]:
         batches = self._call(lambda: list(self._obstore.list(self._store, prefix or None)))
@@ -128,10 +139,61 @@ class _Obstore:
             raise
 
     def _call(self, step: Callable[[], T]) -> T:
+        """Make a request, again if its answer is cut off: the client repeats only what has no answer yet."""
+        deadline = time.monotonic() + RETRY_SECONDS
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return step()
+            except (self._obstore.exceptions.BaseError, OSError) as error:
+                is_cut = isinstance(error, self._obstore.exceptions.GenericError) and "body error" in str(error)
+                if not is_cut or attempt == ATTEMPTS or time.monotonic() > deadline:
+                    raise StoreError(_detail(error)) from error
+            time.sleep(PAUSE_SECONDS)
+        raise AssertionError
+
+
+class _Cloud(_Obstore):
+    def __init__(self, url: str) -> None:
+        from obstore.store import from_url
+
+        super().__init__(url)
+        plain = self.url.replace("#", "%23").replace("?", "%3F")  # of a path; they would end it
+        seconds = datetime.timedelta(seconds=RETRY_SECONDS)
         try:
-            return step()
-        except (self._obstore.exceptions.BaseError, OSError) as error:
-            raise StoreError(_detail(error)) from error
+            self._store = from_url(
+                plain,
+                # plain HTTP is only used where the endpoint's URL says so
+                client_options={"timeout": f"{REQUEST_SECONDS}s", "connect_timeout": "10s", "allow_http": True},
+                retry_config={"max_retries": 12, "retry_timeout": seconds},
+            )
+        except (self._obstore.exceptions.BaseError, OSError, ValueError, TypeError) as error:
+            raise InvalidInputError(f"TAGGER_RUN_STORE={url} cannot be opened: {_detail(error)}") from error
+
+
+class _Folder(_Obstore):
+    """A folder of this machine, created by the first write."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._path = Path(unquote(self.url.removeprefix("file://")))
+
+    @cached_property
+    def _store(self) -> Obstore:  # type: ignore[override]
+        from obstore.store import LocalStore
+
+        return LocalStore(self._path, mkdir=True)
+
+    def get(self, name: str) -> bytes | None:
+        return super().get(name) if self._path.is_dir() else None
+
+    def download(self, name: str, to: IO[bytes]) -> bool:
+        return self._path.is_dir() and super().download(name, to)
+
+    def list(self, prefix: str) -> dict[str, int]:
+        return super().list(prefix) if self._path.is_dir() else {}
+
+    def delete(self, names: Iterable[str]) -> None:
+        super().delete(names if self._path.is_dir() else ())
 
 
 class _Bucket:
@@ -150,11 +212,11 @@ class _Bucket:
         self.url = url.rstrip("/")
         self._bucket = "/".join(parts[:2])
         self._prefix = "".join(f"{part}/" for part in parts[2:])
-        self._api = HfApi(library_name="tagger-job")
+        self._api = HfApi(token=hub_token.token(), library_name="tagger-job")
         disable_progress_bars()  # a bar for each of many small files, in the middle of training
 
     def put(self, name: str, content: bytes | IO[bytes]) -> None:
-        data = content if isinstance(content, bytes) else content.read()
+        data = content if isinstance(content, bytes) else _path_of(content)
         self._call(lambda: self._api.batch_bucket_files(self._bucket, add=[(data, self._prefix + name)]))
 
     def put_if_absent(self, name: str, content: bytes) -> bool:
@@ -174,14 +236,17 @@ class _Bucket:
     def download(self, name: str, to: IO[bytes]) -> bool:
         from huggingface_hub.errors import EntryNotFoundError
 
-        with tempfile.TemporaryDirectory() as folder:
+        # next to the file, because /tmp may be in memory
+        near = Path(to.name).parent if isinstance(getattr(to, "name", None), str) else None
+        with tempfile.TemporaryDirectory(dir=near) as folder:
             path = Path(folder, "object")
             files: Any = [(self._prefix + name, path)]
             try:
                 self._call(lambda: self._api.download_bucket_files(self._bucket, files, raise_on_missing_files=True))
             except EntryNotFoundError:
                 return False
-            to.write(path.read_bytes())
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, to)
         return True
 
     def list(self, prefix: str) -> dict[str, int]:
@@ -223,6 +288,12 @@ class _Bucket:
                     raise StoreError(_detail(error)) from error
                 time.sleep(pause)
                 pause *= 2
+
+
+def _path_of(file: IO[bytes]) -> Path | bytes:
+    """Return a path to an open file, also if its name is another file's by now; its content where there is none."""
+    path = Path(f"/proc/self/fd/{file.fileno()}")
+    return path if path.exists() else file.read()
 
 
 def _detail(error: BaseException) -> str:

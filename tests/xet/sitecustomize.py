@@ -27,6 +27,9 @@ class Transfer:
         info = SimpleNamespace(xet_info=SimpleNamespace(hash=digest, file_size=len(content)))
         return SimpleNamespace(result=lambda: info)
 
+    def start_upload_file(self, path: str, **more: Any) -> Any:
+        return self.start_upload_bytes(Path(path).read_bytes(), **more)
+
     def start_download_file(self, info: Any, to: str) -> None:
         Path(to).write_bytes((self.folder / info.hash).read_bytes())
 
