@@ -142,7 +142,7 @@ def _check(options: argparse.Namespace, settings: Settings) -> None:
     show(f"base model: {checked.settings.base.model} at {checked.settings.base.revision or 'this machine'}")
     for line in describe(summarise(checked.examples, checked.settings.data)):
         show(line)
-    show(f"run: {checked.run.path}{', already complete' if checked.run.complete else ''}")
+    show(f"run: {checked.run.path}{', already complete' if checked.complete else ''}")
     if checked.settings.run.store is not None:
         show(f"store: {checked.settings.run.store}{', which has this run' if checked.run.in_store else ''}")
     show(f"push: {checked.repo or 'nothing will be pushed'}")

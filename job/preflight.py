@@ -63,6 +63,13 @@ class PreflightResult:
     started: str
     """When the checks began, in UTC: an attempt is counted from then on."""
 
+    @property
+    def complete(self) -> bool:
+        """Whether the run is complete, on this disk or in TAGGER_RUN_STORE, which has no partial states."""
+        if not self.run.in_store:
+            return self.run.complete
+        return self.run.manifest["status"] == "complete" and "published" in self.run.manifest
+
     def as_json(self) -> dict[str, Any]:
         """Return what the processes that train need, as JSON types."""
         run = self.settings.run.model_copy(
@@ -202,9 +209,10 @@ def _check_embedder(settings: Eval) -> HubRevision | None:
 def already_published(checked: PreflightResult) -> bool:
     """Return whether the published adapter was made with these revisions, data and settings.
 
-    Always False while an unfinished run of them is on disk: the version tag of its promotion may still be missing.
+    Always False while an unfinished run of them is on disk or in the store: the version tag of its promotion may still
+    be missing.
     """
-    unfinished = checked.run.started and not checked.run.complete
+    unfinished = checked.run.started and not checked.complete
     return not unfinished and same_inputs(checked, checked.settings.hub.revision)
 
 
@@ -400,7 +408,7 @@ def _largest(examples: Sequence[Example], settings: Data) -> list[Example]:
 
 def report_as_json(checked: PreflightResult, machine: MachineReport) -> dict[str, Any]:
     """Return what `check --json` prints; its schema is job/runs/check.schema.json."""
-    settings, run = checked.settings, checked.run
+    settings = checked.settings
     base = {"model": settings.base.model, "revision": settings.base.revision, "quantize": settings.base.quantize}
     return {
         "schema_version": 1,
@@ -410,6 +418,6 @@ def report_as_json(checked: PreflightResult, machine: MachineReport) -> dict[str
         "processes": machine.processes,
         "longest_example": machine.longest_example,
         "memory": {"bytes": round(machine.memory.memory), "disk_bytes": round(machine.memory.disk)},
-        "run": {"path": str(run.path), "complete": run.complete},
+        "run": {"path": str(checked.run.path), "complete": checked.complete},
         "repo": checked.repo,
     }

@@ -17,17 +17,18 @@ from typing import Any
 import hub_jobs
 import pytest
 from hub import READ_TOKEN, WRITE_TOKEN, Fault, Hub
-from tiny_run import TINY_ON_THE_HUB, fill_hub
+from tiny_run import TINY_ON_THE_HUB, fill_hub, store_manifest
 
 from job.cloud import hfjobs, hfjobs_launcher, hfjobs_worker
 from job.errors import JobError
 from job.hub import client as hub_client
 from job.runs import objects
-from job.runs.stored_run import StoredRun, stored_ids
+from job.runs.stored_run import stored_ids
 from job.tagging import storage
 
 ROOT = Path(__file__).parents[1]
 IMAGE = "ghcr.io/ada/tagger-job:0.2.0"
+STORE = "hf://buckets/ada/tagger-runs/runs"
 
 
 @pytest.fixture
@@ -78,14 +79,14 @@ def test_a_run_trains_publishes_and_leaves_its_run_in_the_bucket(
     assert job.spec["command"] == ["python", "-m", "job.cloud.hfjobs_worker", "run"]
     assert set(job.spec["secrets"]) == {"HF_TOKEN", "TAGGER_RUN_NOTIFY"}
     assert "not-for-others" not in json.dumps({**job.spec, "secrets": {}}) + printed.err + printed.out
-    assert job.spec["environment"]["TAGGER_RUN_STORE"] == "hf://buckets/ada/tagger-runs/runs"
+    assert job.spec["environment"]["TAGGER_RUN_STORE"] == STORE
     assert len(job.spec["environment"]["TAGGER_DATA_REVISION"]) == 40
     assert (job.spec["timeoutSeconds"], job.spec["attempts"]) == (6 * 3600, 3)
     assert WRITE_TOKEN not in json.dumps({**job.spec, "secrets": {}}) + printed.err + printed.out
     assert jobs.private == {"ada/tagger-runs": True}
     assert loopback_hub.models["ada/tiny-tagger"].titles[-1].startswith("basic training")
 
-    [run_id] = stored_ids(objects.open_objects("hf://buckets/ada/tagger-runs/runs"))
+    [run_id] = stored_ids(objects.open_objects(STORE))
     assert call("status") == 0
     assert f"run {run_id}: complete" in capfd.readouterr().out
     assert call("fetch", "--run-id", run_id, "--to", "fetched") == 0
@@ -166,22 +167,12 @@ def test_a_completed_job_without_an_outcome_is_not_called_stopped(
     assert f"/jobs/ada/{job}" in error
 
 
-def stored_run(manifest: str, run_id: str) -> None:
-    """Put a run with only a manifest into the store of the jobs."""
-    content = manifest.encode()
-    copy = StoredRun(objects.open_objects("hf://buckets/ada/tagger-runs/runs"), run_id)
-    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "modified_ns": 0}
-    copy.put(f"000001/files/{entry['sha256']}", content)
-    seal = {"schema_version": 1, "files": {"manifest.json": entry}}
-    copy.put("000001/seals/000001.json", json.dumps(seal).encode())
-
-
 def test_a_run_that_was_begun_keeps_its_revisions(
     jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     set_command(monkeypatch, tmp_path, "    return 0")
     jobs.buckets["ada/tagger-runs"] = {}
-    stored_run("{}", "begun")
+    store_manifest(STORE, "begun", b"{}")
     for run_id in ("begun", "new"):
         assert call("run", "--run-id", run_id) == 0
     begun, new = (job.spec["environment"] for job in jobs.jobs.values())
@@ -424,9 +415,9 @@ def run_worker(monkeypatch: pytest.MonkeyPatch, code: int) -> dict[str, Any]:
     """Run the worker here, with a command that ends with this code; return its outcome with what Jobs gets."""
     monkeypatch.setattr("job.cli.main", lambda arguments: code)
     monkeypatch.setenv("JOB_ID", "1")
-    monkeypatch.setenv("TAGGER_RUN_STORE", "hf://buckets/ada/tagger-runs/runs")
+    monkeypatch.setenv("TAGGER_RUN_STORE", STORE)
     ended = hfjobs_worker.run_command(["run"])
-    content = objects.open_objects(os.environ["TAGGER_RUN_STORE"]).get("outcomes/1.json")
+    content = objects.open_objects(STORE).get("outcomes/1.json")
     return {"ended": ended, **json.loads(content or b"")}
 
 
@@ -446,7 +437,7 @@ def test_a_run_that_is_not_stored_is_repeated(
     (tmp_path / "runs" / "x").mkdir(parents=True)
     (tmp_path / "runs" / "x" / "manifest.json").write_text("{}")
     if stored is not None:
-        stored_run(stored, "x")
+        store_manifest(STORE, "x", stored.encode())
     outcome = run_worker(monkeypatch, 4)
     assert outcome["exit_code"] == code
     assert outcome["ended"] == (0 if code == 4 else 1), "only a failure is repeated"

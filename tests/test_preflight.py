@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from conftest import CPU, make_settings
 from hub import WRITE_TOKEN, Hub, Repo
+from tiny_run import store_manifest
 
 from job import preflight
+from job.cli import main
 from job.errors import InvalidInputError
 from job.settings import Settings
 
@@ -150,3 +152,29 @@ def test_a_published_adapter_of_the_same_inputs_is_recognised(world: Hub) -> Non
     assert not preflight.already_published(preflight.check(settings(lora={"r": 8})))
     world.datasets["tiny/sayings"].commit("main", "note", {"NOTE.md": b"a new commit"})
     assert not preflight.already_published(preflight.check(settings()))
+
+
+def test_a_complete_run_that_only_the_store_has_is_complete(
+    world: Hub, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = world.models["tiny/llama"]
+    base.commit("main", "all", {file.name: file.read_bytes() for file in llama.iterdir()})
+    stored = settings(run={"store": f"file://{tmp_path}/store"})
+    checked = preflight.check(stored)
+    world.models[REPO].commit("main", "ours", {"manifest.json": json.dumps(checked.run.manifest).encode()})
+    for status in ("running", "complete"):
+        manifest = checked.run.manifest | {"status": status, "published": None}
+        store_manifest(str(stored.run.store), checked.run.path.name, json.dumps(manifest).encode())
+        is_complete = status == "complete"
+        found = preflight.check(stored)
+        assert (found.complete, preflight.already_published(found)) == (is_complete, is_complete), status
+    for group, values in {"base": stored.base, "data": stored.data, "eval": stored.eval, "hub": stored.hub}.items():
+        for name in values.model_fields_set:
+            monkeypatch.setenv(f"TAGGER_{group}_{name}".upper(), str(getattr(values, name)))
+    monkeypatch.setenv("TAGGER_RUN_STORE", str(stored.run.store))
+    assert main(["check", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["run"]["complete"] is True
+    assert "is recreated" not in printed.err
+    assert main(["retrain"]) == 0
+    assert "nothing to do" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import pytest
 from conftest import SAYINGS
 from hub import WRITE_TOKEN, Hub, Repo
+
+from job.runs.objects import open_objects
+from job.runs.stored_run import SEAL_VERSION, StoredRun
 
 REPO = "ada/tiny-tagger"
 TINY_ON_THE_HUB = {
@@ -40,6 +44,15 @@ def fill_hub(hub: Hub, llama: Path) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def store_manifest(store: str, run_id: str, content: bytes) -> None:
+    """Put a run that has only a manifest into a store."""
+    copy = StoredRun(open_objects(store), run_id)
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "modified_ns": 0}
+    copy.put(f"000001/files/{entry['sha256']}", content)
+    seal = {"schema_version": SEAL_VERSION, "files": {"manifest.json": entry}}
+    copy.put("000001/seals/000001.json", json.dumps(seal).encode())
 
 
 def set_tiny_environment(monkeypatch: pytest.MonkeyPatch, llama: Path) -> pytest.MonkeyPatch:
