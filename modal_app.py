@@ -24,7 +24,7 @@ request = modal_launcher.parse_request(__file__) if modal.is_local() else modal_
 image = (
     modal.Image.from_dockerfile(ROOT / "Dockerfile", context_dir=ROOT).dockerfile_commands("USER root").entrypoint([])
 )
-token = modal.Secret.from_name(request.modal.secret, required_keys=["HF_TOKEN"])
+token = modal.Secret.from_name(request.modal.secret, required_keys=list(request.secret_keys))
 runs = modal.Volume.from_name(request.modal.runs_volume, create_if_missing=True)
 cache = modal.Volume.from_name(request.modal.cache_volume, create_if_missing=True)
 app = modal.App("tagger-job")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import modal
 import pytest
 from modal.exception import FunctionTimeoutError
 from modal.types import FileEntryType
@@ -47,6 +50,8 @@ APP = str(ROOT / "modal_app.py")
         ("main", ["--max-steps", ""], "--max-steps is empty; expected a value for TAGGER_TRAIN_MAX_STEPS"),
         ("main", ["--output", "."], "--output . is a folder; expected the path of a file"),
         ("main", ["--output", "here.jsonl/x"], "the folder of --output here.jsonl cannot be written"),
+        ("main", ["--recipe", "file.env"], "TAGGER_RUN_STORE=file:///store is a folder of this machine, which Modal's"),
+        ("tag", ["--recipe", "gs.env"], "TAGGER_RUN_STORE=gs://bucket/runs needs a file or a machine of Google"),
         ("fetch", [], "fetch needs the name of a run: add --run-id"),
         ("sample", ["--text", " "], "a --text to tag is empty"),
     ],
@@ -57,6 +62,8 @@ def test_what_a_container_could_not_do_is_refused(
     Path("here.jsonl").write_text('{"quote": "a text"}\n{"text": "in another column"}\n')
     Path("tags.env").write_text("TAGGER_SAMPLE_VOCABULARY=my_tags.txt\n")
     Path("sample.env").write_text("TAGGER_SAMPLE_INPUT=here.jsonl\n")
+    Path("file.env").write_text("TAGGER_RUN_STORE=file:///store\n")
+    Path("gs.env").write_text("TAGGER_RUN_STORE=gs://bucket/runs\n")
     with pytest.raises(SystemExit) as ended:
         modal_launcher.parse_request(APP, ["modal", "run", f"{APP}::{command}", *words])
     assert ended.value.code == 2
@@ -82,6 +89,27 @@ def test_options_and_all_settings_reach_the_container_as_text(monkeypatch: pytes
     Path("here.jsonl").touch()
     monkeypatch.setenv("TAGGER_DATA_DATASET", "here.jsonl")  # only training reads it
     assert modal_launcher.parse_request(APP, ["modal", "run", f"{APP}::status"]).command == "status"
+
+
+@pytest.mark.parametrize(
+    ("store", "keys"),
+    [
+        ("", ["HF_TOKEN"]),
+        ("s3://bucket/runs", ["HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]),
+        ("az://container/runs", ["HF_TOKEN", "AZURE_STORAGE_ACCOUNT_NAME"]),
+        ("hf://buckets/ada/runs", ["HF_TOKEN"]),
+    ],
+)
+def test_the_secret_must_have_the_credentials_of_the_store(
+    monkeypatch: pytest.MonkeyPatch, store: str, keys: list[str]
+) -> None:
+    monkeypatch.setenv("TAGGER_RUN_STORE", store)
+    monkeypatch.setattr(sys, "argv", ["modal", "deploy", APP])
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(modal.Secret, "from_name", lambda name, **options: given.update(options))
+    monkeypatch.setattr(modal.App, "function", lambda app, **options: lambda function: function)
+    runpy.run_path(APP)
+    assert given == {"required_keys": keys}
 
 
 def test_the_end_of_the_last_attempt_is_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:

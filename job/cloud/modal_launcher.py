@@ -38,6 +38,13 @@ if TYPE_CHECKING:
 
 RUNS, CACHE = "/runs", "/cache"
 """Where the image expects the two volumes."""
+TOKEN = "HF_TOKEN"
+STORE_KEYS = {
+    "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+    "az": ("AZURE_STORAGE_ACCOUNT_NAME",),  # and a key or a SAS token
+    "hf": (),
+}
+"""For the stores that a container can open, what its secret must have besides HF_TOKEN."""
 OVERRIDES = {"--gpu": "TAGGER_MODAL_GPU", "--timeout-hours": "TAGGER_MODAL_TIMEOUT_HOURS", **JOB_OVERRIDES}
 CONTAINER = Container(
     "Modal's container",
@@ -57,6 +64,8 @@ class Request:
     env: dict[str, str] = field(default_factory=dict)
     """The TAGGER_ variables for the container. Never a secret: secrets come from Modal's."""
     texts: tuple[str, ...] = ()
+    secret_keys: tuple[str, ...] = (TOKEN,)
+    """What Modal's secret must have; Modal refuses one that lacks a key before anything is started."""
 
 
 def parse_request(app: str, words: Sequence[str] | None = None) -> Request:
@@ -72,7 +81,8 @@ def parse_request(app: str, words: Sequence[str] | None = None) -> Request:
         apply_overrides(options, OVERRIDES | (TAG_OVERRIDES if name == "tag" else {}))
         settings = environment.load(options.recipe)
         texts = command.validate(options, settings)
-        return Request(name, options, settings.modal, environment.explicit_values(options.recipe), texts)
+        keys = (TOKEN, *STORE_KEYS.get(_store_scheme(settings), ()))
+        return Request(name, options, settings.modal, environment.explicit_values(options.recipe), texts, keys)
     except InvalidInputError as error:
         _exit(error)
 
@@ -106,13 +116,31 @@ def _parser(name: str, command: Command) -> argparse.ArgumentParser:
 # texts to tag.
 
 
+def _store_scheme(settings: Settings) -> str:
+    """Return the scheme of TAGGER_RUN_STORE; empty if it is not set."""
+    return (settings.run.store or "").partition(":")[0]
+
+
+def _store_problems(settings: Settings) -> list[str]:
+    scheme = _store_scheme(settings)
+    if not scheme or scheme in STORE_KEYS:
+        return []
+    why = "is a folder of this machine" if scheme == "file" else "needs a file or a machine of Google as its credential"
+    return [
+        f"TAGGER_RUN_STORE={settings.run.store} {why}, which Modal's container does not have; expected s3://, az:// or "
+        f"hf://buckets/ with their credentials in Modal's secret {settings.modal.secret}, or unset it: runs are kept on "
+        f"the volume {settings.modal.runs_volume}"
+    ]
+
+
 def _validate_deploy(options: argparse.Namespace, settings: Settings) -> tuple[str, ...]:
-    refuse(CONTAINER.local_inputs(settings), CONTAINER.local_vocabulary(settings))
+    refuse(_store_problems(settings), CONTAINER.local_inputs(settings), CONTAINER.local_vocabulary(settings))
     return ()
 
 
 def _validate_job(options: argparse.Namespace, settings: Settings) -> tuple[str, ...]:
     refuse(
+        _store_problems(settings),
         CONTAINER.local_inputs(settings),
         CONTAINER.local_vocabulary(settings),
         unwritable_output(options.output),
@@ -132,7 +160,7 @@ def _validate_fetch(options: argparse.Namespace, settings: Settings) -> tuple[st
 
 
 def _validate_sample(options: argparse.Namespace, settings: Settings) -> tuple[str, ...]:
-    refuse(CONTAINER.local_vocabulary(settings))
+    refuse(_store_problems(settings), CONTAINER.local_vocabulary(settings))
     return check_texts(options.text, "--text")
 
 
@@ -149,7 +177,7 @@ def _validate_tag(options: argparse.Namespace, settings: Settings) -> tuple[str,
         )
     if output is not None and not CONTAINER.has(output) and not is_remote(output):
         problems.append(f"TAGGER_TAG_OUTPUT={output} would be lost with Modal's container; expected {places}")
-    refuse(CONTAINER.local_vocabulary(settings), problems)
+    refuse(_store_problems(settings), CONTAINER.local_vocabulary(settings), problems)
     return ()
 
 
