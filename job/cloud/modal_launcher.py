@@ -128,8 +128,8 @@ def _store_problems(settings: Settings) -> list[str]:
     why = "is a folder of this machine" if scheme == "file" else "needs a file or a machine of Google as its credential"
     return [
         f"TAGGER_RUN_STORE={settings.run.store} {why}, which Modal's container does not have; expected s3://, az:// or "
-        f"hf://buckets/ with their credentials in Modal's secret {settings.modal.secret}, or unset it: runs are kept on "
-        f"the volume {settings.modal.runs_volume}"
+        f"hf://buckets/ with their credentials in Modal's secret {settings.modal.secret}, or unset it: runs are kept "
+        f"on the volume {settings.modal.runs_volume}"
     ]
 
 
