@@ -65,14 +65,14 @@ def load_tokenizer(settings: Base) -> PreTrainedTokenizerBase:
 def meta_model(settings: Base) -> PreTrainedModel:
     """Build the base model on the meta device: modules and shapes, without weights or memory.
 
-    Raises InvalidInputError when config.json cannot be read.
+    Raises InvalidInputError when config.json cannot be read, or no model can be built from it.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     _, config = _load_config(settings, download_weights=False)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), compatibility.missing_settings_named(config):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise load_error("config.json", settings, error) from error

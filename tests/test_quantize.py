@@ -17,6 +17,7 @@ from hub import Hub, Repo
 from safetensors.torch import load_file, save_file
 from transformers import (
     BitsAndBytesConfig,
+    DbrxConfig,
     FalconConfig,
     FalconForCausalLM,
     GPT2Config,
@@ -155,6 +156,12 @@ def test_a_config_that_transformers_does_not_know_is_refused(
         quantize.meta_model(Base(model=str(copied_llama)))
     with pytest.raises(InvalidInputError, match=message):
         load(copied_llama, "none")
+
+
+def test_an_architecture_that_reads_settings_its_config_lacks_is_refused(copied_llama: Path) -> None:
+    DbrxConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=100).save_pretrained(copied_llama)
+    with pytest.raises(InvalidInputError, match=r"cannot be trained: transformers .* cannot build .* dbrx.*rope_theta"):
+        quantize.meta_model(Base(model=str(copied_llama)))
 
 
 def test_a_damaged_tokenizer_is_refused(copied_llama: Path) -> None:

@@ -6,6 +6,8 @@ import functools
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -74,6 +76,22 @@ def _kind(config: PreTrainedConfig) -> str:
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         return "an encoder that attends to later tokens too"
     return "not a causal language model"
+
+
+@contextmanager
+def missing_settings_named(config: PreTrainedConfig) -> Iterator[None]:
+    """Raise UnsuitableModelError if transformers reads a setting that a config does not have, as for its own DBRX."""
+    from transformers import PreTrainedConfig, __version__
+
+    try:
+        yield
+    except AttributeError as error:
+        if not isinstance(error.obj, PreTrainedConfig):
+            raise
+        raise UnsuitableModelError(
+            f"transformers {__version__} cannot build its architecture, {config.model_type}: it needs {error.name}, "
+            f"which its configuration does not have; {EXPECTED}"
+        ) from error
 
 
 def check_causal(model: PreTrainedModel) -> None:
