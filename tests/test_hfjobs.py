@@ -227,12 +227,61 @@ def test_retraining_is_started_by_a_schedule_or_by_new_data(
     assert all("TAGGER_DATA_REVISION" not in job.spec["environment"] for job in jobs.jobs.values())
 
 
+def test_a_webhook_of_others_is_not_taken_for_ours(
+    jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    set_command(monkeypatch, tmp_path, "    return 0")
+    assert call("retrain", "--when-data-changes", "--repo", "ada/one") == 0
+    [ours] = jobs.webhooks
+    jobs.webhooks = [{**ours, "id": "w0", "job": {**ours["job"], "labels": None}}, ours]
+    assert call("retrain", "--when-data-changes", "--repo", "ada/other") == 0
+    assert len(jobs.webhooks) == 3
+
+
+def test_a_refusal_to_list_webhooks_costs_nothing(
+    jobs: hub_jobs.JobsHub, loopback_hub: Hub, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loopback_hub.faults = [Fault("GET /api/settings/webhooks", "status", status=403)]
+    assert call("retrain", "--when-data-changes") == 2
+    assert "the list of webhooks: the Hub answered" in capfd.readouterr().err
+    assert not jobs.jobs
+
+
+def test_the_token_of_a_file_is_used_as_in_the_job(
+    jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    Path(".env").write_text(f"HF_TOKEN={WRITE_TOKEN}\n")
+    assert call("retrain", "--schedule", "@daily") == 0
+    [schedule] = jobs.schedules
+    assert schedule["jobSpec"]["secrets"] == {"HF_TOKEN": WRITE_TOKEN}
+    assert WRITE_TOKEN not in "".join(capfd.readouterr())
+
+
+def test_a_price_of_another_unit_is_shown_as_it_is(
+    jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    set_command(monkeypatch, tmp_path, "    return 0")
+    hardware = [{**each, "unitLabel": "fortnight"} for each in hub_jobs.HARDWARE]
+    monkeypatch.setattr(hub_jobs, "HARDWARE", hardware)
+    assert call("run") == 0
+    printed = capfd.readouterr()
+    assert "price: l4x1 costs $0.01 per fortnight, for at most 6 h by 3 attempts" in printed.err
+    assert "price: 90 s on l4x1\n" in printed.out
+    assert call("status") == 0
+    assert "90 s on l4x1; http" in capfd.readouterr().out
+
+
 def test_texts_and_parts_are_tagged_by_jobs(
     jobs: hub_jobs.JobsHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    set_command(monkeypatch, tmp_path, "    print(arguments)\n    return 0")
+    script = "    print(arguments, os.environ.get('TAGGER_SAMPLE_PROMPTS'))\n    return 0"
+    set_command(monkeypatch, tmp_path, script)
+    monkeypatch.setenv("TAGGER_SAMPLE_PROMPTS", '["of the settings"]')
     assert call("sample", "--text", "a song", "--text=-x") == 0
-    assert "['sample', '--', 'a song', '-x']" in capfd.readouterr().err
+    assert """['sample'] ["a song", "-x"]""" in capfd.readouterr().err
+    [job] = jobs.jobs.values()
+    assert "a song" not in json.dumps({**job.spec, "secrets": {}}), "the page of the job shows all but secrets"
     output = "hf://buckets/ada/texts/tags/"
     assert call("tag", "--input", "ada/texts", "--output", output, "--containers", "2") == 0
     assert "at most $28.80 for 6 h by 3 attempts of 2 jobs" in capfd.readouterr().err
@@ -260,6 +309,7 @@ def test_texts_and_parts_are_tagged_by_jobs(
         (["tag", "--input", "ada/x", "--output", "s3://b/"], {}, "TAGGER_TAG_OUTPUT=s3://b/ cannot be written there"),
         (["tag", "--containers", "0"], {}, "--containers 0: expected a number of at least 1"),
         (["retrain", "--schedule", "@daily", "--when-data-changes"], {}, "choose one"),
+        (["retrain", "--schedule", "@daily", "--run-id", "x"], {}, "would make all retrainings one run"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_job_is_started(

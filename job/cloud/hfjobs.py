@@ -90,11 +90,19 @@ class Jobs:
                 "TAGGER_HFJOBS_BUCKET to another name"
             )
 
-    def start(self, arguments: Sequence[str], env: Mapping[str, str]) -> JobInfo:
+    def start(
+        self,
+        arguments: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        secrets: Mapping[str, str] | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> JobInfo:
         """Start a job, which `running` has from then on; raises JobError if it is unknown whether it was started."""
+        spec = self._spec(arguments, env) | {"labels": LABELS | dict(labels or {})}
         try:
             with jobs_errors(f"a job of {self.namespace}"):
-                job = self.api.run_job(**self._spec(arguments, env), secrets=self._secrets)
+                job = self.api.run_job(**spec, secrets=self._secrets | dict(secrets or {}))
         except InvalidInputError as error:
             if (cause := error.__cause__) is None or not _was_sent(cause):
                 raise
@@ -114,18 +122,25 @@ class Jobs:
             )
         return job.id
 
-    def watch(self, job: JobInfo, dataset: str) -> str:
-        """Start a job again whenever a data set changes; return a sentence. A webhook that is there is kept."""
+    def find_webhook(self, dataset: str, labels: Mapping[str, str]) -> str | None:
+        """Return the id of the webhook that starts a job with these labels when a data set changes; None if none."""
+        with jobs_errors("the list of webhooks"):
+            for webhook in self.api.list_webhooks():
+                found = (webhook.job and webhook.job.labels) or {}
+                watched = [(item.type, item.name) for item in webhook.watched]
+                is_ours = found.items() >= (LABELS | dict(labels)).items() and watched == [("dataset", dataset)]
+                if is_ours and not webhook.disabled:
+                    return webhook.id
+        return None
+
+    def make_webhook(self, job: JobInfo, dataset: str) -> str:
+        """Start a job again whenever a data set changes; return the id of the webhook."""
         watched: list[Any] = [{"type": "dataset", "name": dataset}]
         with jobs_errors("a webhook", then=""):
-            for webhook in self.api.list_webhooks():
-                same = webhook.job is not None and webhook.job.command == job.command and not webhook.disabled
-                if same and any((item.type, item.name) == ("dataset", dataset) for item in webhook.watched):
-                    return f"the webhook {webhook.id} watches {dataset} already; delete it to change its settings"
             webhook = self.api.create_webhook(
                 job_id=job.id, watched=watched, domains=["repo"], secrets=dict(self._secrets)
             )
-        return f"the webhook {webhook.id} starts this job again whenever {dataset} changes"
+        return webhook.id
 
     @property
     def _secrets(self) -> dict[str, Any]:
@@ -250,17 +265,25 @@ def jobs_errors(what: str, then: str = ", then run the same command again") -> I
 
 def describe_price(hardware: JobHardwareInfo, hours: float, attempts: int, jobs: int = 1) -> str:
     """Return the line that says what a job costs at most."""
-    hourly = price_per_hour(hardware)
-    most = hourly * hours * attempts * jobs
     several = f" by {attempts} attempts" if attempts > 1 else ""
     several += f" of {jobs} jobs" if jobs > 1 else ""
+    hourly = price_per_hour(hardware)
+    if hourly is None:
+        each = f"${hardware.unit_cost_usd:.2f} per {printable_line(hardware.unit_label)}"
+        return f"price: {hardware.name} costs {each}, for at most {hours:g} h{several}"
+    most = hourly * hours * attempts * jobs
     return f"price: {hardware.name} costs ${hourly:.2f} an hour, at most ${most:.2f} for {hours:g} h{several}"
 
 
-def price_per_hour(hardware: JobHardwareInfo) -> float:
-    """Return the price of an hour in US dollars."""
-    units = {"second": 3600, "minute": 60, "hour": 1}
-    return hardware.unit_cost_usd * units[hardware.unit_label]
+def describe_cost(hourly: float | None, seconds: int) -> str:
+    """Return what some seconds cost, to follow them in a sentence; empty if the price of an hour is unknown."""
+    return "" if hourly is None else f"${hourly * seconds / 3600:.2f}"
+
+
+def price_per_hour(hardware: JobHardwareInfo) -> float | None:
+    """Return the price of an hour in US dollars; None if its unit is none that is known here."""
+    seconds = {"second": 1, "minute": 60, "hour": 3600}.get(hardware.unit_label)
+    return None if seconds is None else hardware.unit_cost_usd * 3600 / seconds
 
 
 def pinned_revisions(jobs: Jobs, settings: Settings) -> dict[str, str]:

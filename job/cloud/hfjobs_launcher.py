@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from job.cloud.container import (
 from job.cloud.hfjobs import (
     LABELS,
     Jobs,
+    describe_cost,
     describe_price,
     jobs_errors,
     pinned_revisions,
@@ -50,6 +53,7 @@ OVERRIDES = {
     "--image": "TAGGER_HFJOBS_IMAGE",
     **JOB_OVERRIDES,
 }
+PROMPTS = "TAGGER_SAMPLE_PROMPTS"
 CONTAINER = Container(
     "the container of Hugging Face Jobs", (), "a file in a bucket (hf://buckets/...)", "python hf_app.py tag"
 )
@@ -94,6 +98,8 @@ def parse_request(words: Sequence[str]) -> Request:
             subparser.add_argument(option, **keywords)
     options = parser.parse_args(words)
     apply_overrides(options, OVERRIDES | (TAG_OVERRIDES if options.command == "tag" else {}))
+    for name, value in environment.third_party_variables(options.recipe).items():
+        os.environ.setdefault(name, value)
     settings = environment.load(options.recipe)
     COMMANDS[options.command].validate(options, settings)
     env = {
@@ -117,6 +123,11 @@ def _validate_retrain(options: argparse.Namespace, settings: Settings) -> None:
     problems = []
     if options.schedule is not None and options.when_data_changes:
         problems.append("--schedule and --when-data-changes are two ways to start a job; choose one")
+    if settings.run.id is not None and (options.schedule is not None or options.when_data_changes):
+        problems.append(
+            f"TAGGER_RUN_ID={settings.run.id} (--run-id) would make all retrainings one run, which is refused with "
+            "other data; unset it"
+        )
     if options.when_data_changes and not is_on_hub(settings.data.dataset, DATA_SUFFIXES):
         problems.append(
             f"TAGGER_DATA_DATASET={settings.data.dataset} is no data set on the Hub, and only these can be watched"
@@ -239,12 +250,25 @@ def _run(request: Request, jobs: Jobs) -> None:
     if schedule is not None:
         print(f"the scheduled job {jobs.schedule([request.command], env, schedule)} retrains at {schedule}")
         return
-    watch = request.command == "retrain" and request.options.when_data_changes
-    if not watch:  # all attempts resume one run, also if the Hub has a new commit by then
-        env = {**env, **pinned_revisions(jobs, request.settings)}
-    job = jobs.start([request.command], env)
-    if watch:
-        print(jobs.watch(job, request.settings.data.dataset))
+    if request.command == "retrain" and request.options.when_data_changes:
+        _retrain_when_data_changes(request, jobs, hardware)
+        return
+    # all attempts resume one run, also if the Hub has a new commit by then
+    job = jobs.start([request.command], {**env, **pinned_revisions(jobs, request.settings)})
+    _finish(jobs, [job], hardware)
+
+
+def _retrain_when_data_changes(request: Request, jobs: Jobs, hardware: JobHardwareInfo) -> None:
+    """Retrain now, and by a webhook whenever the data set changes; a webhook that is there is kept."""
+    dataset, settings = request.settings.data.dataset, request.settings
+    identity = (jobs.namespace, dataset, settings.hub.repo, settings.base.model)
+    labels = {"retrains": hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}
+    webhook = jobs.find_webhook(dataset, labels)  # before a job is paid for: the token may not read webhooks
+    job = jobs.start([request.command], request.env, labels=labels)
+    if webhook is None:
+        print(f"the webhook {jobs.make_webhook(job, dataset)} starts this job again whenever {dataset} changes")
+    else:
+        print(f"the webhook {webhook} watches {dataset} already; delete it to change its settings")
     _finish(jobs, [job], hardware)
 
 
@@ -258,7 +282,10 @@ def _prepare(request: Request, jobs: Jobs, count: int = 1) -> JobHardwareInfo:
 
 def _sample(request: Request, jobs: Jobs) -> None:
     hardware = _prepare(request, jobs)
-    _finish(jobs, [jobs.start(["sample", "--", *request.options.text], request.env)], hardware)
+    # the page of a job shows its command and variables, but no secrets
+    texts = {PROMPTS: json.dumps(request.options.text, ensure_ascii=False)}
+    env = {name: value for name, value in request.env.items() if name.upper() not in (PROMPTS, "TAGGER_SAMPLE_INPUT")}
+    _finish(jobs, [jobs.start(["sample"], env, secrets=texts)], hardware)
 
 
 def _tag(request: Request, jobs: Jobs) -> None:
@@ -283,7 +310,8 @@ def _finish(jobs: Jobs, started: Sequence[JobInfo], hardware: JobHardwareInfo) -
         if outcome["exit_code"]:
             print_error(f"the job {job.id} ended with {outcome['exit_code']}: {outcome['message']}")
         code = code or outcome["exit_code"]
-    print(f"price: {seconds} s on {hardware.name}, about ${price_per_hour(hardware) * seconds / 3600:.2f}")
+    cost = describe_cost(price_per_hour(hardware), seconds)
+    print(f"price: {seconds} s on {hardware.name}{f', about {cost}' if cost else ''}")
     if code:
         raise SystemExit(code)
 
@@ -293,12 +321,10 @@ def _status(request: Request, jobs: Jobs) -> None:
         prices = {hardware.name: price_per_hour(hardware) for hardware in jobs.api.list_jobs_hardware()}
         for job in jobs.api.list_jobs(namespace=jobs.namespace, labels=LABELS):
             seconds = (job.durations and job.durations.running_secs) or 0
-            price = prices.get(str(job.flavor))
-            cost = "" if price is None else f", ${price * seconds / 3600:.2f}"
+            cost = describe_cost(prices.get(str(job.flavor)), seconds)
+            took = f"{seconds} s on {job.flavor}{f', {cost}' if cost else ''}"
             command = " ".join((job.command or [])[3:])
-            print(
-                printable_line(f"job {job.id}: {stage(job)}, {command}, {seconds} s on {job.flavor}{cost}; {job.url}")
-            )
+            print(printable_line(f"job {job.id}: {stage(job)}, {command}, {took}; {job.url}"))
     objects = jobs.open_store()
     for run_id in stored_ids(objects):
         if request.settings.run.id in (None, run_id):
