@@ -38,6 +38,8 @@ class Store:
     requests: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    is_conditional: bool = True
+    """Whether If-None-Match is respected; some services ignore it."""
     bytes_per_second: int | None = None
     """How fast contents are sent."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -136,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             if "uploadId" in query:
                 body = b"".join(content for _, content in sorted(store.uploads[query["uploadId"][0]].items()))
-            if "If-None-Match" in self.headers and key in store.objects:
+            if store.is_conditional and "If-None-Match" in self.headers and key in store.objects:
                 self.answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
                 return
             store.objects[key] = body

@@ -20,7 +20,7 @@ from processes import free_port
 from job import cli, pipeline
 from job.config import environment
 from job.distributed import launcher
-from job.distributed.place import Place
+from job.distributed.place import WORKER, Place
 from job.errors import InvalidInputError, JobError
 from job.types import Summary
 
@@ -73,6 +73,26 @@ def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> 
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     return psutil.Process(process.pid).children()
+
+
+def test_progress_that_cannot_be_stored_ends_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "WATCH_SECONDS", 0.02)
+    other = subprocess.Popen(["sleep", "30"])
+    monkeypatch.setenv(WORKER, "assignment.json")
+
+    def notify() -> None:
+        raise JobError("another process has taken over the run")
+
+    def train() -> None:
+        with launcher._repeated(notify):
+            assert subprocess.Popen(["sleep", "30"]).wait(10) == -signal.SIGTERM
+            raise KeyboardInterrupt  # as it is raised when a process was interrupted
+
+    with pytest.raises(JobError, match="another process has taken over"):
+        train()
+    assert other.poll() is None
+    other.kill()
+    other.wait()
 
 
 RESULTS = ("adapter/adapter_model.safetensors", "log.jsonl", "predictions.jsonl", "samples.jsonl")

@@ -8,7 +8,7 @@ import re
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ import s3
 from s3 import Fault
 from tiny_run import set_tiny_environment
 
-from job import pipeline
+from job import pipeline, preflight
 from job.cli import main
 from job.errors import GateRejected, InvalidInputError, JobError, PublishError
+from job.notify import Ending
 from job.runs import ownership, shutdown, store
+from job.runs.objects import Objects
 from job.runs.run_folder import RunFolder
 from job.runs.store_lease import StoreLease
 from job.runs.stored_run import StoredRun, fetch, marked
@@ -173,6 +175,54 @@ def test_an_owner_that_was_replaced_changes_nothing(
     second.release()
 
 
+class Busy:
+    """Objects whose owner saves and prunes after each of the first `times` listings of a reader."""
+
+    def __init__(self, objects: Objects, save: Callable[[], None], times: int) -> None:
+        self.objects, self.save, self.times, self.url = objects, save, times, objects.url
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.objects, name)
+
+    def list(self, prefix: str) -> dict[str, int]:
+        found = self.objects.list(prefix)
+        self.times -= 1
+        if self.times >= 0:
+            self.save()
+        return found
+
+
+def test_a_run_whose_owner_saves_meanwhile_is_read(
+    stored_run: StoredRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, lease = write_run(tmp_path / "a", one="0"), StoreLease(stored_run)
+    sender, numbers = store._Upload(stored_run, lease, run.path), iter(range(1, 99))
+
+    def save() -> None:
+        for _ in range(store.KEPT_SEALS):
+            write_run(run.path, one=str(next(numbers)))
+            sender._send(store._State(run.path))
+
+    save()
+    for times in (1, 3):
+        assert StoredRun(Busy(stored_run.objects, save, times), "run").read("one") == (run.path / "one").read_bytes()
+        copy, folder = StoredRun(Busy(stored_run.objects, save, times), "run"), tmp_path / f"b{times}"
+        assert copy.restore(folder) == stored_run.seals()[0]
+        assert (folder / "one").read_text() == (run.path / "one").read_text()
+    assert "cannot be used" not in caplog.text
+    assert sender.finish() is None
+    lease.release()
+
+
+def test_a_run_without_any_state_that_can_be_used_says_so(stored_run: StoredRun, tmp_path: Path) -> None:
+    upload(stored_run, write_run(tmp_path / "a"), {"one": "1"}, {"one": "2"})
+    stored_run.delete([name for name in stored_run.names() if "/files/" in name])
+    assert stored_run.read("one") is None
+    with pytest.raises(InvalidInputError, match="none of the 2 states in .* can be used"):
+        stored_run.restore(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 @contextmanager
 def no_more_files(most: int) -> Iterator[None]:
     """Let this process open only `most` more files."""
@@ -207,6 +257,15 @@ def test_what_is_written_last_is_stored(stored_run: StoredRun, tmp_path: Path) -
         run.notify_saved()
         write_run(run.path, **{"tracking/wandb.json": "everything was sent"})
     assert stored_run.read("tracking/wandb.json") == b"everything was sent"
+
+
+def test_a_folder_that_was_deleted_replaces_no_state(stored_run: StoredRun, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    upload(stored_run, run, {"one": "1"})
+    shutil.rmtree(run.path)
+    run.path.mkdir()
+    upload(stored_run, run, {})
+    assert stored_run.read("one") == b"1"
 
 
 def test_only_what_the_job_has_written_is_deleted(stored_run: StoredRun, tmp_path: Path) -> None:
@@ -315,6 +374,19 @@ def test_a_run_resumes_on_an_empty_disk_as_if_it_had_not_been_interrupted(
     assert main(["run"]) == 0
     for name in RESULTS:
         assert Path("resumed", name).read_bytes() == Path("runs/tiny", name).read_bytes(), name
+
+
+def test_a_run_that_another_process_stored_meanwhile_is_compared_again(
+    tiny: pytest.MonkeyPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.setenv("TAGGER_LORA_R", "3")
+    waiting = preflight.check(settings_of(tiny))  # nothing is stored yet
+    tiny.setenv("TAGGER_LORA_R", "16")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(settings_of(tiny), interrupt_at(1))
+    shutil.rmtree("runs")
+    with pytest.raises(InvalidInputError, match="TAGGER_LORA_R was 16 and is 3"):
+        pipeline.run_checked(waiting, Ending())
 
 
 def test_a_complete_run_is_used_from_the_store(

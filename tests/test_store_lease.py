@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import s3
 
 from job.errors import InvalidInputError, JobError
+from job.runs.objects import open_objects
 from job.runs.store_lease import StoreLease
 from job.runs.stored_run import StoredRun
 
@@ -29,6 +31,33 @@ def test_a_run_has_one_owner(stored_run: StoredRun, monkeypatch: pytest.MonkeyPa
     second = StoreLease(stored_run)  # at once
     assert second.generation == lease.generation + 1
     second.release()
+
+
+def test_of_two_owners_of_one_generation_one_is_told(bucket: s3.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without conditional writes, two that start at once both write the same lease."""
+    bucket.is_conditional = False
+    stored_run = StoredRun(open_objects("s3://bucket/x"), "run")
+    first = StoreLease(stored_run)
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreLease, "_newest", lambda lease: None)  # it has looked before the first one wrote
+        second = StoreLease(stored_run)
+    assert first.generation == second.generation
+    second.check_store()
+    with pytest.raises(JobError, match="another process has taken over"):
+        first.check_store()
+    first.release()
+    second.check_store()
+    second.release()
+
+
+def test_a_lease_that_is_overwritten_at_once_is_refused(bucket: s3.Store) -> None:
+    class Overtaken(StoredRun):
+        def put_if_absent(self, name: str, content: bytes) -> bool:
+            self.put(name, b'{"token": "other", "pid": 7, "host": "there"}')
+            return True
+
+    with pytest.raises(InvalidInputError, match="another process is working on .*process 7 on there"):
+        StoreLease(Overtaken(open_objects("s3://bucket/x"), "run"))
 
 
 def test_a_lease_that_is_not_renewed_is_taken_over_and_its_owner_notices(

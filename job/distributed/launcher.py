@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,15 +155,23 @@ def _environment(processes: int, assignment: Path, *, offline: bool) -> Iterator
 
 @contextmanager
 def _repeated(function: Callable[[], None] | None) -> Iterator[None]:
-    """Call a function every WATCH_SECONDS in another thread, and once more at the end of the block."""
+    """Call a function every WATCH_SECONDS in another thread, and once more at the end of the block.
+
+    If it fails, the processes of the run are interrupted, and its error is raised once they have ended.
+    """
     if function is None:
         yield
         return
     ended = threading.Event()
+    failures: list[Exception] = []
 
     def watch() -> None:
-        while not ended.wait(WATCH_SECONDS):
-            function()
+        try:
+            while not ended.wait(WATCH_SECONDS):
+                function()
+        except Exception as error:
+            failures.append(error)
+            _interrupt_workers(ended)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -172,7 +180,30 @@ def _repeated(function: Callable[[], None] | None) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+        if failures:
+            raise failures[0]
         function()
+
+
+def _interrupt_workers(ended: threading.Event) -> None:
+    """Interrupt the processes that there are or will be, until the event is set."""
+    interrupted: set[int] = set()  # a second signal would end a process before it has saved
+    while not ended.wait(WATCH_SECONDS / 10):
+        for process in _workers() - interrupted:
+            interrupted.add(process)
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+
+
+def _workers() -> set[int]:
+    """Return the processes that this one has started to take part in the run."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            parent = int((folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+            if parent == os.getpid() and f"\0{WORKER}=".encode() in b"\0" + (folder / "environ").read_bytes():
+                found.add(int(folder.name))
+    return found
 
 
 def leave_error(assignment: Assignment, rank: int, message: str | None, *, lost: bool = False) -> None:

@@ -76,6 +76,8 @@ class RunFolder:
         """The copy of the run in TAGGER_RUN_STORE, while this process owns it."""
         self.in_store = False
         """Whether the manifest is that of a copy, which is not on this disk yet."""
+        self._inputs: tuple[Settings, SplitData] | None = None
+        """What the run was opened with."""
         self.on_begun: Callable[[], None] | None = None
         """Called when this process has begun an attempt of the run, or the processes that it starts are about to."""
         self.memory: MemoryMeter | None = None
@@ -115,15 +117,26 @@ class RunFolder:
         Raises InvalidInputError when the folder cannot be written, holds other files, or a run with other
         settings or data.
         """
+        run = cls._find(settings, examples)
+        run._inputs = (settings, examples)
+        if run.started:
+            run.check_inputs()
+        return run
+
+    def check_inputs(self) -> None:
+        """Raise InvalidInputError if the manifest is of other settings or data than those the run was opened with."""
+        if self._inputs is not None:
+            self._check_same_inputs(*self._inputs)
+
+    @classmethod
+    def _find(cls, settings: Settings, examples: SplitData) -> RunFolder:
         run_id = settings.run.id or default_run_id(settings, examples)
         path = settings.run.dir / run_id
         if settings.run.id is None and not (path / "manifest.json").is_file():
             path = _run_of_earlier_version(settings, examples) or path
         _check_folder(path)
         if (path / "manifest.json").is_file():
-            run = cls(path, read_manifest(path))
-            run._check_same_inputs(settings, examples)
-            return run
+            return cls(path, read_manifest(path))
         if path.is_dir() and not _is_unused(path):
             raise InvalidInputError(
                 f"{path} holds files but no run (no manifest.json); set TAGGER_RUN_ID to another name"
@@ -131,7 +144,6 @@ class RunFolder:
         if (manifest := _stored_manifest(settings.run, path)) is not None:
             run = cls(path, manifest)
             run.in_store = True
-            run._check_same_inputs(settings, examples)
             return run
         return cls(path, _new_manifest(run_id, settings, examples))
 

@@ -110,6 +110,7 @@ def _bring_down(copy: StoredRun, run: RunFolder) -> bool:
         return False
     run.in_store = False
     run.manifest = read_manifest(run.path)
+    run.check_inputs()  # another process may have stored it after this one compared
     return True
 
 
@@ -204,7 +205,7 @@ class _Upload:
             raise state.problem
         generation = self._lease.generation
         files: Checksums = {name: state.checksum(name, self._digests) for name in state.files}
-        if _contents(files) == self._newest:
+        if not files or _contents(files) == self._newest:  # a folder that was deleted replaces nothing
             return
         needed = {data_name(generation, entry): name for name, entry in files.items()}
         missing = [name for name in needed if name not in self._sent]

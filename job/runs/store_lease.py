@@ -62,8 +62,12 @@ class StoreLease(Owner):
 
     def check_store(self) -> None:
         """Look into the store, then do as `check`."""
-        self.lost = self.lost or (self._newest() or 0) > self.generation
+        self.lost = self.lost or (self._newest() or 0) > self.generation or not self._is_ours()
         self.check()
+
+    def _is_ours(self) -> bool:
+        """Return whether the lease names no other process: two may write it where conditional writes are ignored."""
+        return self._read(self.generation).get("token") in (None, self._content["token"])
 
     def release(self) -> None:
         """End the lease, so that another process need not wait."""
@@ -93,6 +97,9 @@ class StoreLease(Owner):
             seals = self._stored.seals()
             generation = 1 + max(newest or 0, seals[0].generation if seals else 0)
             if self._stored.put_if_absent(_name(generation), json.dumps(self._content).encode()):
+                found = self._read(generation)
+                if found.get("token") != self._content["token"]:
+                    raise refused(self._stored.name, found)
                 self._delete_before(generation - 1)
                 return generation
 

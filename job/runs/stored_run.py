@@ -18,11 +18,11 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from job.errors import InvalidInputError
 from job.runs import atomic, ownership
@@ -32,6 +32,7 @@ from job.settings import Run
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 SEAL_VERSION = 1
 MARKER = ".stored.json"
 """In the folder of a run: which seal of which store it was last equal to."""
@@ -40,6 +41,8 @@ OBJECT_NAME = re.compile(r"lease/(\d{6})\.json|(\d{6})/(?:seals/\d{6}\.json|file
 """What the job writes below the name of a run; other objects are not its own."""
 SHA256 = re.compile("[0-9a-f]{64}")
 ADAPTER = "adapter/adapter_config.json"
+LISTINGS = 5
+"""How often the states of a run are listed, if its owner deletes them while they are read."""
 CHECKPOINT = re.compile(r"checkpoints/checkpoint-(\d+)/")
 
 
@@ -86,15 +89,16 @@ class StoredRun:
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file in the newest state that can be read; None if there is none."""
-        for seal in self.seals():
-            try:
-                entry = self._files(seal).get(name)
-            except DamagedError:
-                continue
-            content = None if entry is None else self.get(data_name(seal.generation, entry))
-            if entry is not None and content is not None and hashlib.sha256(content).hexdigest() == entry["sha256"]:
-                return content
-        return None
+
+        def read_from(seal: Seal) -> bytes | None:
+            if (entry := self._files(seal).get(name)) is None:
+                return None
+            content = self.get(data_name(seal.generation, entry))
+            if content is None or hashlib.sha256(content).hexdigest() != entry["sha256"]:
+                raise DamagedError(f"{name} is missing or has changed")
+            return content
+
+        return self._from_newest(read_from)[0]
 
     def restore(self, path: Path) -> Seal | None:
         """Replace a run's folder by the newest state that verifies; return its seal, None if nothing is stored.
@@ -104,30 +108,47 @@ class StoredRun:
         that is stored can be used.
         """
         _refuse_other_files(path)
-        seals = self.seals()
-        for seal in seals:
-            try:
-                files = self._files(seal)
-                with atomic.atomic_directory(path) as folder:
-                    for name, entry in files.items():
-                        self._bring(seal, entry, path / name, folder / name)
-                    _keep_times(folder, files)
-                    mark(folder, self.name, seal, own=False)
-                    _keep_lock(path, folder)
-            except DamagedError as error:
-                log.warning("run: %s in %s cannot be used: %s; trying the one before it", seal.name, self.name, error)
-                continue
-            step = max((int(match[1]) for name in files if (match := CHECKPOINT.match(name))), default=None)
-            log.info(
-                "run: restored from %s%s", self.name, "" if step is None else f", with the checkpoint of step {step}"
-            )
-            return seal
-        if seals:
+        seal, tried = self._from_newest(lambda seal: self._restore_from(seal, path))
+        if seal is None and tried:
             raise InvalidInputError(
-                f"none of the {len(seals)} states in {self.name} can be used; remove it, or set TAGGER_RUN_ID to "
-                "another name"
+                f"none of the {tried} states in {self.name} can be used; remove it, or set TAGGER_RUN_ID to another "
+                "name"
             )
-        return None
+        return seal
+
+    def _restore_from(self, seal: Seal, path: Path) -> Seal:
+        files = self._files(seal)
+        with atomic.atomic_directory(path) as folder:
+            for name, entry in files.items():
+                self._bring(seal, entry, path / name, folder / name)
+            _keep_times(folder, files)
+            mark(folder, self.name, seal, own=False)
+            _keep_lock(path, folder)
+        step = max((int(match[1]) for name in files if (match := CHECKPOINT.match(name))), default=None)
+        log.info("run: restored from %s%s", self.name, "" if step is None else f", with the checkpoint of step {step}")
+        return seal
+
+    def _from_newest(self, use: Callable[[Seal], T]) -> tuple[T | None, int]:
+        """Return what `use` makes of the newest state for which it raises no DamagedError, and how many were tried.
+
+        The owner may save and prune meanwhile, so that all states of a list are gone: then there are newer ones.
+        """
+        tried: set[Seal] = set()
+        for _ in range(LISTINGS):
+            seals = [seal for seal in self.seals() if seal not in tried]
+            for seal in seals:
+                tried.add(seal)
+                try:
+                    return use(seal), len(tried)
+                except DamagedError as error:
+                    self._report_damage(seal, error)
+            if not seals:
+                break
+        return None, len(tried)
+
+    def _report_damage(self, seal: Seal, error: DamagedError) -> None:
+        if self.get(seal.name) is not None:  # its owner has not pruned it
+            log.warning("run: %s in %s cannot be used: %s; trying the one before it", seal.name, self.name, error)
 
     def newest_files(self) -> Checksums | None:
         """Return the files of the newest state with their checksums; None if there is none that can be read."""
