@@ -40,7 +40,7 @@ def load(settings: Settings, adapter: Path | str, compute: ComputeSpec, *, texts
 
     Raises InvalidInputError when the adapter is absent or damaged; with several processes, when they tag.
     """
-    batches = -(-texts // settings.sample.batch_size)
+    batches = -(-texts // device.texts_per_batch(settings.sample.batch_size, compute.device))
     processes = max(1, min(batches, count_processes(settings, compute)))
     if processes == 1:
         return load_tagger(settings, adapter, compute)

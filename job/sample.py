@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx2
 import peft
@@ -32,7 +33,7 @@ from job.hub import client as hub
 from job.settings import Data, Sample, Settings
 from job.system import adapter_files, events
 from job.system.adapter_files import AdapterConfig
-from job.system.device import ComputeSpec
+from job.system.device import ComputeSpec, is_out_of_memory, release_memory, texts_per_batch
 from job.system.progress import Progress
 from job.types import Published, TaggedText
 
@@ -41,8 +42,12 @@ if TYPE_CHECKING:
 
     from job.distributed.group import Group
 
-BATCH_TOKENS = 8192
+log = logging.getLogger(__name__)
+
+BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 """Most tokens in a batch, padding and answers included, so that memory is bounded for long texts too."""
+T = TypeVar("T")
+
 READ_ERRORS = (OSError, ValueError, SafetensorError, httpx2.HTTPError)
 """What reading a file raises when the file is absent or damaged, or when the Hub does not serve it."""
 
@@ -73,6 +78,9 @@ class Tagger:
         self._data: Data = settings.data
         self._sample: Sample = settings.sample
         self._compute = compute
+        self._rows = texts_per_batch(settings.sample.batch_size, compute.device)
+        self._most_rows: int | None = None
+        """Texts that share a forward pass since memory ran out."""
         self.decoding = decoding
         self.scorers = scorers or Scorers()
         """What decoding without generation needs; a new adapter gets it after training, by `set_scorers`."""
@@ -164,28 +172,53 @@ class Tagger:
 
         Texts of similar length share a batch, so that little is padded: at most `batch_size` texts, and at most
         BATCH_TOKENS tokens unless a single text has more. Where padding would change the answers, they have the same
-        length. `share` is a number and a count: of so many batches, only the one with this number is computed, so that
-        the batches do not depend on who computes them.
+        length. Where memory runs out, a batch is computed in parts. `share` is a number and a count: of so many
+        batches, only the one with this number is computed, so that the batches do not depend on who computes them.
         """
         encoded = self._encode(texts)
         greedy = self.decoding.decoding == "greedy"
-        self._model.eval()
-        for batch in itertools.islice(self._batches([len(ids) for ids in encoded]), share[0], None, share[1]):
+
+        def compute(batch: Sequence[int]) -> list[_Answer]:
             prompts = [encoded[i] for i in batch]
-            found = self._greedy(prompts) if greedy else self._score(prompts, [texts[i] for i in batch])
-            for i, answer in zip(batch, found, strict=True):
+            return self._greedy(prompts) if greedy else self._score(prompts, [texts[i] for i in batch])
+
+        for batch in itertools.islice(self._batches([len(ids) for ids in encoded]), share[0], None, share[1]):
+            for i, answer in zip(batch, self._in_memory(compute, batch), strict=True):
                 yield i, self._tagged_text(texts[i], *answer)
 
     def hidden_states(self, texts: Sequence[str]) -> torch.Tensor:
         """Return the mean hidden state of the prompt of each text, float32 [texts, hidden size], for a tag head."""
         encoded = self._encode(texts)
-        self._model.eval()
         states: dict[int, torch.Tensor] = {}
         with Progress(events.chapter() or "tag", len(texts), "texts") as progress:
             for batch in self._batches([len(ids) for ids in encoded]):
-                states.update(zip(batch, self._states([encoded[i] for i in batch]), strict=True))
+                found = self._in_memory(lambda rows: list(self._states([encoded[i] for i in rows])), batch)
+                states.update(zip(batch, found, strict=True))
                 progress.add(len(batch))
         return torch.stack([states[i] for i in range(len(texts))])
+
+    def _in_memory(self, compute: Callable[[Sequence[int]], list[T]], batch: Sequence[int]) -> list[T]:
+        """Return what `compute` does for a batch; divide it where memory runs out, and so later ones too."""
+        self._model.eval()
+        rows = min(len(batch), self._most_rows or len(batch))
+        try:
+            with self._kernels():
+                return [found for start in range(0, len(batch), rows) for found in compute(batch[start : start + rows])]
+        except (RuntimeError, MemoryError) as error:
+            if rows == 1 or not is_out_of_memory(error):
+                raise
+        release_memory(self._compute.device)
+        self._most_rows = rows // 2
+        log.warning("tag: out of memory; at most %d texts now share a forward pass", self._most_rows)
+        return self._in_memory(compute, batch)
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        """Return the context with the forward passes of training on a GPU, which has fewer kernels to start then."""
+        if self._compute.device.type == "cpu":
+            return nullcontext()
+        from job.training import memory_efficient
+
+        return memory_efficient.patched(self._model)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         reserved = self._sample.max_new_tokens
@@ -194,11 +227,12 @@ class Tagger:
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Yield the positions of the prompts in each batch."""
         by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+        most_tokens = BATCH_TOKENS.get(self._compute.device.type, BATCH_TOKENS["cuda"])
         branches = MAX_BRANCHES_PER_TEXT if "marginal" in self.decoding.parts else 1
         while by_length:
             # longest first: if memory does not suffice, that shows at once
             tokens = (lengths[by_length[-1]] + self._sample.max_new_tokens) * branches
-            rows = max(1, min(self._sample.batch_size, BATCH_TOKENS // tokens))
+            rows = max(1, min(self._rows, most_tokens // tokens))
             batch = by_length[-rows:]
             if not self._pads:
                 batch = [i for i in batch if lengths[i] == lengths[batch[-1]]]

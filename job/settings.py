@@ -396,7 +396,11 @@ class Sample(SettingsGroup):
         "number that it was chosen with; 1 is faster and less accurate; empty: as saved with the adapter; when "
         "training, 20.",
     )
-    batch_size: int = Field(16, ge=1, le=65536, description="Texts per forward pass when tagging.")
+    batch_size: Annotated[int, Field(ge=1, le=65536)] | None = Field(
+        None,
+        description="Texts per forward pass when tagging; empty: 16 on a CPU, 256 on a GPU. Long texts, and memory "
+        "that runs out, make them fewer.",
+    )
 
 
 class Tag(SettingsGroup):

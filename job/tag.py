@@ -237,7 +237,9 @@ def _commit(repo: str, revision: str | None) -> str:
 
 def _stream(job: Job, settings: Settings, load: Callable[[], TextTagger]) -> list[str]:
     """Write the answers to standard output, batch by batch; the summary goes to the log."""
-    rows = settings.sample.batch_size
+    from job.system.device import choose_device, texts_per_batch
+
+    rows = texts_per_batch(settings.sample.batch_size, choose_device(settings.run.device))
     if job.data.dataset == STREAM:
         tagger = load()
         batches = batches_of_lines(sys.stdin.buffer, job, rows)

@@ -53,7 +53,7 @@ def opened(tokenizer: PreTrainedTokenizerFast, max_tags: int = MAX_TAGS) -> Open
 def generate(state: DecoderState, logits: Sequence[torch.Tensor]) -> list[int]:
     ids = []
     for row in logits:
-        ids.append(state.step(row, row.logsumexp(0)))
+        ids.append(state.step(row, float(row.logsumexp(0))))
         if state.closed:
             break
     return ids
@@ -182,8 +182,9 @@ def test_tags_with_the_same_tokens_count_as_the_first(llama_tokenizer: PreTraine
         assert state.closed
 
 
-def test_each_answer_of_a_batch_has_its_own_state(llama_tokenizer: PreTrainedTokenizerFast) -> None:
-    vocabulary = closed(llama_tokenizer, TAGS)
+@pytest.mark.parametrize("kind", ["closed", "open"])
+def test_each_answer_of_a_batch_has_its_own_state(llama_tokenizer: PreTrainedTokenizerFast, kind: str) -> None:
+    vocabulary = closed(llama_tokenizer, TAGS) if kind == "closed" else opened(llama_tokenizer)
     states = [vocabulary.new_state(), vocabulary.new_state()]
     steps = [
         torch.stack(rows)
@@ -193,8 +194,10 @@ def test_each_answer_of_a_batch_has_its_own_state(llama_tokenizer: PreTrainedTok
     for logits in steps:
         for row, i in zip(ids, constrain(states, logits).argmax(1).tolist(), strict=True):
             row.append(i)
-    for seed, row in zip((1, 2), ids, strict=True):
-        alone = generate(vocabulary.new_state(), random_logits(llama_tokenizer, seed))
+    for seed, row, state in zip((1, 2), ids, states, strict=True):
+        single = vocabulary.new_state()
+        alone = generate(single, random_logits(llama_tokenizer, seed))
+        assert state.tags == single.tags, "tags and confidences"
         assert row[: len(alone)] == alone
         assert set(row[len(alone) :]) == {llama_tokenizer.eos_token_id}
 

@@ -210,3 +210,14 @@ def test_more_processes_than_gpus_or_examples_are_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InvalidInputError, match=problem):
         count_processes(setting, torch.device(device), examples_per_step=examples)
+
+
+def test_other_errors_are_not_out_of_memory() -> None:
+    assert not device.is_out_of_memory(RuntimeError("shape mismatch"))
+    assert device.is_out_of_memory(MemoryError())
+
+
+def test_a_gpu_tags_more_texts_at_a_time_than_a_cpu() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert device.texts_per_batch(None, cpu) < device.texts_per_batch(None, gpu)
+    assert device.texts_per_batch(7, cpu) == device.texts_per_batch(7, gpu) == 7

@@ -54,3 +54,13 @@ def test_padding_changes_no_gradient(tmp_path: Path, shape: str) -> None:
         padded_loss, found = own(model, rows, compute, kernels=Kernels(attention="varlen", graphs="on"))
         assert padded_loss == pytest.approx(loss, rel=1e-4)
         assert cosine(found, expected) > 0.9995
+
+
+def test_the_steps_of_a_run_have_few_sizes() -> None:
+    sizes = set()
+    for step in range(100):
+        found = pad_inputs(*inputs(examples(16, seed=step)))
+        assert found is not None
+        padded, longest = found
+        sizes.add((longest, *(tensor.shape for tensor in padded.values())))
+    assert len(sizes) <= 12, "each size is computed twice before its recording is used"

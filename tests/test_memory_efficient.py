@@ -159,3 +159,17 @@ def test_less_is_saved_for_the_backward_pass(request: pytest.FixtureRequest, arc
         keys.set_tokens(keys.tokens(0, [0], [IDS.shape[1]], packed=False))
         efficient = saved_bytes(lambda: own_loss(model))
     assert efficient < 0.9 * original, (efficient, original, weights)
+
+
+def test_adapters_that_are_switched_off_stay_off(bloom: Path) -> None:
+    model = make_model(bloom).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(input_ids=ids).logits
+        with memory_efficient.patched(model):
+            assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-5)
+    with torch.no_grad(), memory_efficient.patched(model):
+        assert not torch.allclose(model(input_ids=ids).logits, expected, atol=1e-2)

@@ -19,7 +19,7 @@ from job.errors import InvalidInputError
 from job.freeze import freeze
 from job.lora import add_adapters, save_adapter
 from job.quantize import load_model, load_tokenizer
-from job.sample import Tagger, load_tagger
+from job.sample import BATCH_TOKENS, Tagger, load_tagger
 from job.settings import Settings
 from job.types import Example
 
@@ -96,11 +96,51 @@ def test_a_batch_keeps_to_its_tokens(llama: Path, tmp_path: Path, monkeypatch: p
     tagger.tag(["rain"])
     [(_, short)] = batches
     budget = 4 * (short + 12)
-    monkeypatch.setattr("job.sample.BATCH_TOKENS", budget)
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", budget)
     batches.clear()
     assert tagger.tag(texts) == answers
     assert sorted(rows for rows, _ in batches) == [1, 1, 4, 4]
     assert all(rows == 1 or rows * (width + 12) <= budget for rows, width in batches)
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "marginal"])
+def test_a_batch_is_divided_where_memory_runs_out(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, decoding: str
+) -> None:
+    sample = {"decoding": decoding, "vocabulary": "seen", "max_new_tokens": 12}
+    settings = make_settings(llama, tmp_path, sample=sample)
+    model = load_model(settings.base, CPU)
+    texts = ["rain", "a song", "bread", "two friends", "the sea"]
+    expected = make_tagger(settings, model).tag(texts)
+    widest: list[int] = []
+
+    def allocate(_: object, __: object, inputs: dict[str, Any]) -> None:
+        rows, width = inputs["input_ids"].shape
+        if width > 1:  # the prompts
+            widest.append(rows)
+            if rows > 2:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    model.register_forward_pre_hook(allocate, with_kwargs=True)
+    tagger = make_tagger(settings, model)
+    assert [answer.tags for answer in tagger.tag(texts)] == [answer.tags for answer in expected]
+    assert widest[:2] == [5, 2], "half of five texts"
+    assert "out of memory; at most 2 texts now share a forward pass" in caplog.text
+    widest.clear()
+    tagger.tag(texts)
+    assert max(widest) == 2, "later batches are not tried with more"
+
+
+def test_a_single_text_that_does_not_fit_into_memory_is_an_error(llama: Path, tmp_path: Path) -> None:
+    settings = make_settings(llama, tmp_path)
+    model = load_model(settings.base, CPU)
+
+    def allocate(*_: object) -> None:
+        raise MemoryError
+
+    model.register_forward_pre_hook(allocate)
+    with pytest.raises(MemoryError):
+        make_tagger(settings, model).tag(["rain"])
 
 
 def test_generation_stops_when_all_lists_are_closed(llama: Path, tmp_path: Path) -> None:

@@ -36,21 +36,22 @@ JOB = (*LOOP, "datasets", "httpx2", "regex", "jinja2", "scipy", "sklearn", "matp
 
 def checks(recipe_steps: int = 200) -> list[Check]:
     """Return every check, in order: first what shows where the time goes."""
-    from bench.gpu import decoding, gradients, machine, memory, processes, recipe, speed, training
+    from bench.gpu import alternatives, decoding, gradients, machine, memory, processes, recipe, speed, training
 
     return [
         Check("machine", machine.check_machine, seconds=10),
         Check("profile", speed.check_profile, seconds=25),
         Check("kernels", gradients.check_kernels, seconds=15),
-        Check("speed", speed.check_speed, seconds=90),
+        Check("speed", speed.check_speed, seconds=100),
         Check("gradients", gradients.check_gradients, seconds=120),
+        Check("alternatives", alternatives.check_alternatives, seconds=40),
         Check("memory", memory.check_memory, seconds=15),
         Check("overflow", training.check_overflow, seconds=15),
         Check("out-of-memory", training.check_out_of_memory, LOOP, seconds=20),
         Check("recipe", recipe.check_recipe, JOB, seconds=50 + recipe_steps // 2),
         Check("processes", processes.check_processes, JOB, seconds=45),
         Check("resume", training.check_resume, LOOP, seconds=25),
-        Check("decoding", decoding.check_decoding, JOB, seconds=25),
+        Check("decoding", decoding.check_decoding, JOB, seconds=40),
     ]
 
 

@@ -15,9 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from bench.gpu.harness import Row, Rows
 from bench.gpu.models import BLOOM, SHAPES, Work, adapted, config
 from bench.gpu.texts import SAYINGS, SEPARATOR, make_tokenizer, quotes, sayings
-from job.system.device import ComputeSpec
-from job.training import memory_efficient
-from job.training.kernels import Kernels
+from job.system.device import ComputeSpec, texts_per_batch
 
 if TYPE_CHECKING:
     from job.sample import Tagger
@@ -28,6 +26,7 @@ DECISIVE = 8.0
 """How much larger the logits of random weights are made: they would be almost equal, and most choices ties."""
 FAVOUR = 12.0
 """What is added to the logits of the tokens that may come next in a list of tags."""
+SMALL_BATCH = 32
 TIE = 1e-3
 """Two tags whose confidences differ by no more were about equally likely."""
 
@@ -135,17 +134,15 @@ def _is_tie(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 def _speeds(work: Work) -> Rows:
     compute = work.compute()
-    texts = [row["quote"] for row in quotes(8 if work.toy else 64, seed=1)]
+    texts = [row["quote"] for row in quotes(8 if work.toy else 512, seed=1)]
     for shape, quantize in ((BLOOM, work.quantizations[0]), (SHAPES[1], "none")):
         for decoding in ("greedy", "marginal"):
-            tagger, model = make_tagger(work, shape, quantize, compute, decoding, batch_size=32, max_new_tokens=32)
             what = f"{shape}, {quantize}, {decoding}, {compute.precision}"
-            yield _speed(what, tagger, texts, work.device)
-            if quantize == "int8":
-                with memory_efficient.patched(model, Kernels(int8="dequantized")):
-                    yield _speed(f"{what}, dequantized", tagger, texts, work.device)
-            del tagger, model
-            work.release()
+            for rows in (SMALL_BATCH, texts_per_batch(None, work.device)):
+                tagger, _ = make_tagger(work, shape, quantize, compute, decoding, batch_size=rows, max_new_tokens=32)
+                yield _speed(f"{what}, batches of up to {rows}", tagger, texts[: 4 * rows], work.device)
+                del tagger
+                work.release()
 
 
 def _speed(what: str, tagger: Tagger, texts: Sequence[str], device: torch.device) -> Row:
@@ -156,7 +153,7 @@ def _speed(what: str, tagger: Tagger, texts: Sequence[str], device: torch.device
     _synchronize(device)
     seconds = time.perf_counter() - started
     tags = sum(len(answer.tags) for answer in answers)
-    figure = f"{len(texts) / seconds:.1f} texts/s, {tags / seconds:.1f} tags/s in batches of 32"
+    figure = f"{len(texts) / seconds:.1f} texts/s, {tags / seconds:.1f} tags/s"
     return Row(what, None, figure, {"texts": len(texts), "tags": tags, "seconds": seconds})
 
 

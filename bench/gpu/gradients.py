@@ -70,7 +70,7 @@ def own(
     parts = computer.split(rows, limit=limit)
     with computer.installed():
         # a graph is recorded at the second time and replayed from then on
-        for _ in range(3 if kernels is not None and kernels.graphs == "on" else 1):
+        for _ in range(3 if (kernels or Kernels.for_device(compute.device)).graphs == "on" else 1):
             sums = computer.compute(parts, step=0, label_tokens=num_label_tokens(rows), count=len(parts))
         outcome = computer.exact.load(sums)
     computer.set_recompute(False)

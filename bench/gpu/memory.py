@@ -11,6 +11,8 @@ from bench.gpu.harness import Row, Rows
 from bench.gpu.models import BLOOM, SHAPES, Work, examples, texts_of_length
 from bench.gpu.speed import OwnTraining
 from job.training.batching import num_label_tokens
+from job.training.graphs import MAX_TOKENS, padded_size
+from job.training.kernels import Kernels
 from job.training.memory_budget import LOGIT_BYTES, activation_bytes, packed_layer_bytes
 from job.types import EncodedExample
 
@@ -43,13 +45,16 @@ def check_memory(work: Work) -> Rows:
     ):
         model = work.model(shape.base, shape.quantize, compute, dropout=0.05)
         base: Any = model.get_base_model()
-        tokens = sum(len(text.input_ids) for text in shape.texts)
+        tokens, labels = sum(len(text.input_ids) for text in shape.texts), num_label_tokens(shape.texts)
+        graphs = Kernels.for_device(work.device).for_precision(compute.precision).graphs == "on"
+        padded = graphs and not shape.recompute and tokens <= MAX_TOKENS
+        computed, with_logits = padded_size(tokens, labels) if padded else (tokens, labels)
         width, itemsize = max(len(text.input_ids) for text in shape.texts), compute.dtype.itemsize
         layer = packed_layer_bytes(base, itemsize)
-        activations = tokens * activation_bytes(
+        activations = computed * activation_bytes(
             base.config, width, itemsize, recompute=shape.recompute, layer_bytes=layer
         )
-        logits = LOGIT_BYTES * num_label_tokens(shape.texts) * base.config.vocab_size
+        logits = LOGIT_BYTES * with_logits * base.config.vocab_size
         estimate = (activations + logits) / GIB
         training = OwnTraining(model, compute, recompute=shape.recompute)
         training([examples(2)])  # what is allocated once, such as the moments of Adam, is not part of the figure

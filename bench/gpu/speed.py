@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import measure
 from bench.gpu.harness import Row, Rows, installed
 from bench.gpu.models import BLOOM, SHAPES, SPECIAL, Work, examples
+from bench.gpu.texts import make_tokenizer
 from job.system.device import ComputeSpec
 from job.training.batching import num_label_tokens
 from job.training.gradients import GradientComputer
@@ -29,8 +30,8 @@ from job.training.optimizer import LossScale, make_optimizer, update_weights
 from job.types import EncodedExample
 
 EXAMPLES_PER_STEP = 16
-WARM_UP, FIRST_WARM_UP = 1, 6
-"""Steps before those that are measured in a round, and in the first one: kernels are loaded, sizes are recorded."""
+WARM_UP = 6
+"""Steps before those that are profiled: kernels are loaded, sizes are recorded."""
 MAX_TOKENS = 8192
 LEARNING_RATE = 2e-4
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -129,14 +130,14 @@ def _take_turns(work: Work, shape: str, quantize: str) -> dict[str, Measurements
     ways = _ways(work, work.model(shape, quantize, work.compute(), dropout=0.05))
     found = {name: Measurements() for name in ways}
     for number in range(work.rounds):
-        # kernels are loaded and sizes seen in steps that are not measured, more of them in the first round
-        warm_up = WARM_UP if number else FIRST_WARM_UP
         for name, (model, way) in ways.items():
             slow = name in LIBRARY_WAYS
-            count = (1 if slow else warm_up) + (min(work.steps, 3) if slow else work.steps)
+            count = 1 if slow else work.steps
             steps = [examples(4 if work.toy else EXAMPLES_PER_STEP, seed=i) for i in range(count)]
+            # in steps that are not measured kernels are loaded, and at first each size is seen twice, and recorded
+            warm_up = steps[:1] if slow or number else 2 * steps
             if not found[name].error:
-                _measure(found[name], model, way, steps, 1 if slow else warm_up, work.compute())
+                _measure(found[name], model, way, [*warm_up, *steps], len(warm_up), work.compute())
     return found
 
 
@@ -171,7 +172,7 @@ def _ways(work: Work, model: peft.PeftModel) -> dict[str, tuple[peft.PeftModel, 
             from bench import variants
             from job.settings import Train
 
-            tokenizer: Any = SimpleNamespace(pad_token_id=SPECIAL["pad_token_id"])
+            tokenizer = make_tokenizer(min(4000, model.config.vocab_size))
             settings: Any = SimpleNamespace(train=Train())
             given = variants.Work(model, tokenizer, compute, settings, [list(step) for step in steps], work.folder)
             torch.backends.cuda.enable_cudnn_sdp(True)  # the default, which the job turns off
@@ -181,6 +182,9 @@ def _ways(work: Work, model: peft.PeftModel) -> dict[str, tuple[peft.PeftModel, 
                 torch.backends.cuda.enable_cudnn_sdp(False)
                 base: Any = model.get_base_model()
                 base.activation_checkpointing_disable()
+                for parameter in model.parameters():
+                    if parameter.requires_grad and parameter.dtype != torch.float32:  # TRL makes them bf16
+                        parameter.grad, parameter.data = None, parameter.data.float()
 
         return way
 
@@ -207,11 +211,11 @@ def kernel_variants(device: torch.device) -> dict[str, Kernels]:
 def check_profile(work: Work) -> Rows:
     """Count the kernels of a step, the waits of the CPU, and the share of the time in which the GPU computes."""
     compute = work.compute()
-    texts = [examples(4 if work.toy else EXAMPLES_PER_STEP, seed=i % 2) for i in range(FIRST_WARM_UP + 4)]
+    texts = [examples(4 if work.toy else EXAMPLES_PER_STEP, seed=i % 2) for i in range(WARM_UP + 4)]
     default = Kernels.for_device(work.device)
     variants = {"this job": default}
-    if "on" in Kernels.choices("graphs", work.device):
-        variants["graphs=on"] = replace(default, graphs="on")
+    if default.graphs == "on":
+        variants["graphs=off"] = replace(default, graphs="off")
     for shape, quantize in ((BLOOM, work.quantizations[0]), (SHAPES[1], "none")):
         for name, kernels in variants.items():
             profiled = _Profiled(work.device)
@@ -235,15 +239,15 @@ class _Profiled:
         """Note the end of a step."""
         self._ticks += 1
         self._clock.tick()
-        if self._ticks == FIRST_WARM_UP + 1:
+        if self._ticks == WARM_UP + 1:
             self._profile.__enter__()
-        elif self._ticks == FIRST_WARM_UP + 2:
+        elif self._ticks == WARM_UP + 2:
             self._profile.__exit__(None, None, None)
             self._python.enable()
-        elif self._ticks == FIRST_WARM_UP + 3:
+        elif self._ticks == WARM_UP + 3:
             self._python.disable()
             self._watch_waits()
-        elif self._ticks == FIRST_WARM_UP + 4:
+        elif self._ticks == WARM_UP + 4:
             self._stop_watching()
 
     def _watch_waits(self) -> None:
@@ -275,7 +279,7 @@ class _Profiled:
         kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
         busy = sum(event.self_device_time_total for event in kernels) / 1e6
         operations = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
-        unprofiled, wall = self._clock.seconds[FIRST_WARM_UP], self._clock.seconds[FIRST_WARM_UP + 1]
+        unprofiled, wall = self._clock.seconds[WARM_UP], self._clock.seconds[WARM_UP + 1]
         by_time = sorted(operations, key=lambda event: -event.self_cpu_time_total)
         return {
             "wall": unprofiled,

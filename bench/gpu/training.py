@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +176,7 @@ def little_memory(device: torch.device, model: peft.PeftModel, above: float | No
         # needed in any case: the adapters' gradients, exact sums and moments of Adam; and the allocator rounds up
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         room = above + 48 * trainable + 64 * 2**20
-        filler = torch.empty(int(torch.cuda.mem_get_info(device)[0] - room), dtype=torch.uint8, device=device)
+        filler = _fill(device, int(room))
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     try:
@@ -184,6 +184,19 @@ def little_memory(device: torch.device, model: peft.PeftModel, above: float | No
     finally:
         del filler
         torch.cuda.empty_cache()
+
+
+def _fill(device: torch.device, room: int) -> list[torch.Tensor]:
+    """Allocate all memory of the GPU but `room` bytes."""
+    fillers: list[torch.Tensor] = []
+    torch.cuda.empty_cache()
+    while (excess := torch.cuda.mem_get_info(device)[0] - room) > 2**20:
+        fillers.append(torch.empty(excess, dtype=torch.uint8, device=device))
+        # the allocator gives memory of earlier CUDA graphs back only when an allocation fails
+        with suppress(torch.OutOfMemoryError):
+            torch.empty(2 * room + 2**30, dtype=torch.uint8, device=device)
+        torch.cuda.empty_cache()
+    return fillers
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import regex
 import torch
@@ -37,10 +37,14 @@ class DecoderState(Protocol):
     A model that repeats a tag has no more to say: other tags in that position are mostly wrong.
     """
 
-    def step(self, logits: torch.Tensor, log_total: torch.Tensor) -> int:
+    @property
+    def end(self) -> int:
+        """The token that follows a closed list."""
+
+    def step(self, logits: torch.Tensor, log_total: float) -> int:
         """Append the most likely allowed token, and return it.
 
-        `logits` is [vocabulary], `log_total` their logsumexp, a scalar.
+        `logits` is [vocabulary], `log_total` their logsumexp.
         """
 
 
@@ -49,10 +53,38 @@ def constrain(states: Sequence[DecoderState], logits: torch.Tensor) -> torch.Ten
 
     Logits, given and returned, are [states, vocabulary]; the returned ones are 0 or -inf.
     """
-    totals = logits.float().logsumexp(-1)
-    tokens = [state.step(row, total) for state, row, total in zip(states, logits, totals, strict=True)]
+    tokens = [state.end for state in states]
+    for kind, step in ((ClosedState, _step_closed), (OpenState, _step_open)):
+        rows = [row for row, state in enumerate(states) if isinstance(state, kind) and not state.closed]
+        if rows:
+            chosen: Any = [states[row] for row in rows]
+            for row, token in zip(rows, step(chosen, logits[torch.tensor(rows, device=logits.device)]), strict=True):
+                tokens[row] = token
     constrained = torch.full_like(logits, -torch.inf)
     return constrained.scatter_(1, torch.tensor(tokens, device=logits.device)[:, None], 0.0)
+
+
+def _step_closed(states: Sequence[ClosedState], logits: torch.Tensor) -> list[int]:
+    """Advance states by a token each; all logits are fetched at once, because each transfer waits for the device."""
+    columns = [state.columns for state in states]
+    counts = [len(index) for index in columns]
+    rows = torch.arange(len(states)).repeat_interleave(torch.tensor(counts))
+    values = logits[rows.to(logits.device), torch.cat(columns).to(logits.device)].float()
+    fetched = torch.cat([values, logits.float().logsumexp(-1)]).cpu()
+    of_states = torch.split(fetched[: len(values)], counts)
+    pairs = zip(states, of_states, fetched[len(values) :].tolist(), strict=True)
+    return [state.choose(own, log_total) for state, own, log_total in pairs]
+
+
+def _step_open(states: Sequence[OpenState], logits: torch.Tensor) -> list[int]:
+    """Advance states by a token each; what is most likely is fetched at once."""
+    values = torch.stack([state.allowed_logits(row) for state, row in zip(states, logits, strict=True)])
+    highest, best = values.max(-1)
+    fetched = torch.stack([best.double(), highest.double(), logits.float().logsumexp(-1).double()], 1).tolist()
+    return [
+        state.choose(own, int(token), value, log_total)
+        for state, own, (token, value, log_total) in zip(states, values, fetched, strict=True)
+    ]
 
 
 @dataclass(eq=False)
@@ -146,16 +178,26 @@ class ClosedState:
         self.tags: list[tuple[str, float]] = []
         self.closed = False
 
-    def step(self, logits: torch.Tensor, log_total: torch.Tensor) -> int:
-        if self.closed:
-            return self._vocabulary.end
+    @property
+    def end(self) -> int:
+        return self._vocabulary.end
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """The tokens that may be next, int64 [tokens]."""
+        return self._node.index
+
+    def step(self, logits: torch.Tensor, log_total: float) -> int:
+        return self.end if self.closed else self.choose(logits[self.columns].float(), log_total)
+
+    def choose(self, values: torch.Tensor, log_total: float) -> int:
+        """Append the most likely token of `columns`, whose logits are `values`, float32 on the CPU; return it."""
         node = self._node
-        values = logits[node.index.to(logits.device)].float()
         best = int(values.argmax())
         child = node.children[node.ids[best]]
         if child.tags <= {tag for tag, _ in self.tags}:
             self.closed = True
-            return self._vocabulary.end
+            return self.end
         if not self._decided:
             same = [best]
             if child.unique_tag is not None:
@@ -196,6 +238,7 @@ class OpenVocabulary:
         self._token_texts = ["" if i in never else text for i, text in enumerate(token_texts)]
         self._openings = self._partial_openings(answers)
         self._allowed: dict[str | bytes, torch.Tensor] = {}
+        self._on_device: dict[int, torch.Tensor] = {}
         self._starting_with: dict[str, torch.Tensor] = {}
 
     def _partial_openings(self, answers: AnswerTokenizer) -> dict[str, set[int]]:
@@ -236,6 +279,15 @@ class OpenVocabulary:
             self._allowed[prefix] = torch.tensor(fits)
             self._allowed[prefix][list(self._openings.get(text, ()))] = True
         return self._allowed[prefix]
+
+    def allowed_on(self, device: torch.device, text: str, incomplete: bytes = b"") -> torch.Tensor:
+        """Return what `allowed` does, on a device; cached there too."""
+        found = self.allowed(text, incomplete)
+        if device.type == "cpu":
+            return found
+        if id(found) not in self._on_device:  # `allowed` keeps what it returns, so that the id remains its
+            self._on_device[id(found)] = found.to(device)
+        return self._on_device[id(found)]
 
     def tokens_ending_tag(self, token: int, rest: str) -> torch.Tensor:
         """Return which tokens end a tag with the same characters as a token does, as bool [tokens].
@@ -297,40 +349,49 @@ class OpenState:
         self.tags: list[tuple[str, float]] = []
         self.closed = False
 
-    def step(self, logits: torch.Tensor, log_total: torch.Tensor) -> int:
-        vocabulary = self._vocabulary
+    @property
+    def end(self) -> int:
+        return self._vocabulary.end
+
+    def step(self, logits: torch.Tensor, log_total: float) -> int:
         if self.closed:
-            return vocabulary.end
-        allowed = vocabulary.allowed(self._text, self._incomplete)[: len(logits)].to(logits.device)
-        values = logits[: len(allowed)].float().masked_fill(~allowed, -torch.inf)
-        best, written = self._best(values)
-        if written is None or written.tag in dict(self.tags):
+            return self.end
+        values = self.allowed_logits(logits)
+        best = int(values.argmax())
+        return self.choose(values, best, float(values[best]), log_total)
+
+    def allowed_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [tokens that have a text], -inf where a token may not follow."""
+        allowed = self._vocabulary.allowed_on(logits.device, self._text, self._incomplete)[: len(logits)]
+        return logits[: len(allowed)].float().masked_fill(~allowed, -torch.inf)
+
+    def choose(self, values: torch.Tensor, best: int, highest: float, log_total: float) -> int:
+        """Append the most likely token, and return it.
+
+        `values` are the allowed logits [tokens]; `best` is the place of the largest one, `highest`. Tokens that turn
+        out not to be allowed get the value -inf.
+        """
+        written = None
+        while highest != -torch.inf and (written := self._with(best)) is None:
+            values[best] = -torch.inf
+            best = int(values.argmax())
+            highest = float(values[best])
+        if written is None or written.tag in dict(self.tags):  # None is allowed where the tokenizer cannot write lists
             self.closed = True
-            return vocabulary.end
+            return self.end
+        vocabulary = self._vocabulary
         if written.tag is None:
-            self._confidence *= float((values[best] - log_total).exp())
+            self._confidence *= float((torch.tensor(highest) - log_total).exp())
         else:  # the tag ends with its quote: a comma or bracket in the same token is not part of it
-            same = vocabulary.tokens_ending_tag(best, written.rest)[: len(logits)].to(allowed.device) & allowed
-            self.tags.append((written.tag, self._confidence * float((values[same] - log_total).exp().sum())))
+            allowed = vocabulary.allowed(self._text, self._incomplete)
+            same = (vocabulary.tokens_ending_tag(best, written.rest) & allowed)[: len(values)]
+            probability = float((values[same.to(values.device)] - log_total).exp().sum())
+            self.tags.append((written.tag, self._confidence * probability))
             self._confidence = 1.0
         self._ids.append(best)
         self._text, self._incomplete = written.text, written.incomplete
         self.closed = len(self.tags) == vocabulary.max_tags or vocabulary.pattern.fullmatch(written.text) is not None
         return best
-
-    def _best(self, values: torch.Tensor) -> tuple[int, _Written | None]:
-        """Return the most likely token that can be appended, and the answer with it; None if there is none.
-
-        Tokens that turn out not to be allowed get the value -inf. None is allowed where the tokenizer cannot write
-        lists.
-        """
-        while True:
-            best = int(values.argmax())
-            if values[best] == -torch.inf:
-                return best, None
-            if (written := self._with(best)) is not None:
-                return best, written
-            values[best] = -torch.inf
 
     def _with(self, token: int) -> _Written | None:
         """Return the answer with one more token; None if that is no list, or changes what was written before.

@@ -109,7 +109,7 @@ def _walk(new_state: Callable[[], DecoderState], answers: AnswerTokenizer, lists
         logits = torch.empty(answers.num_ids)
         for i in ids:
             logits.fill_(-torch.inf)[i] = 0.0
-            if state.closed or state.step(logits, torch.tensor(0.0)) != i:
+            if state.closed or state.step(logits, 0.0) != i:
                 break
         if not _same([tag for tag, _ in state.tags], tags):
             return _difference(tags, str([tag for tag, _ in state.tags]))

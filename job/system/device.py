@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import platform
@@ -25,6 +26,8 @@ DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 """The version of the kernel's NVIDIA driver; visible in every container, with or without access to a GPU."""
 NVIDIA_CTL = Path("/dev/nvidiactl")
 """Exists only where a GPU is accessible."""
+TEXTS_PER_BATCH = {"cpu": 16, "cuda": 256}
+"""A GPU waits for the CPU at each token, whatever the number of texts."""
 MIN_DRIVER = {"12": 525, "13": 580}
 """The oldest driver for each major version of CUDA (NVIDIA, table of CUDA minor version compatibility)."""
 
@@ -176,6 +179,23 @@ def count_processes(setting: int | None, device: torch.device, *, examples_per_s
             "most that, or raise TAGGER_TRAIN_BATCH_SIZE"
         )
     return setting
+
+
+def texts_per_batch(setting: int | None, device: torch.device) -> int:
+    """Return how many texts share a forward pass on a device: the setting, or what suits the device."""
+    return setting or TEXTS_PER_BATCH.get(device.type, TEXTS_PER_BATCH["cuda"])
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether the device or this process is out of memory; on a CPU only PyTorch's message says so."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give memory that no tensor uses back; after an error, outside of its except block, which keeps tensors alive."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _cgroup_memory_left(group: Path) -> float:

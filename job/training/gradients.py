@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,7 +12,7 @@ import peft
 import torch
 from torch.nn.functional import pad
 
-from job.system.device import ComputeSpec
+from job.system.device import ComputeSpec, is_out_of_memory, release_memory
 from job.training import dropout, memory_efficient
 from job.training.batching import Collator, MicroBatch, examples_of_step, micro_batches, num_label_tokens
 from job.training.dropout import DropoutKeys
@@ -223,13 +222,10 @@ class GradientComputer:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        # outside of the except block, whose traceback keeps tensors alive
         self.exact.mark_out_of_memory()
         if self._graphs is not None:
             self._graphs.clear()
-        gc.collect()
-        if self._compute.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self._compute.device)
         return self.exact.sums
 
     def _backward(self, micro_batch: MicroBatch, step: int, label_tokens: int, loss_scale: float) -> torch.Tensor:
@@ -316,8 +312,3 @@ def deal(costs: Sequence[float], size: int) -> list[list[int]]:
         shares[least].append(item)
         totals[least] += costs[item]
     return shares
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether the device or this process is out of memory; on a CPU only PyTorch's message says so."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from job.dataset.tokenization import IGNORE_INDEX
+from job.system.device import release_memory
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +23,14 @@ Passes = Callable[[Inputs, int], torch.Tensor]
 
 TOKENS_MULTIPLE = 512
 """Rows are padded to a multiple of this many tokens. On a GPU that waits for the CPU, padding takes no time."""
+LABELS_MULTIPLE = 64
+"""Label tokens are padded to a multiple of this many, which have logits."""
 MAX_TOKENS = 4096
 """Larger micro-batches keep the GPU busy; they are not padded, and not recorded."""
 MAX_TEXTS = 128
 """Texts of a padded row, those of padding included."""
+MAX_RECORDINGS = 64
+"""A recording takes a few MiB on the GPU; sizes beyond that are computed without."""
 PADDING_TEXT = 64
 """Tokens of a text of padding, and the smallest maximum of the length of texts."""
 
@@ -34,20 +39,19 @@ def pad_inputs(inputs: Inputs, lengths: Sequence[int]) -> tuple[Inputs, int] | N
     """Pad a packed row to one of few sizes; return it and the maximum of its texts' lengths. None if it is too large.
 
     The padding is texts of their own, so that no text attends to them, without label tokens. The padded `shift_labels`
-    are IGNORE_INDEX, at position 0 of the row.
+    are IGNORE_INDEX, at position 0 of the row. `logits_to_keep` is left out: `kept` says the same.
     """
     tokens, labels = sum(lengths), len(inputs["shift_labels"])
-    width = math.ceil(tokens / TOKENS_MULTIPLE) * TOKENS_MULTIPLE
+    width, kept = padded_size(tokens, labels)
     missing = width - tokens
     padding = [min(PADDING_TEXT, missing - start) for start in range(0, missing, PADDING_TEXT)]
     texts = [*lengths, *padding]
     if width > MAX_TOKENS or len(texts) > MAX_TEXTS:
         return None
-    kept = _power_of_two(labels, PADDING_TEXT)
     ends = list(itertools.accumulate(texts))
     positions = [torch.arange(length) for length in padding]
     padded = {
-        **inputs,
+        **{name: tensor for name, tensor in inputs.items() if name != "logits_to_keep"},
         "input_ids": pad(inputs["input_ids"], (0, missing)),
         "position_ids": torch.cat([inputs["position_ids"][0], *positions])[None],
         "dropout_tokens": pad(inputs["dropout_tokens"], (0, missing)),
@@ -56,6 +60,13 @@ def pad_inputs(inputs: Inputs, lengths: Sequence[int]) -> tuple[Inputs, int] | N
         "boundaries": torch.tensor([0, *ends, *[width] * (MAX_TEXTS - len(texts))], dtype=torch.int32),
     }
     return padded, min(_power_of_two(max(texts), PADDING_TEXT), width)
+
+
+def padded_size(tokens: int, labels: int) -> tuple[int, int]:
+    """Return the tokens and the label tokens of a micro-batch that is padded."""
+    sizes = ((tokens, TOKENS_MULTIPLE), (labels, LABELS_MULTIPLE))
+    width, kept = (math.ceil(number / multiple) * multiple for number, multiple in sizes)
+    return width, kept
 
 
 def _power_of_two(number: int, least: int) -> int:
@@ -90,7 +101,7 @@ class GraphedPasses:
         # every shape counts: a recording reads and writes memory of one size
         key = (longest, *(size for tensor in inputs.values() for size in tensor.shape))
         recording = self._recordings.get(key)
-        if recording is None and key in self._seen and self._records:
+        if recording is None and key in self._seen and self._records and len(self._recordings) < MAX_RECORDINGS:
             recording = self._record(key, inputs, longest)
         self._seen.add(key)
         if recording is None:
@@ -106,17 +117,21 @@ class GraphedPasses:
         self._pool, self._records = None, False
 
     def _record(self, key: tuple[int, ...], inputs: Inputs, longest: int) -> _Recording | None:
-        """Record the passes for inputs of this size; None, and no further attempt, if they cannot be recorded."""
+        """Record the passes for inputs of this size; None, and no further attempt, if they cannot be recorded.
+
+        What was recorded is forgotten then: if memory was short, the passes without a recording need its memory.
+        """
         static = to_device(inputs, self._device)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 loss = self._passes(static, longest)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             log.warning("train: no CUDA graphs, which only makes training slower: %s", str(error).partition("\n")[0])
-            self._records = False
+            loss = None
+        if loss is None:
+            self.clear()
+            release_memory(self._device)
             return None
         self._pool = graph.pool()
         self._recordings[key] = _Recording(graph, static, loss)

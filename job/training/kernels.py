@@ -24,7 +24,7 @@ class Kernels:
     optimizer: Literal["foreach", "fused"] = "fused"
     """AdamW with a few kernels for each operation on all adapters, or with one kernel for all operations."""
 
-    graphs: Literal["off", "on"] = "off"
+    graphs: Literal["off", "on"] = "on"
     """`on`: forward and backward pass of a micro-batch are recorded as a CUDA graph, once for each padded size, and
     replayed. It needs `varlen`. The CPU then starts one graph instead of thousands of kernels."""
 
@@ -40,8 +40,8 @@ class Kernels:
     def for_device(cls, device: torch.device) -> Kernels:
         """Return the implementations that a run uses on a device."""
         if device.type == "cpu":
-            return cls(int8="dequantized", attention="groups", optimizer="foreach")
-        return cls(attention="varlen" if has_flash_attention(device) else "groups")
+            return cls(int8="dequantized", attention="groups", optimizer="foreach", graphs="off")
+        return cls() if has_flash_attention(device) else cls(attention="groups", graphs="off")
 
     def for_precision(self, precision: str) -> Kernels:
         """Return the implementations that can be computed in a precision: FlashAttention needs half precision."""

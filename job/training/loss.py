@@ -35,7 +35,7 @@ def mean_loss(
     """
     base: Any = model.get_base_model()
     parameters = inspect.signature(type(base).forward).parameters
-    keep, labels = batch["logits_to_keep"], batch["shift_labels"]
+    labels = batch["shift_labels"]
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
     if "position_ids" in batch and "position_ids" in parameters:  # BLOOM has ALiBi and takes none
         inputs["position_ids"] = batch["position_ids"]
@@ -45,6 +45,7 @@ def mean_loss(
         head = base.get_output_embeddings().weight
         summed = LinearCrossEntropyFunction.apply(hidden, head, labels, padded_labels)  # type: ignore[no-untyped-call]
     else:
+        keep = batch["logits_to_keep"]
         selection = {"logits_to_keep": keep} if "logits_to_keep" in parameters else {}
         logits = base(**inputs, **selection, use_cache=False).logits
         logits = logits[keep] if logits.ndim == keep.ndim + 1 else logits  # a mask flattens rows and positions

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 
 from job.system.device import ComputeSpec
 from job.training.batching import num_label_tokens
+from job.training.graphs import MAX_TOKENS, TOKENS_MULTIPLE
 from job.training.packing import PackedAttention
 from job.types import EncodedExample
 
@@ -72,8 +73,10 @@ def plan_batches(
     recompute = settings.gradient_checkpointing == "on"
     if settings.gradient_checkpointing == "auto":
         recompute = tokens_that_fit(recompute=False) < longest
-    tokens = settings.micro_batch_tokens or min(max_tokens, tokens_that_fit(recompute=recompute))
-    return BatchPlan(tokens, recompute)
+    fit = tokens_that_fit(recompute=recompute)
+    if on_gpu and TOKENS_MULTIPLE <= fit <= MAX_TOKENS:  # micro-batches are padded to such a multiple
+        fit -= fit % TOKENS_MULTIPLE
+    return BatchPlan(settings.micro_batch_tokens or min(max_tokens, fit), recompute)
 
 
 def activation_bytes(

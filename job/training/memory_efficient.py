@@ -1,4 +1,4 @@
-"""Memory-efficient forward passes for training: LoRA, int8 layers, SwiGLU, GELU.
+"""Memory-efficient forward passes, for training and on a GPU also for tagging: LoRA, int8 layers, SwiGLU, GELU.
 
 They save less for the backward pass, or need fewer passes, than the libraries' own.
 """
@@ -24,7 +24,7 @@ from job.training.dropout import KeyedDropout
 from job.training.kernels import Kernels, compute_dtype
 
 if TYPE_CHECKING:
-    import peft
+    pass
 
 Forward = Callable[..., Any]
 Registry = dict[type, tuple[Callable[[Any], bool], Forward]]
@@ -33,10 +33,11 @@ Registry = dict[type, tuple[Callable[[Any], bool], Forward]]
 
 @contextmanager
 def patched(
-    model: peft.PeftModel, kernels: Kernels | None = None, buffer: DequantBuffer | None = None
+    model: torch.nn.Module, kernels: Kernels | None = None, buffer: DequantBuffer | None = None
 ) -> Iterator[None]:
     """Give the model's modules memory-efficient forward passes, and restore their own at the end of the block."""
-    registry = _registry(buffer or DequantBuffer(), kernels or Kernels.for_device(model.device))
+    device = next(model.parameters()).device
+    registry = _registry(buffer or DequantBuffer(), kernels or Kernels.for_device(device))
     replaced = []
     for module in model.modules():
         if (forward := replacement_forward(module, registry)) is not None:
@@ -74,8 +75,10 @@ def _registry(buffer: DequantBuffer, kernels: Kernels) -> Registry:
 
 def _is_plain_lora(layer: Any) -> bool:
     """Return whether the layer adds `B A dropout(x)`, scaled, and nothing else; DoRA, for example, rescales rows."""
-    plain = layer.active_adapters == ["default"] and not layer.lora_variant and not layer.merged
-    known = isinstance(layer.lora_dropout["default"], (KeyedDropout, torch.nn.Identity)) if plain else False
+    plain = layer.active_adapters == ["default"] and not layer.lora_variant
+    plain = plain and not layer.merged and not layer.disable_adapters
+    dropout = layer.lora_dropout["default"] if plain else None
+    known = isinstance(dropout, (KeyedDropout, torch.nn.Identity)) or (plain and not layer.training)
     return known and not any(layer.lora_bias.values()) and isinstance(layer.get_base_layer(), torch.nn.Linear)
 
 
