@@ -60,6 +60,26 @@ def test_a_folder_replaces_the_previous_one_completely(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "adapter").iterdir()] == ["new"]
 
 
+def test_a_kill_during_a_replacement_leaves_no_half_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(content: str) -> None:
+        with atomic_directory(tmp_path / "run") as folder:
+            for name in ("a", "b"):
+                (folder / name).write_text(content)
+
+    def kill(path: Path, **_: object) -> None:
+        for file in path.glob("a"):
+            file.unlink()
+            raise SystemExit
+
+    replace("old")
+    monkeypatch.setattr("shutil.rmtree", kill)
+    with pytest.raises(SystemExit):
+        replace("new")
+    assert [(tmp_path / "run" / name).read_text() for name in ("a", "b")] == ["new", "new"]
+
+
 def test_keep_existing_keeps_what_another_process_has_created(tmp_path: Path) -> None:
     with atomic_directory(tmp_path / "weights", keep_existing=True) as folder:
         (folder / "ours").touch()
