@@ -218,7 +218,7 @@ def test_a_commit_made_by_others_is_not_overwritten(
 @pytest.mark.parametrize("kind", ["lose_answer", "status"])
 def test_a_promotion_is_made_once_despite_faults(env: pytest.MonkeyPatch, loopback_hub: Hub, kind: Any) -> None:
     loopback_hub.faults = [Fault("/commit/main", kind), Fault("/tag/", kind)]
-    assert publish(env, ENOUGH) == 0
+    assert publish(env, TOO_FEW) == 0
     repo = loopback_hub.models[REPO]
     assert len(repo.titles) == 2
     assert repo.tags == {"v1": repo.branches["main"][-1].oid}
@@ -230,17 +230,17 @@ def test_an_interrupted_promotion_is_not_repeated(env: pytest.MonkeyPatch, loopb
         os.kill(os.getpid(), signal.SIGTERM)
 
     loopback_hub.faults = [Fault("POST .*/tag/", "drop", action=interrupt)]
-    assert publish(env, ENOUGH) == 75
+    assert publish(env, TOO_FEW) == 75
     repo = loopback_hub.models[REPO]
     assert (len(repo.titles), repo.tags) == (2, {})
-    assert publish(env, ENOUGH) == 0
+    assert publish(env, TOO_FEW) == 0
     assert (len(repo.titles), len(candidates(repo)), list(repo.tags)) == (2, 1, ["v1"])
 
 
 def test_a_damaged_published_adapter_is_only_replaced_by_hand(
     env: pytest.MonkeyPatch, loopback_hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert publish(env, ENOUGH) == 0
+    assert publish(env, TOO_FEW) == 0
     repo = loopback_hub.models[REPO]
     repo.commit("main", "damaged", {WEIGHTS: b"not weights"})
     env.setenv("TAGGER_TRAIN_SEED", "7")
