@@ -78,6 +78,8 @@ class Job:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                 )
+                if self.stage == "CANCELED":  # since it was looked at
+                    self.process.kill()
                 timer = threading.Timer(max(0.0, deadline - time.monotonic()), self.process.kill)
                 timer.start()
                 assert self.process.stdout is not None
