@@ -13,7 +13,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",/\1/p' pyproject.toml)
 	test-ray test-trackers zoo two-machines bench bench-processes gpu-check quality pictures docs install lock clean
 
 run: install  ## run the complete job here, with the recipe RECIPE (offline): bundled base model, no GPU, no Hub
-	@echo "tagger-job: running the recipe $(RECIPE); offline takes 3 to 5 minutes on two CPU cores. Results are in runs/."
+	@echo "tagger-job: running the recipe $(RECIPE); offline takes 2 to 3 minutes on two CPU cores. Results are in runs/."
 	@$(BIN)/python -m job --recipe $(RECIPE) run
 
 help:  ## list the targets

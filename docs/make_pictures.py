@@ -1,6 +1,6 @@
 """Make docs/images/run.svg (a terminal recording) and docs/images/report.svg from a real run.
 
-`make pictures` runs the recipe offline in a temporary folder, about 4 minutes on two CPU cores.
+`make pictures` runs the recipe offline in a temporary folder, about 2 minutes on two CPU cores.
 """
 
 from __future__ import annotations
