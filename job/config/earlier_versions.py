@@ -13,8 +13,11 @@ FORMER_VALUES: Mapping[str, Mapping[Any, Any]] = {
     "TAGGER_TRAIN_COMPLETION_ONLY_LOSS": {"tags": True, "all": False},
 }
 """For each setting, former values and what they are called today."""
-EQUIVALENT_VALUES: Mapping[str, tuple[Any, ...]] = {"TAGGER_DATA_SPLIT": (None, "train")}
-"""Values of a setting that mean the same; the first version wrote `train` where today nothing is set."""
+EQUIVALENT_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "TAGGER_DATA_SPLIT": (None, "train"),
+    "TAGGER_SAMPLE_BATCH_SIZE": (None, 16),
+}
+"""Values of a setting that mean the same; earlier versions wrote `train` and 16 where today nothing is set."""
 BEFORE_IT_EXISTED: Mapping[str, Any] = {}
 """For a setting that was added later, the value that stands for the behaviour before, where that is not the default."""
 
