@@ -21,6 +21,12 @@ from job.types import EncodedExample
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has computed everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Clock:
     """The seconds between ticks, the first one since the start; each tick waits for the GPU to finish."""
 
@@ -35,8 +41,7 @@ class Clock:
         self._last = now
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         return time.perf_counter()
 
 

@@ -38,7 +38,7 @@ def _compare(what: str, work: Work, ways: Iterator[tuple[str, Call]]) -> Rows:
             started = time.perf_counter()
             result = call()
             result_again = call()
-            _synchronize(work.device)
+            measure.synchronize(work.device)
             first = time.perf_counter() - started
             memory = measure.watch_memory(work.device)
             seconds = _median(call, work.device)
@@ -58,14 +58,9 @@ def _median(call: Call, device: torch.device) -> float:
     for _ in range(REPEATS):
         started = time.perf_counter()
         call()
-        _synchronize(device)
+        measure.synchronize(device)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _losses(work: Work, rows: int) -> Iterator[tuple[str, Call]]:

@@ -12,6 +12,7 @@ import peft
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from bench import measure
 from bench.gpu.harness import Row, Rows
 from bench.gpu.models import BLOOM, SHAPES, Work, adapted, config
 from bench.gpu.texts import SAYINGS, SEPARATOR, make_tokenizer, quotes, sayings
@@ -147,16 +148,11 @@ def _speeds(work: Work) -> Rows:
 
 def _speed(what: str, tagger: Tagger, texts: Sequence[str], device: torch.device) -> Row:
     tagger.tag(texts[:2])
-    _synchronize(device)
+    measure.synchronize(device)
     started = time.perf_counter()
     answers = tagger.tag(texts)
-    _synchronize(device)
+    measure.synchronize(device)
     seconds = time.perf_counter() - started
     tags = sum(len(answer.tags) for answer in answers)
     figure = f"{len(texts) / seconds:.1f} texts/s, {tags / seconds:.1f} tags/s"
     return Row(what, None, figure, {"texts": len(texts), "tags": tags, "seconds": seconds})
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -10,7 +10,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -22,9 +22,6 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from job.training.dropout import KeyedDropout
 from job.training.kernels import Kernels, compute_dtype
-
-if TYPE_CHECKING:
-    pass
 
 Forward = Callable[..., Any]
 Registry = dict[type, tuple[Callable[[Any], bool], Forward]]
