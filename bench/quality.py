@@ -123,6 +123,9 @@ def trainings(steps: int) -> dict[str, Groups]:
         "another prompt": learned_with(data={"separator": "\nTags: "}),
         "no rare tags": learned_with(data={"min_tag_count": 2}),
         "together": learned_with(lora={"alpha": 128, "dropout": 0.0}, data={"min_tag_count": 2}),
+        "no dropout, averaged": learned_with(
+            lora={"dropout": 0.0}, train={"lr_scheduler_type": "constant", "weight_averaging": 0.5}
+        ),
         "loss on all, averaged": learned_with(
             lora={"dropout": 0.0},
             train={"completion_only_loss": False, "lr_scheduler_type": "constant", "weight_averaging": 0.5},
@@ -151,7 +154,7 @@ VARIANTS = {
     **{f"{name}, marginal": Variant(name, MARGINAL) for name in trainings(1) if name not in ("recipe", "learned")},
     **{
         f"{name}, {decoding}": Variant(name, {"decoding": decoding, "threshold": "auto"})
-        for name in ("learned", "loss on all, averaged")
+        for name in ("learned", "no dropout, averaged", "loss on all, averaged")
         for decoding in FITTED
     },
     "a third of the texts, marginal": Variant("learned", MARGINAL, texts=1 / 3),

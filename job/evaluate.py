@@ -74,7 +74,7 @@ def _blend(tagger: Tagger, examples: Sequence[Example]) -> list[list[tuple[str, 
         found[part] = [dict(tags) for tags in _confidences(tagger, [example.text for example in examples])]
     blend = fit_blend(found, [example.tags for example in examples])
     tagger.decoding = decoding.model_copy(update={"blend": blend})
-    log.info("evaluate: weights of the blend: %s, bias %.2f", _weights(blend), blend.bias)
+    log.info("evaluate: weights of the blend: %s", _weights(blend))
     scored = []
     for number in range(len(examples)):
         tags = blend.combine({part: every[number] for part, every in found.items()})

@@ -136,7 +136,7 @@ def _evaluation_seconds(checked: PreflightResult, tagger: Tagger, model: Any) ->
         texts = [Example(example.text, tagger.decoding.tags[:1]) for example in (*sample, *sample)]
         tagger.set_scorers(fit(tagger, texts))
         parts = dict.fromkeys(tagger.decoding.parts, 1.0)
-        tagger.decoding = tagger.decoding.model_copy(update={"blend": Blend(weights=parts, bias=0.0)})
+        tagger.decoding = tagger.decoding.model_copy(update={"blend": Blend(weights=parts)})
     each = seconds_each()
     with model.disable_adapter(), tagger.without_scorers():
         base = seconds_each()

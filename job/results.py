@@ -6,9 +6,12 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from job.dataset.split import split_digest
 from job.decoding.blend import Blend
@@ -82,9 +85,12 @@ def cached_threshold(
     with run.chapter("calibrate"):
         saved = run.manifest.get("threshold")
         if saved is not None and saved["weights"] == cache_key:
-            blend = Blend.model_validate(saved["blend"]) if "blend" in saved else None
-            tagger.decoding = tagger.decoding.model_copy(update={"threshold": saved["value"], "blend": blend})
-            return
+            with suppress(
+                ValidationError
+            ):  # of a blend that an earlier version found, which is computed in another way
+                blend = Blend.model_validate(saved["blend"]) if "blend" in saved else None
+                tagger.decoding = tagger.decoding.model_copy(update={"threshold": saved["value"], "blend": blend})
+                return
         run.write_lines("thresholds.jsonl", map(asdict, calibrate()))
         run.record_checksums("thresholds.jsonl")
         found, blend = {"weights": cache_key, "value": tagger.decoding.threshold}, tagger.decoding.blend

@@ -377,9 +377,9 @@ class Sample(SettingsGroup):
         description="greedy: the list of tags that greedy decoding writes. marginal: every tag of the vocabulary whose "
         "probability to be in the list reaches the threshold; best with TAGGER_DATA_TAG_ORDER=shuffled. head: every "
         "tag that a linear classifier on the hidden states of the text finds probable, which takes one forward pass; "
-        "it is fitted in a training with this setting. With +, a blend: the log odds of the parts (tfidf: a linear "
-        "classifier on the words) are added with weights that are found on the calibration examples, which needs "
-        "TAGGER_SAMPLE_THRESHOLD=auto. Empty: as saved with the adapter; when training, greedy.",
+        "it is fitted in a training with this setting. With +, a blend: a tag is absent if all parts (tfidf: a "
+        "linear classifier on the words) miss it, each with a weight that is found on the calibration examples, which "
+        "needs TAGGER_SAMPLE_THRESHOLD=auto. Empty: as saved with the adapter; when training, greedy.",
     )
     threshold: Threshold | None = Field(
         None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,35 @@ def test_a_part_that_contradicts_gets_no_weight() -> None:
 @pytest.mark.parametrize("gold", [[], ["a"]], ids=["no tag correct", "all correct"])
 def test_weights_without_evidence_are_equal(gold: list[str]) -> None:
     blend = fit_blend({"head": [{"a": 0.3}], "tfidf": [{"a": 0.6}]}, [gold])
-    assert blend == Blend(weights={"head": 0.5, "tfidf": 0.5}, bias=0.0)
+    assert blend == Blend(weights={"head": 0.5, "tfidf": 0.5})
 
 
-def test_log_odds_are_added() -> None:
-    blend = Blend(weights={"head": 1.0, "tfidf": 1.0}, bias=0.0)
-    assert blend.combine({"head": {"a": 0.5, "b": 0.99}, "tfidf": {"a": 0.8}}) == pytest.approx({"a": 0.8, "b": 0.5})
+def test_a_part_that_does_not_know_a_tag_says_nothing_against_it() -> None:
+    blend = Blend(weights={"head": 1.0, "tfidf": 2.0})
+    found = {"head": {"a": 0.5, "b": 0.2, "c": 1.0}, "tfidf": {"a": 0.8, "d": 0.1}}
+    assert blend.combine(found) == pytest.approx({"a": 1 - 0.5 * 0.2**2, "b": 0.2, "c": 0.9999, "d": 1 - 0.9**2})
     assert only("head").combine({"head": {"a": 0.25}}) == pytest.approx({"a": 0.25})
-    assert Blend(weights={"head": 1.0}, bias=-9.0).combine({"head": {"a": 0.5}}) == {}, "below 0.01"
+    assert Blend(weights={"head": 0.001}).combine({"head": {"a": 0.5}}) == {}, "below 0.01"
+
+
+def test_the_weights_are_the_best_ones() -> None:
+    found, gold = calibration(2)
+
+    def log_loss(weights: dict[Any, float]) -> float:
+        blended = [
+            Blend(weights=weights).combine({p: every[n] for p, every in found.items()}) for n in range(len(gold))
+        ]
+        return -sum(
+            math.log(row.get(tag, 0.0) if tag in tags else 1 - row.get(tag, 0.0))
+            for row, tags in zip(blended, gold, strict=True)
+            for tag in row
+        )
+
+    best = dict(fit_blend(found, gold).weights)
+    for part in best:
+        for step in (-0.02, 0.02):
+            other = best | {part: max(0.0, best[part] + step)}
+            assert log_loss(best) <= log_loss(other)
 
 
 def test_tfidf_computes_what_scikit_learn_does(tmp_path: Path) -> None:
@@ -112,7 +134,7 @@ def test_a_blend_is_calibrated_and_depends_on_no_other_text(llama: Path, tmp_pat
 def test_a_part_without_weight_is_not_computed(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tagger, _ = new_tagger(make_settings(llama, tmp_path, sample={"decoding": "marginal+head"}))
     tagger.set_scorers(fit(tagger, EXAMPLES))
-    blend = Blend(weights={"marginal": 0.0, "head": 1.0}, bias=0.0)
+    blend = Blend(weights={"marginal": 0.0, "head": 1.0})
     tagger.decoding = tagger.decoding.model_copy(update={"blend": blend})
     monkeypatch.setattr("job.sample.tag_marginals", lambda *_, **__: pytest.fail("it generated"))
     assert all(confidences(tagger))
@@ -133,7 +155,7 @@ def test_a_part_without_weight_is_not_computed(llama: Path, tmp_path: Path, monk
 def test_an_adapter_knows_the_blends_it_was_calibrated_for(tmp_path: Path, decoding: Any, problem: str | None) -> None:
     saved = initial_config(Sample(decoding="head+tfidf"), EXAMPLES)
     files = {"head": "head.safetensors", "tfidf": TFIDF_NAME}
-    saved.model_copy(update={**files, "blend": Blend(weights={"head": 0.7, "tfidf": 0.2}, bias=-1.0)}).save(tmp_path)
+    saved.model_copy(update={**files, "blend": Blend(weights={"head": 0.7, "tfidf": 0.2})}).save(tmp_path)
     if problem is None:
         assert load_config(Sample(decoding=decoding), tmp_path).decoding == (decoding or "head+tfidf")
         return

@@ -13,7 +13,7 @@ from job.types import MIN_PROBABILITY
 CONFIDENCE_TOLERANCE = 0.01
 """Largest difference between two confidences that another device or precision explains."""
 BLEND_TOLERANCE = 0.05
-"""The same for blends: where a confidence is small, their log odds change more than itself."""
+"""The same for blends, where the differences of several confidences add up, each with its weight."""
 
 
 def same_answer(old: Mapping[str, Any], new: Mapping[str, Any], decoding: DecodingConfig) -> bool:

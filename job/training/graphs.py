@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +126,7 @@ class GraphedPasses:
         static = to_device(inputs, self._device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with _no_garbage_collection(), torch.cuda.graph(graph, pool=self._pool):
                 loss = self._passes(static, longest)
         except RuntimeError as error:
             log.warning("train: no CUDA graphs, which only makes training slower: %s", str(error).partition("\n")[0])
@@ -136,6 +138,23 @@ class GraphedPasses:
         self._pool = graph.pool()
         self._recordings[key] = _Recording(graph, static, loss)
         return self._recordings[key]
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect garbage before the block and none within it.
+
+    Deleting a graph of an earlier training while another is recorded ends the recording, and CUDA's error then ends the
+    process where bitsandbytes meets it.
+    """
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
