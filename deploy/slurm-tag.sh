@@ -2,7 +2,9 @@
 # Tag a large input on Slurm with several workers: an array job. Each task tags its share of the parts and then helps
 # with the others; the last one writes _SUCCESS.json. Set the variables of input, output and adapter, then:
 #   sbatch --export=ALL deploy/slurm-tag.sh
-# PROGRAM names the program, for example "apptainer run --nv docker://ghcr.io/owner/tagger-job:0.2.0".
+# PROGRAM names the program, for example
+#   "apptainer run --nv --env HF_HOME=$HOME/.cache/huggingface docker://ghcr.io/owner/tagger-job:0.2.0"
+# HF_HOME is where `hf auth login` keeps the token; in the image it is a folder that only Docker makes writable.
 #SBATCH --job-name=tagger-tag
 #SBATCH --array=0-7
 #SBATCH --gres=gpu:1

@@ -2,7 +2,9 @@
 # Train on Slurm, on one machine or on several (--nodes). The run is in TAGGER_RUN_DIR on a disk that all nodes see, and
 # resumes from it. Log in to the Hub once with `hf auth login`, set the variables of the job, then:
 #   sbatch --export=ALL deploy/slurm.sh
-# PROGRAM names the program, for example "apptainer run --nv docker://ghcr.io/owner/tagger-job:0.2.0".
+# PROGRAM names the program, for example
+#   "apptainer run --nv --env HF_HOME=$HOME/.cache/huggingface docker://ghcr.io/owner/tagger-job:0.2.0"
+# HF_HOME is where `hf auth login` keeps the token; in the image it is a folder that only Docker makes writable.
 # deploy/slurm-tag.sh tags files with an array job.
 #SBATCH --job-name=tagger-job
 #SBATCH --nodes=1

@@ -33,7 +33,7 @@ from job.errors import (
     print_error,
 )
 from job.runs import shutdown
-from job.system import events, logging_setup, streams
+from job.system import events, import_hooks, logging_setup, streams
 from job.system.printable import printable, printable_line
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def command() -> NoReturn:
     """Run one command as a program; after an interruption, exit without waiting for the threads of libraries."""
     streams.protect()
+    import_hooks.install()
     with shutdown.handled(then=signal.SIG_IGN):  # when it is over, a signal must not change its exit code
         assignment = place.assignment()
         code = _run_until_interrupted(None) if assignment is None else _work(assignment)

@@ -29,10 +29,12 @@ def add_adapters(model: PreTrainedModel, settings: Lora, *, seed: int) -> peft.P
     configured name, or peft cannot adapt it with these settings.
     """
     targets = choose_targets(model, settings)
+    # an integer where it is one, so that the same settings always write the same adapter_config.json; peft declares an
+    # integer by convention, and only computes alpha / r
+    alpha: Any = int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha
     config = peft.LoraConfig(
         r=settings.r,
-        # an integer where it is one, so that the same settings always write the same adapter_config.json
-        lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,  # type: ignore[arg-type]  # peft only computes alpha / r; it declares an integer by convention
+        lora_alpha=alpha,
         lora_dropout=settings.dropout,
         target_modules=targets.modules,
         target_parameters=targets.parameters or None,

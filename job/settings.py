@@ -479,7 +479,7 @@ class Run(SettingsGroup):
     processes: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None,
         description="Processes on this machine that train, evaluate and tag together; auto or empty: one for each "
-        "GPU, and one on a CPU. Changes speed, never the result.",
+        "GPU, and one on a CPU. Changes speed, and the result by no more than rounding.",
     )
 
     store: StoreUrl | None = Field(
@@ -491,7 +491,8 @@ class Run(SettingsGroup):
     budget: Budget | None = Field(
         None,
         description="What a run may take over all its attempts: a time such as 90s, 30m or 2h, or US dollars such as "
-        "$3. Once it is used up, the run saves its state and ends with code 75; empty: no limit.",
+        "$3 (a shell needs quotes: '$3'). Once it is used up, the run saves its state and ends with code 75; empty: no "
+        "limit.",
     )
     price_per_hour: float | None = Field(
         None,

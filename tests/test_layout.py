@@ -114,6 +114,20 @@ def test_packages_import_nothing() -> None:
         assert not [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))], path
 
 
+def test_the_job_starts_without_a_compiler() -> None:
+    """PEFT imports bitsandbytes, which would import TorchInductor: a quarter of the time in which the job starts."""
+    code = """
+import sys
+from job.system import import_hooks
+import_hooks.install()
+import job.sample, torch
+assert "bitsandbytes.nn" in sys.modules and "peft" in sys.modules
+assert "torch._inductor.compile_fx" not in sys.modules
+assert torch.compile.__module__ == "torch"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="not a git checkout")
 def test_git_ignores_no_file_of_the_package() -> None:
     files = [str(path) for path in JOB.rglob("*") if path.is_file() and "__pycache__" not in path.parts]

@@ -1,1 +1,1 @@
-"""Modal: the launcher, the worker, and the table of GPUs."""
+"""Modal and Hugging Face Jobs: launchers and workers, and the table of GPUs."""

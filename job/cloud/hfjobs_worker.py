@@ -23,7 +23,7 @@ from job.config import environment
 from job.errors import CRASHED, DONE, GATE_REJECTED, INVALID_INPUT, PUBLISH_FAILED, JobError, print_error
 from job.runs.objects import StoreError, open_objects
 from job.runs.stored_run import StoredRun
-from job.system import streams
+from job.system import import_hooks, streams
 
 FINAL = (DONE, INVALID_INPUT, GATE_REJECTED, PUBLISH_FAILED)
 """Exit codes that another attempt would not change."""
@@ -111,6 +111,7 @@ def _newest_run() -> Path | None:
 
 if __name__ == "__main__":
     streams.protect()
+    import_hooks.install()
     code = run_command(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -19,7 +19,7 @@ from job.errors import DONE, JobError
 from job.hub import access
 from job.runs.atomic import atomic_write
 from job.runs.run_folder import RunFolder
-from job.system import logging_setup
+from job.system import import_hooks, logging_setup
 from job.types import Summary
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def run_command(command: str, env: Mapping[str, str], *, call: str, commit: Call
     """
     environment.replace_environment(env)
     logging_setup.configure(environment.log_style())
+    import_hooks.install()
     try:
         settings = environment.load()
     except JobError as error:  # not expected: the launcher has loaded the same settings
