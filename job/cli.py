@@ -232,7 +232,7 @@ def _sample(options: argparse.Namespace, settings: Settings) -> None:
     from job.dataset.texts import check_texts
 
     texts = check_texts(options.texts, "TEXT") or data.inference_texts(settings.sample)
-    results.check_output(settings.sample.output, settings.sample.input)
+    results.check_output(settings.sample)
     tagger = pipeline.load_tagger_as_trained(settings, "BASE", "DATA", texts=len(texts))
     results.show_samples(tagger.tag(texts), settings.sample.output)
 

@@ -159,6 +159,7 @@ def resolve_compute(settings: Settings, team: Team) -> ComputeSpec:
 def train_together(checked: PreflightResult, compute: ComputeSpec, team: Team) -> None:
     """Fine-tune in this process, with the processes that a launcher started, or in some that this one starts."""
     from job.distributed.group import joined
+    from job.system.device import release_memory
 
     if team.place is not None:
         with joined(team.place, checked.facts(compute), train=True) as group:
@@ -167,6 +168,7 @@ def train_together(checked: PreflightResult, compute: ComputeSpec, team: Team) -
     processes = preflight.count_processes(checked.settings, compute, team.machines.processes)
     if processes == 1 and team.alone:
         fine_tune(checked, compute)
+        release_memory(compute.device)  # the gate and the check of what was saved load models too
     else:
         launch(checked, compute, team, processes)
 
@@ -367,6 +369,8 @@ def evaluate_adapter(
     if settings.sample.threshold == "auto":
         results.cached_threshold(run, weights, tagger, lambda: calibrate(tagger, examples.calibration))
     threshold = f"threshold {tagger.decoding.threshold}"
+    if tagger.decoding.blend is not None:
+        threshold += f", {tagger.decoding.blend}"
     with model.disable_adapter(), tagger.without_scorers():
         base, _ = results.cached_evaluation(
             run, "evaluate_base", f"none, {threshold}", lambda: evaluate(tagger, held_out)

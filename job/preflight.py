@@ -140,7 +140,7 @@ def check(settings: Settings) -> PreflightResult:
     problems.collect(trackers.check, settings.run)
     problems.collect(data.inference_texts, settings.sample)
     vocabulary = problems.collect(decoding.read_vocabulary_file, settings.sample)
-    problems.collect(results.check_output, settings.sample.output, settings.sample.input, settings.data.dataset)
+    problems.collect(results.check_output, settings.sample, settings.data)
     if is_on_hub(settings.data.dataset, DATA_SUFFIXES):
         problems.raise_if_any()  # before a data set is downloaded
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from job.dataset.sources import find_files
 from job.dataset.split import split_digest
 from job.decoding.blend import Blend
 from job.decoding.equivalence import same_answer
@@ -21,7 +22,7 @@ from job.metrics.scores import score_tags
 from job.runs import shutdown
 from job.runs.atomic import atomic_write, json_lines
 from job.runs.run_folder import RunFolder, check_writable
-from job.settings import Settings
+from job.settings import Data, Sample, Settings
 from job.types import Prediction, Scores, Summary, TaggedText, ThresholdScores, TrainResult, Verdict
 
 if TYPE_CHECKING:
@@ -190,11 +191,12 @@ def show_samples(samples: Sequence[TaggedText], output: Path | None) -> None:
         atomic_write(output, json_lines(map(asdict, samples)))
 
 
-def check_output(output: Path | None, *inputs: str | Path | None) -> None:
+def check_output(sample: Sample, data: Data | None = None) -> None:
     """Raise InvalidInputError if the file for the answers cannot be written, or is one of the inputs.
 
     The file is replaced by renaming, which would put a regular file in the place of a device or a link.
     """
+    output = sample.output
     if output is None:
         return
     try:
@@ -207,9 +209,19 @@ def check_output(output: Path | None, *inputs: str | Path | None) -> None:
         raise InvalidInputError(
             f"TAGGER_SAMPLE_OUTPUT={output} is not a file that can be replaced; expected the path of a regular file"
         )
-    if any(output.resolve() == Path(other).resolve() for other in inputs if other):
+    inputs = [sample.input, sample.vocabulary, *([] if data is None else [data.dataset, data.eval_dataset])]
+    if any(output.resolve() == file.resolve() for name in inputs if name for file in _local_files(str(name))):
         raise InvalidInputError(f"TAGGER_SAMPLE_OUTPUT={output} is also read by this job; name another file")
     check_writable(output.parent, "the folder for the answers", "TAGGER_SAMPLE_OUTPUT to a file in a folder")
+
+
+def _local_files(name: str) -> Iterator[Path]:
+    """Yield the files of this machine that a setting may name: a file, those of a folder or a glob, or several."""
+    for part in (name, *name.split(",")):
+        yield Path(part)
+        if "://" not in part:
+            with suppress(InvalidInputError, OSError):  # a repo of the Hub, or no data file; the data's checks say so
+                yield from (Path(file.path) for file in find_files(part))
 
 
 def summary(run: RunFolder) -> Summary:

@@ -81,6 +81,7 @@ def answers(
     if run.is_intact(key):
         return _from_json(json.loads((run.path / key).read_text(encoding="utf-8")))
     compute = ComputeSpec.resolve(settings.run.device, settings.train.precision)
+    free_memory()  # of a trial that has failed
     with run.released_afterwards():
         run.begin(str(compute))
         found = _answers(settings, examples, run, compute, make)

@@ -13,6 +13,9 @@ from job import data, preflight, trial
 from job.config import candidates as config
 from job.config.candidates import Candidate
 from job.dataset.split import cross_validation_folds
+from job.dataset.tags import drop_rare_tags
+from job.decoding.config import initial_config
+from job.decoding.head import learnable_tags
 from job.distributed.team import Team
 from job.errors import DivergedError, InvalidInputError, JobError
 from job.metrics import selection
@@ -173,7 +176,22 @@ def _check_folds(folds: Sequence[SplitData], found: Sequence[Candidate], example
         )
     for candidate in found:
         for fold in folds:
-            trial.parts_of(fold, candidate.settings)
+            _check_fold(fold, candidate)
+
+
+def _check_fold(fold: SplitData, candidate: Candidate) -> None:
+    """Raise InvalidInputError if a fold lacks what the complete data has: examples, frequent tags."""
+    settings = candidate.settings
+    try:
+        train = drop_rare_tags(trial.parts_of(fold, settings).train, settings.data.min_tag_count)
+        if "head" in (settings.sample.decoding or "") or "tfidf" in (settings.sample.decoding or ""):
+            known = initial_config(settings.sample, train).tags
+            learnable_tags(train, known)
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            f"candidate {candidate.name} cannot be trained on a fold of TAGGER_TUNE_FOLDS, which has {len(fold.train)} "
+            f"of the training examples: {error}"
+        ) from error
 
 
 def _open(settings: Settings, examples: SplitData, checks: Sequence[preflight.PreflightResult]) -> RunFolder:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from job.runs.atomic import atomic_directory, atomic_write
+from job.runs.atomic import atomic_directory, atomic_write, tmp_paths_of
 
 
 @contextmanager
@@ -102,3 +102,11 @@ def test_files_are_readable_as_the_umask_says(tmp_path: Path, umask: int, mode: 
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(files) == 3
     assert {oct(file.stat().st_mode & 0o777) for file in files} == {oct(mode)}
+
+
+def test_unfinished_folders_of_a_longer_name_belong_to_others(tmp_path: Path) -> None:
+    own, other = tmp_path / "demo.0a1b2c3d.tmp", tmp_path / "demo.v2.0a1b2c3d.tmp"
+    for folder in (own, other):
+        folder.mkdir()
+    assert tmp_paths_of(tmp_path / "demo") == [own]
+    assert tmp_paths_of(tmp_path / "demo.v2") == [other]

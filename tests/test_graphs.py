@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import BloomConfig, LlamaConfig
 
 from bench.gpu.gradients import cosine, own
 from bench.gpu.models import SHAPES, Work, examples, texts_of_length
 from job.dataset.tokenization import IGNORE_INDEX
-from job.training.batching import Collator
+from job.training import variable_length
+from job.training.batching import Collator, num_label_tokens
+from job.training.gradients import GradientComputer
 from job.training.graphs import MAX_TEXTS, MAX_TOKENS, TOKENS_MULTIPLE, pad_inputs
 from job.training.kernels import Kernels
 from job.types import EncodedExample
@@ -42,6 +48,69 @@ def test_padding_adds_texts_of_its_own_and_no_label() -> None:
 def test_what_is_too_large_is_not_padded() -> None:
     assert pad_inputs(*inputs(texts_of_length(1, MAX_TOKENS + 1))) is None
     assert pad_inputs(*inputs(texts_of_length(MAX_TEXTS + 1, 12))) is None
+
+
+def test_padding_needs_no_more_memory_than_was_planned() -> None:
+    given, lengths = inputs(texts_of_length(5, 60))
+    assert pad_inputs(given, lengths, TOKENS_MULTIPLE) is not None
+    assert pad_inputs(given, lengths, TOKENS_MULTIPLE - 1) is None
+
+
+def graphed(tmp_path: Path, shape: str = SHAPES[1]) -> tuple[GradientComputer, list[EncodedExample]]:
+    """Return what computes gradients with padding and with graphs, which a CPU does not record."""
+    work = Work(torch.device("cpu"), tmp_path, toy=True)
+    compute = work.compute("bf16")
+    kernels = Kernels(attention="varlen", graphs="on")
+    return GradientComputer(work.model(shape, "none", compute), 3, compute, seed=42, kernels=kernels), examples(9)
+
+
+def test_a_model_with_graphs_is_freed_without_garbage_collection(tmp_path: Path) -> None:
+    computer, rows = graphed(tmp_path)
+    computer.set_recompute(False)
+    with computer.installed():
+        computer.compute(computer.split(rows, limit=10**6), step=0, label_tokens=num_label_tokens(rows), count=1)
+    alive = weakref.ref(computer)
+    gc.collect()
+    gc.disable()
+    try:
+        del computer
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_memory_of_recordings_is_given_back_before_micro_batches_are_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computer, rows = graphed(tmp_path)
+    computer.set_recompute(False)
+    parts = computer.split(rows, limit=200)
+    label_tokens = num_label_tokens(rows)
+    with computer.installed():
+        expected = computer.compute(parts, step=0, label_tokens=label_tokens, count=len(parts)).clone()
+        backward, fails = computer._backward, [2]
+
+        def scarce(*arguments: Any) -> torch.Tensor:
+            fails[0] -= 1
+            if fails[0] == 0:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return backward(*arguments)
+
+        monkeypatch.setattr(computer, "_backward", scarce)
+        assert computer._graphs is not None
+        computer._graphs._recordings[1,] = None  # type: ignore[assignment]
+        found = computer.compute(parts, step=0, label_tokens=label_tokens, count=len(parts)).clone()
+        assert torch.equal(found, expected)
+        fails[0] = 1  # now without recordings
+        found = computer.compute(parts, step=0, label_tokens=label_tokens, count=len(parts))
+        assert computer.exact.load(found).out_of_memory
+
+
+@pytest.mark.parametrize(("size", "fits"), [(64, True), (100, False), (256, True), (264, False)])
+def test_heads_without_a_kernel_of_flash_attention_are_padded_in_groups(size: int, fits: bool) -> None:
+    assert variable_length.supports(LlamaConfig(hidden_size=4 * size, num_attention_heads=4)) == fits
+    assert variable_length.supports(LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=size)) == fits
+    assert variable_length.supports(BloomConfig(hidden_size=4 * (size - 8), n_head=4)) == fits
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -155,6 +155,11 @@ def test_the_same_head_has_the_same_bytes(adapter: Path, tmp_path: Path) -> None
     assert Scorers.from_bytes({HEAD_NAME: content}).files() == {HEAD_NAME: content}
 
 
+def test_a_loaded_head_rounds_as_the_fitted_one_does(adapter: Path) -> None:
+    head = TagHead.load(adapter / HEAD_NAME)
+    assert all(getattr(head, name).data_ptr() % 64 == 0 for name in ("weight", "bias", "mean", "scale"))
+
+
 def copy_with(adapter: Path, folder: Path, *, drop: str = "", about: object = None, **tensors: torch.Tensor) -> Path:
     """Copy an adapter, and change the tensors or the metadata of its head."""
     folder.mkdir()

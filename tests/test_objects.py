@@ -63,6 +63,23 @@ def test_a_download_that_is_cut_off_is_repeated(
     assert (tmp_path / "copy").read_bytes() == content[:4000]
 
 
+def test_an_object_that_goes_during_its_download_is_absent(
+    bucket: s3.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.runs.objects.RANGE_BYTES", 5_000)
+    objects = open_objects("s3://bucket/x")
+    objects.put("large", os.urandom(12_000))
+    get_range = objects._obstore.get_range
+
+    def prune_and_get(*arguments: Any, **options: Any) -> Any:
+        objects.delete(["large"])
+        return get_range(*arguments, **options)
+
+    monkeypatch.setattr(objects._obstore, "get_range", prune_and_get)
+    with (tmp_path / "copy").open("w+b") as copy:
+        assert not objects.download("large", copy)
+
+
 def test_reading_creates_no_folder(tmp_path: Path) -> None:
     objects = open_objects(f"file://{tmp_path}/store")
     with (tmp_path / "copy").open("w+b") as copy:

@@ -63,7 +63,8 @@ def test_a_share_of_the_texts_is_the_same_each_time() -> None:
 def test_a_training_differs_in_one_group_of_settings() -> None:
     found = quality.trainings(320)
     learned = found["learned"]
-    exceptions = {"learned": 0, "recipe": 3, "together": 2, "loss on all, averaged": 2, "LoRA+ with 16, rate 2.5e-4": 2}
+    exceptions = {"learned": 0, "recipe": 3, "together": 2, "no dropout, averaged": 2, "loss on all, averaged": 2}
+    exceptions["LoRA+ with 16, rate 2.5e-4"] = 2
     for name, groups in found.items():
         changed = [group for group in learned | groups if learned.get(group) != groups.get(group)]
         assert len(changed) == exceptions.get(name, 1), (name, changed)
@@ -146,7 +147,8 @@ def test_a_second_run_prints_the_kept_records(
     )
     quality.main()
     table = capsys.readouterr().out
-    assert [f"| {name} | 1 |" in table for name in (*quality.baselines_here(), *variants)] == [True] * 4
+    missing = [name for name in (*quality.baselines_here(), *variants) if f"| {name} | 1 |" not in table]
+    assert not missing and len(quality.baselines_here()) >= 2
     assert len(list((tmp_path / "work" / "trained").iterdir())) == 1, "the two variants share a training"
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*")}
     quality.main()

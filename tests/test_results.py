@@ -14,7 +14,7 @@ from job.errors import InvalidInputError, PublishError
 from job.metrics.scores import score
 from job.results import cached_evaluation, cached_threshold, check_round_trip, save_samples
 from job.runs.run_folder import RunFolder
-from job.settings import Settings
+from job.settings import Data, Sample, Settings
 from job.types import Prediction, Scores, TaggedText, ThresholdScores
 
 RESULT = (score([["x", "y"]], [["x"]]), [Prediction("a text", ("x", "y"), ("x",), "['x']", (0.5,))])
@@ -139,5 +139,24 @@ def test_an_output_that_cannot_be_written_is_an_input_error(output: str, message
     Path("link.jsonl").symlink_to("input.jsonl")
     Path("folder").mkdir()
     with pytest.raises(InvalidInputError, match=f"TAGGER_SAMPLE_OUTPUT.*{message}|{message}.*TAGGER_SAMPLE_OUTPUT"):
-        results.check_output(Path(output), "input.jsonl")
-    results.check_output(Path("answers.jsonl"), "input.jsonl", None)
+        results.check_output(Sample(output=Path(output), input=Path("input.jsonl")))
+    results.check_output(Sample(output=Path("answers.jsonl"), input=Path("input.jsonl")), Data())
+
+
+@pytest.mark.parametrize(
+    ("sample", "data"),
+    [
+        ({}, {"dataset": "a.jsonl,folder/b.jsonl"}),
+        ({}, {"dataset": "folder"}),
+        ({}, {"dataset": "folder/*.jsonl"}),
+        ({}, {"dataset": "s3://bucket/c.jsonl,folder/b.jsonl"}),
+        ({}, {"dataset": "a.jsonl", "eval_dataset": "folder/b.jsonl"}),
+        ({"vocabulary": "folder/b.jsonl"}, {"dataset": "a.jsonl"}),
+    ],
+)
+def test_no_file_that_is_read_is_replaced_by_answers(sample: dict[str, Any], data: dict[str, Any]) -> None:
+    Path("folder").mkdir()
+    for name in ("a.jsonl", "folder/b.jsonl"):
+        Path(name).touch()
+    with pytest.raises(InvalidInputError, match="is also read by this job"):
+        results.check_output(Sample(output=Path("folder/b.jsonl"), **sample), Data(**data))

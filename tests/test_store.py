@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -227,7 +228,10 @@ def test_a_run_without_any_state_that_can_be_used_says_so(stored_run: StoredRun,
 def no_more_files(most: int) -> Iterator[None]:
     """Let this process open only `most` more files."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/proc/self/fd").iterdir()]) + most, limits[1]))
+    # the limit is one of numbers, and those between the open files are free too
+    taken = {int(entry.name) for entry in Path("/proc/self/fd").iterdir()}
+    free = itertools.islice((number for number in itertools.count() if number not in taken), most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(free) + 1, limits[1]))
     try:
         yield
     finally:
@@ -461,6 +465,9 @@ def test_a_folder_that_is_no_run_is_not_replaced(tiny: pytest.MonkeyPatch, capsy
     assert main(["sample", "a song"]) == 2
     assert "holds files but no run" in capsys.readouterr().err
     assert Path("runs/tiny/thesis.tex").read_text() == "mine"
+    Path("runs/tiny/thesis.tex").unlink()
+    Path("runs/tiny/tracking/local").mkdir(parents=True)  # all that is left of an attempt that was killed early
+    assert main(["sample", "a song"]) == 0
 
 
 def test_a_state_whose_seal_has_no_answer_stays_on_this_disk(

@@ -46,7 +46,7 @@ def check_memory(work: Work) -> Rows:
         model = work.model(shape.base, shape.quantize, compute, dropout=0.05)
         base: Any = model.get_base_model()
         tokens, labels = sum(len(text.input_ids) for text in shape.texts), num_label_tokens(shape.texts)
-        graphs = Kernels.for_device(work.device).for_precision(compute.precision).graphs == "on"
+        graphs = Kernels.for_device(work.device).graphs == "on" and compute.precision != "fp32"
         padded = graphs and not shape.recompute and tokens <= MAX_TOKENS
         computed, with_logits = padded_size(tokens, labels) if padded else (tokens, labels)
         width, itemsize = max(len(text.input_ids) for text in shape.texts), compute.dtype.itemsize

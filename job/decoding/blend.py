@@ -74,7 +74,8 @@ def fit_blend(found: Mapping[str, Sequence[Confidences]], gold: Sequence[Sequenc
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         # -log(1 - exp(-s)) of the gold tags, -log(exp(-s)) = s of the others; s is the weighted evidence
         total = np.maximum(correct @ weights, MIN_EVIDENCE)
-        gradient = against - (correct / np.expm1(total)[:, None]).sum(0)
+        with np.errstate(over="ignore"):  # of much evidence, whose gradient is 0
+            gradient = against - (correct / np.expm1(total)[:, None]).sum(0)
         return float(against @ weights - np.log(-np.expm1(-total)).sum()), gradient
 
     bounds = [(0.0, None)] * len(parts)

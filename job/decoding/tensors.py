@@ -36,7 +36,8 @@ def read(file: Path, model: type[About], names: tuple[str, ...]) -> tuple[About,
         about = model.model_validate_json((found.metadata() or {}).get("head", "{}"))
         if (present := set(found.keys())) != set(names):
             raise ValueError(f"its tensors are {sorted(present)[:9]}, not {sorted(names)}")
-        tensors = {name: found.get_tensor(name) for name in names}
+        # copies, which are aligned as fitted tensors are: a matrix product may round in another way otherwise
+        tensors = {name: found.get_tensor(name).clone() for name in names}
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} is {tensor.dtype} instead of float32")

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from job.decoding import tensors
-from job.decoding.head import label_matrix, learnable_tags
+from job.decoding.head import learnable_tags
 from job.types import Example
 
 TFIDF_NAME = "tfidf.safetensors"
@@ -83,12 +83,16 @@ class Tfidf:
 
 def fit_tfidf(examples: Sequence[Example], known: Sequence[str]) -> Tfidf:
     """Fit on the texts of training examples, with the features of `metrics.baselines.tfidf`."""
+    import numpy as np
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
     tags = learnable_tags(examples, known)
-    labels = label_matrix(examples, tags)
-    positives, rows = labels.sum(0), len(examples)
+    rows_of: dict[str, list[int]] = {tag: [] for tag in tags}
+    for row, example in enumerate(examples):
+        for tag in set(example.tags) & rows_of.keys():
+            rows_of[tag].append(row)
+    rows, positives = len(examples), torch.tensor([float(len(found)) for found in rows_of.values()]).double()
     bias = torch.log((positives + 0.5) / (rows - positives + 0.5))
     texts = [example.text for example in examples]
     if not any(map(_WORD.search, texts)):
@@ -97,9 +101,11 @@ def fit_tfidf(examples: Sequence[Example], known: Sequence[str]) -> Tfidf:
     vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+", max_features=limit)
     features = vectorizer.fit_transform(texts)
     weight = torch.zeros(len(tags), features.shape[1])
-    for row, present in enumerate(labels.T.numpy()):
-        if present.all():  # no other class to tell from: the bias says it
+    for row, having in enumerate(rows_of.values()):
+        if len(having) == rows:  # no other class to tell from: the bias says it
             continue
+        present = np.zeros(rows)
+        present[having] = 1
         regression = LogisticRegression(C=C, class_weight="balanced", solver="liblinear", random_state=0)
         regression.fit(features, present)
         weight[row] = torch.from_numpy(regression.coef_[0])

@@ -84,7 +84,8 @@ def is_tmp_path(path: Path) -> bool:
 
 def tmp_paths_of(path: Path) -> list[Path]:
     """Return what unfinished writes of a file or folder have left next to it."""
-    return [found for found in path.parent.glob(f"{glob.escape(path.name)}.*.tmp") if is_tmp_path(found)]
+    own = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.tmp")  # and none of a name that begins with this one
+    return [found for found in path.parent.glob(f"{glob.escape(path.name)}.*.tmp") if own.fullmatch(found.name)]
 
 
 def json_lines(entries: Iterable[object]) -> str:

@@ -119,7 +119,10 @@ class _Obstore:
             return False
         for start in range(to.tell(), size, RANGE_BYTES):
             length = min(RANGE_BYTES, size - start)
-            to.write(self._call(partial(self._obstore.get_range, self._store, name, start=start, length=length)))
+            part = self._found(partial(self._obstore.get_range, self._store, name, start=start, length=length))
+            if part is None:  # its owner has pruned it by now
+                return False
+            to.write(part)
         return True
 
     def list(self, prefix: str) -> dict[str, int]:

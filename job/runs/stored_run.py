@@ -229,7 +229,7 @@ def _refuse_other_files(path: Path) -> None:
     """Raise InvalidInputError if a folder has files and is no run, nor what is left of one that was never begun."""
     if not path.is_dir() or (path / "manifest.json").is_file():
         return
-    known = (ownership.LOCK, ownership.LEASE, "checkpoints", MARKER)
+    known = (ownership.LOCK, ownership.LEASE, "checkpoints", "tracking", MARKER)
     if any(entry.name not in known and entry.suffix != ".tmp" for entry in path.iterdir()):
         raise InvalidInputError(f"{path} holds files but no run (no manifest.json); set TAGGER_RUN_ID to another name")
 

@@ -45,8 +45,8 @@ def _no_compilation() -> Iterator[None]:
     """Let torch.compile return functions as they are within the block."""
     import torch
 
-    def as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-        return as_it_is if function is None else function
+    def as_it_is(model: Callable[..., Any] | None = None, **_: Any) -> Any:
+        return as_it_is if model is None else model
 
     library: Any = torch
     compiles, library.compile = library.compile, as_it_is

@@ -13,10 +13,10 @@ import torch
 from torch.nn.functional import pad
 
 from job.system.device import ComputeSpec, is_out_of_memory, release_memory
-from job.training import dropout, memory_efficient
+from job.training import dropout, memory_efficient, variable_length
 from job.training.batching import Collator, MicroBatch, examples_of_step, micro_batches, num_label_tokens
 from job.training.dropout import DropoutKeys
-from job.training.graphs import GraphedPasses, Inputs, pad_inputs, to_device
+from job.training.graphs import MAX_TOKENS, GraphedPasses, Inputs, pad_inputs, to_device
 from job.training.kernels import Kernels
 from job.training.loss import has_linear_head, mean_loss
 from job.training.memory_efficient import DequantBuffer
@@ -155,14 +155,16 @@ class GradientComputer:
         kernels: Kernels | None = None,
     ) -> None:
         self._model, self._compute = model, compute
-        self._kernels = (kernels or Kernels.for_device(compute.device)).for_precision(compute.precision)
         self._recompute: bool | None = None
         base: Any = model.get_base_model()
         self._base = base
         self.packing = PackedAttention(base) if packed and PackedAttention.supports(base) else None
+        self._kernels = kernels or Kernels.for_device(compute.device)
+        if compute.precision == "fp32" or (self.packing is not None and not variable_length.supports(base.config)):
+            self._kernels = self._kernels.without_flash_attention()
         self._collator = Collator(pad_token_id, packed=self.packing is not None)
         can_record = self._kernels.graphs == "on" and self.packing is not None and has_linear_head(base)
-        self._graphs = GraphedPasses(self._passes, compute.device) if can_record else None
+        self._graphs = GraphedPasses(compute.device) if can_record else None
         self._buffer = DequantBuffer()  # kept as long as the recorded passes, which write to it
         self._keys = DropoutKeys(seed)
         self._seed = seed
@@ -206,29 +208,42 @@ class GradientComputer:
         step: int,
         label_tokens: int,
         count: int,
+        limit: int = MAX_TOKENS,
         loss_scale: float = 1.0,
         fraction_bits: int = FRACTION_BITS,
     ) -> torch.Tensor:
         """Return the sums of ExactSum over some of the `count` micro-batches of a step.
 
-        The loss of a step is the mean over its `label_tokens`. If memory runs out, only that is recorded.
+        The loss of a step is the mean over its `label_tokens`. Micro-batches are padded for CUDA graphs to at most
+        `limit` tokens. If memory runs out, also without the recorded graphs, only that is recorded.
         """
         self.exact.reset()
         try:
             for batch in batches:
-                loss = self._backward(batch, step, label_tokens, loss_scale)
+                loss = self._backward(batch, step, label_tokens, limit, loss_scale)
                 self.exact.add(loss, count=count, loss_scale=loss_scale, fraction_bits=fraction_bits)
             return self.exact.sums
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        self.exact.mark_out_of_memory()
-        if self._graphs is not None:
-            self._graphs.clear()
+        had_recordings = self._graphs is not None and self._graphs.clear()
         release_memory(self._compute.device)
+        if had_recordings:
+            return self.compute(
+                batches,
+                step=step,
+                label_tokens=label_tokens,
+                count=count,
+                limit=limit,
+                loss_scale=loss_scale,
+                fraction_bits=fraction_bits,
+            )
+        self.exact.mark_out_of_memory()
         return self.exact.sums
 
-    def _backward(self, micro_batch: MicroBatch, step: int, label_tokens: int, loss_scale: float) -> torch.Tensor:
+    def _backward(
+        self, micro_batch: MicroBatch, step: int, label_tokens: int, limit: int, loss_scale: float
+    ) -> torch.Tensor:
         """Add the gradients of a micro-batch to those of the parameters; return its share of the loss."""
         lengths, packed = micro_batch.lengths, self.packing is not None
         inputs = self._collator(micro_batch.examples)
@@ -236,8 +251,9 @@ class GradientComputer:
         inputs["label_tokens"], inputs["loss_scale"] = torch.tensor(float(label_tokens)), torch.tensor(loss_scale)
         # nothing else draws random numbers; what an architecture draws must not depend on other micro-batches
         torch.manual_seed(self._seed * 1_000_003 + step)
-        if self._graphs is not None and not self._recompute and (padded := pad_inputs(inputs, lengths)) is not None:
-            return self._graphs(*padded)
+        padded = None if self._graphs is None or self._recompute else pad_inputs(inputs, lengths, limit)
+        if padded is not None and self._graphs is not None:
+            return self._graphs(self._passes, *padded)
         if self._kernels.attention == "varlen" and packed:
             inputs["boundaries"] = pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
         elif self.packing is not None:
@@ -289,6 +305,7 @@ class StepComputer(GradientComputer):
             step=request.step,
             label_tokens=num_label_tokens(examples),
             count=len(batches),
+            limit=request.micro_batch_tokens,
             loss_scale=request.loss_scale,
             fraction_bits=request.fraction_bits,
         )

@@ -37,8 +37,10 @@ PADDING_TEXT = 64
 """Tokens of a text of padding, and the smallest maximum of the length of texts."""
 
 
-def pad_inputs(inputs: Inputs, lengths: Sequence[int]) -> tuple[Inputs, int] | None:
-    """Pad a packed row to one of few sizes; return it and the maximum of its texts' lengths. None if it is too large.
+def pad_inputs(inputs: Inputs, lengths: Sequence[int], limit: int = MAX_TOKENS) -> tuple[Inputs, int] | None:
+    """Pad a packed row to one of few sizes; return it and the maximum of its texts' lengths.
+
+    None if it is too large, or would have more than `limit` tokens, for which there may be no memory.
 
     The padding is texts of their own, so that no text attends to them, without label tokens. The padded `shift_labels`
     are IGNORE_INDEX, at position 0 of the row. `logits_to_keep` is left out: `kept` says the same.
@@ -48,7 +50,7 @@ def pad_inputs(inputs: Inputs, lengths: Sequence[int]) -> tuple[Inputs, int] | N
     missing = width - tokens
     padding = [min(PADDING_TEXT, missing - start) for start in range(0, missing, PADDING_TEXT)]
     texts = [*lengths, *padding]
-    if width > MAX_TOKENS or len(texts) > MAX_TEXTS:
+    if width > min(limit, MAX_TOKENS) or len(texts) > MAX_TEXTS:
         return None
     ends = list(itertools.accumulate(texts))
     positions = [torch.arange(length) for length in padding]
@@ -91,44 +93,54 @@ class GraphedPasses:
     exists that is made once. The recordings share their memory: one is replayed after another.
     """
 
-    def __init__(self, passes: Passes, device: torch.device) -> None:
-        self._passes, self._device = passes, device
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._seen: set[tuple[int, ...]] = set()
         self._recordings: dict[tuple[int, ...], _Recording] = {}
         self._pool: Any = None
         self._records = device.type == "cuda"
 
-    def __call__(self, inputs: Inputs, longest: int) -> torch.Tensor:
-        """Compute the gradients of padded inputs on the CPU (see pad_inputs); return the loss."""
+    def __call__(self, passes: Passes, inputs: Inputs, longest: int) -> torch.Tensor:
+        """Compute the gradients of padded inputs on the CPU (see pad_inputs); return the loss.
+
+        The passes are always the same. They are no attribute, which would keep the model alive until the garbage is
+        collected: they are a method of what these graphs belong to.
+        """
         # every shape counts: a recording reads and writes memory of one size
         key = (longest, *(size for tensor in inputs.values() for size in tensor.shape))
         recording = self._recordings.get(key)
         if recording is None and key in self._seen and self._records and len(self._recordings) < MAX_RECORDINGS:
-            recording = self._record(key, inputs, longest)
+            recording = self._record(key, passes, inputs, longest)
         self._seen.add(key)
         if recording is None:
-            return self._passes(to_device(inputs, self._device), longest)
+            return passes(to_device(inputs, self._device), longest)
         for name, tensor in inputs.items():
             recording.inputs[name].copy_(tensor, non_blocking=True)
         recording.graph.replay()
         return recording.loss
 
-    def clear(self) -> None:
-        """Forget the recordings, which gives their memory back, and record no more: memory was short."""
+    def clear(self) -> bool:
+        """Forget the recordings, which gives their memory back, and record no more: memory was short.
+
+        Returns whether there were some.
+        """
+        had_some = bool(self._recordings)
         self._recordings.clear()
         self._pool, self._records = None, False
+        return had_some
 
-    def _record(self, key: tuple[int, ...], inputs: Inputs, longest: int) -> _Recording | None:
+    def _record(self, key: tuple[int, ...], passes: Passes, inputs: Inputs, longest: int) -> _Recording | None:
         """Record the passes for inputs of this size; None, and no further attempt, if they cannot be recorded.
 
         What was recorded is forgotten then: if memory was short, the passes without a recording need its memory.
         """
         static = to_device(inputs, self._device)
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         try:
             with _no_garbage_collection(), torch.cuda.graph(graph, pool=self._pool):
-                loss = self._passes(static, longest)
+                loss = passes(static, longest)
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # torch leaves that of the recording as the current one
             log.warning("train: no CUDA graphs, which only makes training slower: %s", str(error).partition("\n")[0])
             loss = None
         if loss is None:

@@ -41,11 +41,11 @@ class Kernels:
         """Return the implementations that a run uses on a device."""
         if device.type == "cpu":
             return cls(int8="dequantized", attention="groups", optimizer="foreach", graphs="off")
-        return cls() if has_flash_attention(device) else cls(attention="groups", graphs="off")
+        return cls() if has_flash_attention(device) else cls().without_flash_attention()
 
-    def for_precision(self, precision: str) -> Kernels:
-        """Return the implementations that can be computed in a precision: FlashAttention needs half precision."""
-        return replace(self, attention="groups", graphs="off") if precision == "fp32" else self
+    def without_flash_attention(self) -> Kernels:
+        """Return the implementations where FlashAttention cannot be computed: in fp32, or for some sizes of heads."""
+        return replace(self, attention="groups", graphs="off")
 
 
 CPU_CHOICES = {

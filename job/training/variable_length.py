@@ -13,8 +13,10 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 ALIBI_TERMS = 3
 """How many half-precision numbers represent a bias: three of bf16 have the 24 bits of fp32."""
+HEAD_SIZE_MULTIPLE, MAX_HEAD_SIZE = 8, 256
+"""Sizes of heads that FlashAttention has kernels for."""
 ALIBI_COLUMNS = 8
-"""Columns that ALiBi adds to queries and keys: FlashAttention needs multiples of 8."""
+"""Columns that ALiBi adds to queries and keys, a multiple of HEAD_SIZE_MULTIPLE."""
 
 
 class VariableLengths:
@@ -66,6 +68,13 @@ class VariableLengths:
             if q.shape[1]
         ]
         return torch.cat(outputs, 1).transpose(0, 1)
+
+
+def supports(config: Any) -> bool:
+    """Return whether FlashAttention has kernels for the heads of a model that can be packed."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size += ALIBI_COLUMNS if config.model_type == "bloom" else 0
+    return bool(size % HEAD_SIZE_MULTIPLE == 0 and size <= MAX_HEAD_SIZE)
 
 
 def alibi_slopes(heads: int, device: torch.device) -> torch.Tensor:
