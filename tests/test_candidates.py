@@ -49,6 +49,15 @@ def test_a_candidate_as_a_recipe_gives_the_same_settings(monkeypatch: pytest.Mon
         assert again.tune.folds == 3, "a winner is for `run`"
 
 
+def test_what_the_recipe_sets_may_be_overridden_beside_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("base.env").write_text("TAGGER_LORA_ALPHA=64\nTAGGER_TRAIN_MAX_STEPS=9\n")
+    monkeypatch.setenv("TAGGER_TRAIN_MAX_STEPS", "7")
+    expected = [c.settings for c in found(monkeypatch, GRID, "base.env")]
+    monkeypatch.setenv("TAGGER_RECIPE", "base.env")
+    assert [c.settings for c in found(monkeypatch, GRID)] == expected
+    assert {settings.train.max_steps for settings in expected} == {7}
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

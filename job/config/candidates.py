@@ -52,7 +52,7 @@ def find_candidates(settings: Settings, recipe: str | None) -> list[Candidate]:
             try:
                 loaded = environment.load(recipe, file)
                 values = environment.recipe_values(recipe, file)
-                own = environment.recipe_values(None, file)
+                own = environment.file_values(file)
             except InvalidInputError as error:
                 problems += [f"candidate {name}: {problem.replace(f'{folder}/', '')}" for problem in error.problems]
                 continue

@@ -173,6 +173,11 @@ def recipe_values(recipe: str | None, over: Path) -> dict[str, str]:
     return {name: value for name, value in merged.items() if value}
 
 
+def file_values(file: Path) -> dict[str, str]:
+    """Return the variables in a file of settings that are not empty, as text."""
+    return {name: value for name, value in _read_file(file).items() if value}
+
+
 def _settings_files(recipe: str | None, over: Path | None = None) -> tuple[Path, ...]:
     """Return the files of settings that exist: recipe, `over`, .env; a later file overrides an earlier one."""
     dotenv = (DOTENV,) if DOTENV.is_file() else ()
