@@ -22,7 +22,7 @@ def summary(tags: Sequence[Sequence[str]], report: DataReport | None = None) -> 
 )
 def test_one_tag_a_text_with_a_delimiter_inside_is_a_warning(tag: str, delimiter: str) -> None:
     [warning, *_] = summary([[f"{tag}{n}"] for n in range(10)])["warnings"]  # type: ignore[misc]
-    assert f"set TAGGER_DATA_TAG_DELIMITER={delimiter}" in warning
+    assert f"set TAGGER_DATA_TAG_DELIMITER='{delimiter}'" in warning
     assert "10 of 10" in warning
 
 

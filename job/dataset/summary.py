@@ -95,7 +95,7 @@ def _warnings(examples: tuple[Example, ...], counts: Counter[str], data: SplitDa
                 shown = {"\n": "\\n", " ": "\\s"}.get(mark, mark)
                 yield (
                     f"every text has one tag, and {holding} of {len(examples)} hold {mark!r}, such as "
-                    f"{examples[0].tags[0]!r}; if it separates tags, set TAGGER_DATA_TAG_DELIMITER={shown}"
+                    f"{examples[0].tags[0]!r}; if it separates tags, set TAGGER_DATA_TAG_DELIMITER='{shown}'"
                 )
                 break
     tag, count = counts.most_common(1)[0]
