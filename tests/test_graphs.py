@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from job.dataset.tokenization import IGNORE_INDEX
 from job.training import variable_length
 from job.training.batching import Collator, num_label_tokens
 from job.training.gradients import GradientComputer
-from job.training.graphs import MAX_TEXTS, MAX_TOKENS, TOKENS_MULTIPLE, pad_inputs
+from job.training.graphs import MAX_TEXTS, MAX_TOKENS, TOKENS_MULTIPLE, GraphedPasses, pad_inputs
 from job.training.kernels import Kernels
 from job.types import EncodedExample
 
@@ -133,3 +135,72 @@ def test_the_steps_of_a_run_have_few_sizes() -> None:
         padded, longest = found
         sizes.add((longest, *(tensor.shape for tensor in padded.values())))
     assert len(sizes) <= 12, "each size is computed twice before its recording is used"
+
+
+class ForgedGraph:
+    """A CUDA graph whose recording is what was computed meanwhile, and whose replay computes nothing."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+    def pool(self) -> str:
+        return "pool"
+
+
+@pytest.fixture
+def forged_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Forge the recording of graphs on a CPU; `fails` makes the next recording end as an invalid one does."""
+    forged: dict[str, Any] = {"fails": False, "streams": [], "pools": [], "garbage": []}
+
+    @contextmanager
+    def record(graph: ForgedGraph, pool: object) -> Iterator[None]:
+        forged["pools"].append(pool)
+        forged["garbage"].append(gc.isenabled())
+        yield
+        if forged["fails"]:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", ForgedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream of training")
+    monkeypatch.setattr(torch.cuda, "set_stream", forged["streams"].append)
+    return forged
+
+
+def graphed_passes() -> tuple[GraphedPasses, list[int], Any]:
+    """Return passes that are recorded, and the list of how many tokens each computation had."""
+    graphs, computed = GraphedPasses(torch.device("cpu")), list[int]()
+    graphs._records = True
+
+    def passes(inputs: dict[str, torch.Tensor], longest: int) -> torch.Tensor:
+        computed.append(inputs["input_ids"].numel())
+        return inputs["input_ids"].sum()
+
+    return graphs, computed, lambda size: graphs(passes, {"input_ids": torch.ones(1, size)}, 64)
+
+
+def test_a_size_is_recorded_at_its_second_occurrence_and_replayed(forged_cuda: dict[str, Any]) -> None:
+    graphs, computed, compute = graphed_passes()
+    for size in (512, 1024, 512, 512, 1024, 512):
+        compute(size)
+    assert computed == [512, 1024, 512, 1024]
+    assert [recording.graph.replays for recording in graphs._recordings.values()] == [3, 1]
+    assert forged_cuda["pools"] == [None, "pool"], "the recordings share their memory"
+    assert forged_cuda["garbage"] == [False, False], "a graph that is deleted meanwhile ends a recording"
+    assert gc.isenabled()
+
+
+def test_a_recording_that_fails_is_computed_and_no_other_is_tried(
+    forged_cuda: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    graphs, computed, compute = graphed_passes()
+    compute(512)
+    forged_cuda["fails"] = True
+    assert compute(512) == 512
+    assert forged_cuda["streams"] == ["stream of training"]
+    assert gc.isenabled() and "no CUDA graphs" in caplog.text
+    compute(512)
+    assert computed == [512, 512, 512, 512] and not graphs._recordings and not graphs.clear()
