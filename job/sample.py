@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from job import quantize
 from job.dataset import prompts, tokenization
+from job.dataset.tags import normalise_tag
 from job.decoding.architectures import READ_PADDING, check_marginal
 from job.decoding.config import DecodingConfig, describe_read_error, load_config, saved_config
 from job.decoding.constraints import ClosedVocabulary, OpenVocabulary, constrain
@@ -90,6 +91,7 @@ class Tagger:
             self._vocabulary = OpenVocabulary(answers, decoding.max_tags)
         else:
             self._vocabulary = ClosedVocabulary(answers, decoding.tags, decoding.max_tags)
+            _warn_of_lost_tags(self._vocabulary)
 
     def tag(self, texts: Sequence[str]) -> list[TaggedText]:
         """Return the answer for each text, in order; the batches are dealt to the processes of a group."""
@@ -375,6 +377,18 @@ def load_tagger(settings: Settings, adapter: Published | Path | str, compute: Co
     freeze(model)
     adapted = _load_adapter(model, config, source, revision)
     return Tagger(adapted, quantize.load_tokenizer(base), settings, compute, decoding, scorers=scorers)
+
+
+def _warn_of_lost_tags(vocabulary: ClosedVocabulary) -> None:
+    """Log how many tags are in no answer; a training refuses them, and a vocabulary file may bring new ones."""
+    pairs = vocabulary.same_tokens.items()
+    lost = [(tag, other) for tag, other in pairs if normalise_tag(tag) != normalise_tag(other)]
+    if lost:
+        log.warning(
+            "sample: %d tags of the vocabulary are in no answer, because the tokenizer writes them like other tags, "
+            "such as %r like %r",
+            *(len(lost), *lost[0]),
+        )
 
 
 def _is_disabled(model: torch.nn.Module) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import pytest
+import tiny_tokenizers
 import torch
 from conftest import CPU, make_settings
 from hub import Hub, Repo
@@ -44,6 +45,19 @@ def overfit(settings: Settings) -> Any:
         loss.backward()
         optimizer.step()
     return model.eval()
+
+
+def test_tags_that_the_tokenizer_cannot_tell_apart_are_counted(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = make_settings(llama, tmp_path, sample={"vocabulary": "seen"})
+    model = load_model(settings.base, CPU)
+    known = [Example("Rome", ("日本", "life", "Life")), Example("Tokyo", ("東京",))]
+    for tokenizer in (load_tokenizer(settings.base), tiny_tokenizers.build("no_bytes")):
+        Tagger(model, tokenizer, settings, CPU, initial_config(settings.sample, known))
+    lines = [record.getMessage() for record in caplog.records if record.name == "job.sample"]
+    assert len(lines) == 1
+    assert "1 tags of the vocabulary are in no answer" in lines[0] and "'東京' like '日本'" in lines[0]
 
 
 @pytest.fixture
